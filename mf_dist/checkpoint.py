@@ -1,0 +1,142 @@
+"""Checkpoints that belong to no world size: full tensors by name in safetensors, JSON beside them, no pickle.
+
+    RUN/checkpoints/step-00001000/
+        master.safetensors exp_avg.safetensors exp_avg_sq.safetensors   to go on training
+        ema-0.9999.safetensors                                          alone the model to sample from
+        state.json       step, samples_seen, config, latent shape, classes, VAE, versions
+        manifest.json    size and sha256 of the others, written last
+
+A folder is written as NAME.tmp, synced, then renamed: one without a valid manifest does not exist.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mf_dist.data.shard_writer import sha256_of, sync_folder, write_json
+from mf_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified folder and what its state.json says."""
+
+    folder: Path
+    state: dict[str, Any]
+    sha256: str
+    """Of the manifest, hence of everything in the folder."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def ema_decays(self) -> list[str]:
+        return sorted(path.stem.removeprefix("ema-") for path in self.folder.glob("ema-*.safetensors"))
+
+    def load(self, kind: str) -> dict[str, Tensor]:
+        """Tensors by parameter name: kind master, exp_avg, exp_avg_sq, or ema-DECAY."""
+        return load_file(self.folder / f"{kind}.safetensors")
+
+
+def save_checkpoint(root: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+    """Commits tensors[kind][name] and state as root/step-N, then removes all but the newest `keep`.
+
+    Raises UserError where the disk refuses; earlier checkpoints are untouched then."""
+    folder = root / f"step-{state['step']:08d}"
+    partial = folder.with_suffix(".tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for kind, by_name in tensors.items():
+            save_file(by_name, partial / f"{kind}.safetensors")
+        write_json(partial / "state.json", state)
+        files = {path.name: path for path in sorted(partial.iterdir())}
+        for path in files.values():
+            _sync_file(path)
+        entries = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()}
+        write_json(partial / "manifest.json", {"files": entries})
+        shutil.rmtree(folder, ignore_errors=True)  # only an invalid one can stand there
+        os.replace(partial, folder)
+        sync_folder(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(root).free >> 20 if root.is_dir() else 0
+        raise UserError(f"cannot write checkpoint {folder}: {error}; {free} MiB free there") from None
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over."""
+    warnings = []
+    for folder in reversed(_folders(root)):
+        try:
+            return open_checkpoint(folder), warnings
+        except UserError as error:
+            warnings.append(f"passed over a damaged checkpoint: {error}")
+    return None, warnings
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verifies every file's size and sha256 before anything is used; UserError names the first that differs."""
+    try:
+        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, entry in entries.items():
+            path = folder / Path(name).name
+            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+                raise UserError(f"{path} is missing or not what its manifest says; use an older checkpoint")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is no checkpoint ({error})") from None
+    return Checkpoint(folder, state, sha256_of(folder / "manifest.json"))
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """From a checkpoint folder, or the newest of a run folder; UserError where there is none."""
+    if (path / "manifest.json").is_file():
+        return open_checkpoint(path)
+    checkpoint, warnings = newest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        detail = f"; {warnings[0]}" if warnings else ""
+        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder){detail}")
+    return checkpoint
+
+
+def newest_run(root: Path) -> Path:
+    """The run folder under `root` that was trained last."""
+    steps = [folder for run in root.glob("*") for folder in _folders(run / "checkpoints")]
+    if not steps:
+        raise UserError(f"no trained run under {str(root)!r}; train one, or give --checkpoint DIR")
+    return max(steps, key=lambda folder: folder.stat().st_mtime).parent.parent
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "deepspeed", "diffusers", "numpy", "safetensors")}
+
+
+def _folders(root: Path) -> list[Path]:
+    """step-N folders in order of N; half-written .tmp ones do not count."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+

@@ -1,0 +1,232 @@
+"""Every number of a run, in frozen dataclasses. Defaults are the MeanFlow paper's (arXiv 2505.13447,
+Table 4) and the authors' code; a YAML file states what differs. Imports neither torch nor deepspeed, so a
+wrong config is refused at once. The strict loader is in config_loader.py.
+"""
+
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from mf_dist.config_loader import Check, read_config
+from mf_dist.errors import UserError
+
+Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
+Count = Annotated[int, Check("a whole number >= 1", lambda n: n >= 1)]
+Positive = Annotated[float, Check("a number > 0", lambda a: a > 0)]
+NotNegative = Annotated[float, Check("a number >= 0", lambda a: a >= 0)]
+Share = Annotated[float, Check("a number in [0, 1]", lambda a: 0 <= a <= 1)]
+Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
+RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
+Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
+Text = Annotated[str, Check("a text that is not empty", lambda text: bool(text.strip()))]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Text
+    """Folder of latent shards written by tools/encode_latents.py."""
+    num_workers: Whole = 2
+    """Loader processes per rank; 0 loads in the training process. Never changes what is trained on."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    depth: Count
+    """Transformer blocks."""
+    hidden_size: Count
+    """Width; divisible by num_heads and by 4 (2-D sine-cosine positions)."""
+    num_heads: Count
+    patch_size: Count
+    """Side of a square patch of latent pixels that makes one token."""
+    latent_size: Count | None = None
+    """Side of the latent; None: from the dataset manifest, which it must equal if given."""
+    latent_channels: Count | None = None
+    """Channels of the latent; None: from the dataset manifest."""
+    num_classes: Whole | None = None
+    """Classes, 0 = unconditional; None: from the dataset manifest."""
+
+
+@dataclass(frozen=True)
+class MeanFlowConfig:
+    share_r_equals_t: RowShare = Fraction(3, 4)
+    """Exact share of rows with r = t (1: plain flow matching); a micro-batch is a multiple of its denominator."""
+    time_mean: float = -0.4
+    """Mean of the normal under the logit-normal times."""
+    time_std: Positive = 1.0
+    """Standard deviation of the normal under the logit-normal times."""
+    omega: float = 1.0
+    """Guidance: weight of v; the effective scale is omega / (1 - kappa)."""
+    kappa: float = 0.0
+    """Guidance: weight of u(z, t, t | y)."""
+    guidance_start: Share = 0.0
+    """Guidance holds for guidance_start <= t <= guidance_end; outside, v_g = v."""
+    guidance_end: Share = 1.0
+    label_drop: Share = 0.1
+    """Share of ALL rows whose label becomes the null class, taken among the r = t rows while they suffice."""
+    adaptive_eps: Positive = 0.01
+    """eps of the weight 1 / (s + eps)^p; the paper's text says 1e-3, the authors' code 0.01."""
+    adaptive_p: NotNegative = 1.0
+    """p of the weight 1 / (s + eps)^p."""
+
+    @property
+    def guided(self) -> bool:
+        return (self.omega, self.kappa) != (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: Positive = 1e-4
+    """Constant learning rate, no warm-up."""
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    """Decoupled (AdamW)."""
+    ema_decay: Decay = 0.9999
+    ema_warmup: bool = False
+    """True: the decay after n steps is min(ema_decay, (1 + n) / (10 + n)); short runs need it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    total_images: Count
+    """Length of the run in images; a remainder below one batch is not trained on."""
+    batch_size: Count = 256
+    """Images per optimizer step over all ranks; the same batch for any number of ranks."""
+    micro_batch: Count | None = None
+    """Images per rank and forward pass; None: batch_size / ranks. Smaller accumulates gradients."""
+    seed: Whole = 0
+    """Together with the sample's index it decides everything random."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    zero_stage: Annotated[
+        int,
+        Check("1, 2 or 3 (stage 0 trains wrongly in bf16; on one process use 1)", lambda n: n in (1, 2, 3)),
+    ] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the network's layers. Master weights, times, targets and the loss are fp32 in both."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_images: Count = 2_560_000
+    """Images between checkpoints; one more is written at the end."""
+    keep: Count = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: Count = 100
+    """Optimizer steps between lines of metrics.jsonl."""
+    sample_every_images: Whole = 2_560_000
+    """Images between grids of EMA samples (same seeds and classes every time); 0: none."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    wandb_project: Text = "mf_dist"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Defaults of tools/fid_eval.py for this run."""
+
+    nfe: Steps = (1, 2)
+    """Network calls per image of the grids drawn during training."""
+    num_samples: Count = 50_000
+    labels: Literal["random", "balanced"] = "random"
+    """random: uniform, as the published FIDs; balanced: class i mod num_classes."""
+    seed: Whole = 0
+    features: str | None = None
+    """Folder of a feature network (config.json and model.safetensors)."""
+    reference: str | None = None
+    """Folder of real images, or .npz with mu and sigma."""
+    vae: str | None = None
+    """Folder or hub id of the VAE; None: the one recorded in the dataset manifest."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: Text
+    """Everything the run writes goes here."""
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.total_images // self.train.batch_size
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """The YAML file with `section.key=value` overrides applied; UserError on anything wrong."""
+    return read_config(Config, path, overrides)
+
+
+def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) -> Config:
+    """Fills in what the dataset manifest and the number of ranks decide, then checks the whole.
+
+    Raises UserError for every combination that cannot train."""
+    model = config.model
+    for name in ("latent_size", "latent_channels", "num_classes"):
+        said, found = getattr(model, name), manifest and manifest[name]
+        if said is None and found is None:
+            raise UserError(
+                f"model.{name} is not set and there is no dataset at {config.data.path!r} to take it from; "
+                "run tools/encode_latents.py first, or set it"
+            )
+        if said is not None and found is not None and said != found:
+            raise UserError(f"model.{name} is {said}, but the dataset at {config.data.path!r} has {found}")
+        model = replace(model, **{name: found if said is None else said})
+    micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
+    resolved = replace(config, model=model, train=replace(config.train, micro_batch=micro_batch))
+    _check_model(resolved.model)
+    _check_batch(resolved, micro_batch, world_size)
+    _check_guidance(resolved)
+    return resolved
+
+
+def _check_model(model: ModelConfig) -> None:
+    assert model.latent_size is not None
+    if model.latent_size % model.patch_size:
+        raise UserError(f"model.patch_size {model.patch_size} does not divide the latent's side {model.latent_size}")
+    if model.hidden_size % model.num_heads:
+        raise UserError(f"model.num_heads {model.num_heads} does not divide model.hidden_size {model.hidden_size}")
+    if model.hidden_size % 4:
+        raise UserError(f"model.hidden_size {model.hidden_size} is not a multiple of 4 (2-D sine-cosine positions)")
+
+
+def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:
+    batch, per_pass = config.train.batch_size, micro_batch * world_size
+    if batch % per_pass:
+        raise UserError(
+            f"train.batch_size {batch} is not a multiple of {world_size} ranks x train.micro_batch {micro_batch}"
+            f" = {per_pass}; change one of the three"
+        )
+    share = config.meanflow.share_r_equals_t
+    if micro_batch % share.denominator:
+        raise UserError(
+            f"meanflow.share_r_equals_t {share} of train.micro_batch {micro_batch} is no whole number of rows; "
+            f"use a micro-batch that is a multiple of {share.denominator}"
+        )
+    if config.total_steps < 1:
+        raise UserError(f"train.total_images {config.train.total_images} is less than one batch of {batch}")
+
+
+def _check_guidance(config: Config) -> None:
+    recipe = config.meanflow
+    if recipe.guidance_start > recipe.guidance_end:
+        raise UserError(
+            f"meanflow.guidance_start {recipe.guidance_start} lies above guidance_end {recipe.guidance_end}"
+        )
+    if recipe.kappa >= 1:
+        raise UserError(f"meanflow.kappa {recipe.kappa} must be below 1: the scale is omega / (1 - kappa)")
+    if recipe.guided and config.model.num_classes == 0:
+        raise UserError("guidance needs classes, and this dataset has none: set meanflow.omega=1 and meanflow.kappa=0")

@@ -1,0 +1,153 @@
+"""YAML into frozen dataclasses, strictly: an unknown key, a wrong type or a value out of range is one line."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mf_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A range, as `Annotated[type, Check(...)]`: its words for the error line, and its test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; we refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"the key {key!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def read_config(cls: type[T], path: str, overrides: list[str]) -> T:
+    """`path`'s YAML with dotted `key=value` overrides as an instance of the dataclass `cls`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = UniqueKeyLoader(file).get_single_data()
+    except OSError as error:
+        raise UserError(f"cannot read config {path!r}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_tree(cls, tree, path)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {override!r}: expected section.key=value")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+        tree = child
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree[key] = text
+
+
+def from_tree(cls: type[T], tree: Any, source: str, prefix: str = "") -> T:
+    """A dataclass from nested dicts; `source` and `prefix` name the place in error lines."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: {prefix.rstrip('.')}: expected a section of keys, got {tree!r}")
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
+    values = {}
+    for name, fld in fields.items():
+        if name in tree:
+            values[name] = _convert(tree[name], hints[name], source, prefix + name)
+        elif fld.default is dataclasses.MISSING and fld.default_factory is dataclasses.MISSING:
+            raise UserError(f"{source}: {prefix}{name} is missing")
+    return cls(**values)
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The inverse of from_tree, with values that JSON and YAML know."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Fraction) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def _convert(value: Any, hint: Any, source: str, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_tree(hint, value, source, name + ".")  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        kind, check = args
+        converted = _convert_plain(value, kind)
+        if converted is None or not check.holds(converted):
+            raise UserError(f"{source}: {name}: expected {check.expected}, got {value!r}")
+        return converted
+    if origin in (types.UnionType, Union):  # the only union is `X | None`
+        return None if value is None else _convert(value, args[0], source, name)
+    if origin is Literal:
+        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's off is False
+        if value not in args:
+            raise UserError(f"{source}: {name}: expected {' or '.join(args)}, got {value!r}")
+        return value
+    converted = _convert_plain(value, hint)
+    if converted is None:
+        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[hint]
+        raise UserError(f"{source}: {name}: expected {expected}, got {value!r}")
+    return converted
+
+
+def _convert_plain(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or None where it is not one."""
+    if kind is float and not isinstance(value, bool):
+        return _finite(value)  # YAML 1.1 reads 1e-4 as a text
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is Fraction and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            return Fraction(str(value)).limit_denominator(1_000_000)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            return None
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        whole = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+        return tuple(items) if whole else None
+    return value if kind in (bool, str) and isinstance(value, kind) else None
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

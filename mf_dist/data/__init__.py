@@ -1,0 +1,1 @@
+"""Images, latent shards and the deterministic stream of batches."""

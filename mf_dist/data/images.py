@@ -1,0 +1,79 @@
+"""Image folders: which images, of which class, and how they become square pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from mf_dist.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in order of their path; labels[i] is the class of paths[i], an index into classes."""
+
+    root: Path
+    paths: list[str]
+    labels: list[int]
+    classes: list[str]
+
+
+def list_images(root: str | Path) -> ImageFolder:
+    """A class is a direct sub-folder, numbered in order of its name (ImageNet's wnids give the usual indices).
+    A folder without sub-folders has no classes, and every label is 0. Raises UserError on anything unclear."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no image folder at {str(root)!r}")
+    paths = sorted(
+        path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in SUFFIXES
+    )
+    if not paths:
+        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
+    in_folders = [path for path in paths if "/" in path]
+    if in_folders and len(in_folders) < len(paths):
+        loose = next(path for path in paths if "/" not in path)
+        raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
+    classes = sorted({path.split("/")[0] for path in in_folders})
+    number = {name: index for index, name in enumerate(classes)}
+    return ImageFolder(root, paths, [number.get(path.split("/")[0], 0) for path in paths], classes)
+
+
+def load_image(path: str | Path, resolution: int) -> Pixels:
+    """A decoded image as RGB pixels (3, resolution, resolution) uint8, ADM centre crop."""
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {str(path)!r}: {error}; mend or remove it") from None
+    return np.ascontiguousarray(np.asarray(centre_crop(rgb, resolution)).transpose(2, 0, 1))
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The crop behind all published ImageNet FIDs (ADM's center_crop_arr): halve by box filter while twice too
+    large, resize the short side to `resolution` by bicubic filter, cut the middle."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def image_grid(images: Pixels, row_labels: list[str], gap: int = 2) -> Image.Image:
+    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row."""
+    rows, (_, _, height, width) = len(row_labels), images.shape
+    columns = len(images) // rows
+    margin = 10 + 7 * max(map(len, row_labels))
+    canvas = Image.new("RGB", (margin + columns * (width + gap), rows * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        canvas.paste(Image.fromarray(image.transpose(1, 2, 0)), (margin + column * (width + gap), row * (height + gap)))
+    for row, label in enumerate(row_labels):
+        draw.text((4, row * (height + gap) + height // 2 - 6), label, fill="black")
+    return canvas

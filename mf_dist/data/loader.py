@@ -1,0 +1,88 @@
+"""The stream of training batches: a pure function of (seed, samples_seen), whatever ranks, workers, micro-batches.
+
+Global slot i is image order(seed, i // N)[i % N]: batches cross epochs, none is incomplete. With share n/d of
+r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows come first.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mf_dist import rng
+from mf_dist.config import Config
+from mf_dist.data.shards import LatentShards
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B rows and everything random about it, on the CPU."""
+
+    moments: Tensor
+    """(B, 2C, S, S) fp16, posterior mean and std, unscaled."""
+    labels: Tensor
+    """(B,) int64."""
+    posterior_noise: Tensor
+    """(B, C, S, S) fp32, N(0, 1)."""
+    e: Tensor
+    """(B, C, S, S) fp32, N(0, 1): the path's noise."""
+    time_normals: Tensor
+    """(B, 2) fp32, N(0, 1)."""
+    drop_uniforms: Tensor
+    """(B,) fp32, U[0, 1)."""
+
+
+class LatentStream(Dataset[Batch]):
+    """stream[j] is micro-batch j of the global stream: slots [j m, (j + 1) m)."""
+
+    def __init__(self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction) -> None:
+        self.shards, self.seed, self.micro_batch, self.share = shards, seed, micro_batch, share_r_equals_t
+        self._order = lru_cache(maxsize=2)(lambda epoch: rng.order(seed, epoch, shards.count))
+
+    def __getitem__(self, j: int) -> Batch:
+        slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)
+        below = slots % self.share.denominator >= self.share.numerator
+        slots = slots[np.argsort(below, kind="stable")]
+        rows = [self._row(int(slot)) for slot in slots]
+        moments, labels, posterior_noise, e, times, drops = (np.stack(column) for column in zip(*rows, strict=True))
+        return Batch(*map(torch.from_numpy, (moments, labels, posterior_noise, e, times, drops)))
+
+    def _row(self, slot: int) -> tuple[np.ndarray, np.int64, np.ndarray, np.ndarray, np.ndarray, np.float32]:
+        channels, *side = self.shards.moments_shape
+        moments, label = self.shards[int(self._order(slot // self.shards.count)[slot % self.shards.count])]
+        return moments, np.int64(label), *rng.train_draws(self.seed, slot, (channels // 2, *side))
+
+
+class _MicroBatchesOfRank:
+    """Micro-batch numbers of one rank: of each global batch of A x W micro-batches, numbers rank, rank + W, ..."""
+
+    def __init__(self, samples_seen: int, total: int, micro_batch: int, rank: int, world_size: int) -> None:
+        self.numbers = range(samples_seen // micro_batch + rank, total // micro_batch, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def training_batches(
+    shards: LatentShards, config: Config, samples_seen: int, rank: int, world_size: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """This rank's micro-batches from `samples_seen` to the end of the run."""
+    micro_batch = config.train.micro_batch
+    assert micro_batch is not None and samples_seen % config.train.batch_size == 0
+    total = config.total_steps * config.train.batch_size
+    loader = DataLoader(
+        LatentStream(shards, config.train.seed, micro_batch, config.meanflow.share_r_equals_t),
+        batch_size=None,
+        sampler=_MicroBatchesOfRank(samples_seen, total, micro_batch, rank, world_size),
+        num_workers=config.data.num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader draws a base seed: not from the global generator
+    )
+    return iter(loader)

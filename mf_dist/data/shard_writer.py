@@ -1,0 +1,92 @@
+"""Writing latent shards: byte-reproducible webdataset tars, each complete or absent."""
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from mf_dist.data.shards import Moments, index_path
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: its posterior moments (2C, S, S) fp16, label, and path below the image folder."""
+
+    moments: Moments
+    label: int
+    source: str
+
+
+def write_shard(tar: Path, first_index: int, records: list[Record]) -> None:
+    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last."""
+    partial = tar.with_suffix(".tar.tmp")
+    with open(partial, "wb") as file:
+        # mtime 0 and USTAR: equal records give equal bytes, and no extra header before every member
+        with webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT) as writer:
+            for offset, record in enumerate(records):
+                writer.write(
+                    {
+                        "__key__": f"{first_index + offset:09d}",
+                        "moments.npy": record.moments,
+                        "cls": record.label,
+                        "json": {"source": record.source},
+                    }
+                )
+        file.flush()
+        os.fsync(file.fileno())
+    offsets = _moments_offsets(partial)
+    assert len(offsets) == len(records)
+    labels = np.array([record.label for record in records], np.int64)
+    partial_index = index_path(tar).with_suffix(".npz.tmp")
+    with open(partial_index, "wb") as file:
+        np.savez(file, offsets=offsets, labels=labels, shape=np.array(records[0].moments.shape))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial_index, index_path(tar))
+    os.replace(partial, tar)
+    sync_folder(tar.parent)
+
+
+def _moments_offsets(tar: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where the raw numbers of each moments.npy begin, behind tar and npy headers."""
+    offsets = []
+    with tarfile.open(tar, "r:") as archive, open(tar, "rb") as file:
+        for member in archive:
+            if member.name.endswith(".moments.npy"):
+                file.seek(member.offset_data)
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                offsets.append(file.tell())
+    return np.array(offsets, np.int64)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: the file is the old one or the new one, whatever happens."""
+    partial = path.with_suffix(path.suffix + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

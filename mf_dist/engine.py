@@ -1,0 +1,121 @@
+"""DeepSpeed around the loss: the only module that imports it.
+
+State leaves and enters as full fp32 tensors by parameter name, so it belongs to no world size and no ZeRO stage.
+What is used of DeepSpeed's insides for that (0.19.8) stands in `_create_states` and `load_state` alone.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mf_dist.config import Config
+from mf_dist.distributed import Ranks
+from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+from mf_dist.optim import STATES, AdamWEma
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+MASTER = "master"
+"""Beside optim.STATES: the fp32 weights."""
+
+
+def _forbid_shared_memory_build() -> None:
+    """On a CPU DeepSpeed compiles an all-reduce of its own at start. Gloo does without, and a build that was
+    killed leaves a lock on which every later run waits for ever, in silence."""
+    from deepspeed.ops import __compatible_ops__
+
+    if not torch.cuda.is_available():
+        __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """One optimizer step is `accumulation` calls of train_micro_batch."""
+
+    def __init__(self, loss: MeanFlowLoss, config: Config, ranks: Ranks) -> None:
+        assert config.train.micro_batch is not None
+        _forbid_shared_memory_build()
+        self.stage = config.engine.zero_stage
+        self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
+        self._optimizer = AdamWEma(loss.parameters(), config.optim)
+        self._engine, *_ = deepspeed.initialize(
+            model=loss,
+            optimizer=self._optimizer,
+            dist_init_required=False,
+            config={
+                "train_batch_size": config.train.batch_size,
+                "train_micro_batch_size_per_gpu": config.train.micro_batch,
+                "gradient_accumulation_steps": self.accumulation,
+                "zero_optimization": {"stage": self.stage},
+                "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": config.engine.precision == "bf16"},
+                "communication_data_type": "fp32",
+                "steps_per_print": 10**9,
+            },
+        )
+
+    def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Forward and backward; the last of a batch's calls also steps. Returns the loss's log sums."""
+        loss, sums = self._engine(x, y, draws)
+        self._engine.backward(loss)
+        self._engine.step()
+        return sums  # type: ignore[no-any-return]
+
+    def grad_norm(self) -> float:
+        """Of the last optimizer step's whole gradient."""
+        return float(self._engine.get_global_grad_norm())
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, parameter name, full fp32 tensor on the CPU), kind MASTER or one of optim.STATES. Every rank
+        must run through it: the tensors are gathered. Needs a step, or load_state, before it."""
+        for name, p in self._parameters():
+            yield MASTER, name, safe_get_full_fp32_param(p).float().cpu()
+            for kind in STATES:
+                yield kind, name, safe_get_full_optimizer_state(p, kind).float().cpu()
+
+    def ema(self) -> dict[str, Tensor]:
+        """Full EMA weights on the CPU; every rank must call it."""
+        return {name: safe_get_full_optimizer_state(p, "ema").float().cpu() for name, p in self._parameters()}
+
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]."""
+        inner = self._create_states()
+        for name, p in self._parameters():
+            safe_set_full_fp32_param(p, tensors[MASTER][name])
+            for kind in STATES:
+                safe_set_full_optimizer_state(p, tensors[kind][name], kind)
+            # the network computes with low-precision copies: without this one step would run on fresh weights
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
+                if self.stage < 3 or torch.distributed.get_rank() == 0:
+                    p.data.copy_(tensors[MASTER][name])
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(step))
+
+    def _create_states(self) -> AdamWEma:
+        """Creates the optimizer states on the flat partitions, as the first step would."""
+        zero = self._engine.optimizer
+        inner: AdamWEma = zero.optimizer
+        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for partition in partitions:
+            inner.init_state(partition)
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        return inner
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        module: nn.Module = self._engine.module.net
+        yield from module.named_parameters()

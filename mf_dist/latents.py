@@ -1,0 +1,98 @@
+"""Pixels to latents and back: the only place that knows the VAE, its scale and its value range."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mf_dist.data.shard_writer import sha256_of
+from mf_dist.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """x = (mean + std noise) scaling_factor: moments (B, 2C, S, S), noise (B, C, S, S) -> (B, C, S, S) fp32."""
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise) * scaling_factor
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8, clip(round((x + 1) / 2 * 255)); rounds in fp32, never truncates."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Vae:
+    """A diffusers AutoencoderKL from a local folder or by hub id."""
+
+    def __init__(self, source: str, device: torch.device, expected_sha256: str | None = None) -> None:
+        """UserError if it cannot be had, or if its weights are not those `expected_sha256` names."""
+        folder = _vae_folder(source)
+        self.source = source
+        self.sha256 = sha256_of(folder / WEIGHTS)
+        if expected_sha256 is not None and self.sha256 != expected_sha256:
+            raise UserError(
+                f"VAE {source!r} has sha256 {self.sha256[:12]}..., the latents were made with "
+                f"{expected_sha256[:12]}...; name that one with eval.vae=FOLDER or --vae FOLDER"
+            )
+        self.device = device
+        self.model = _load_autoencoder(folder).to(device).eval().requires_grad_(False)
+        if self.model.config.get("shift_factor"):
+            raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
+        self.scaling_factor = float(self.model.config["scaling_factor"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a dataset and a checkpoint record of their VAE."""
+        return {"source": self.source, "sha256": self.sha256, "scaling_factor": self.scaling_factor}
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> posterior mean and std (B, 2C, h, w) fp32, unscaled; input range is [-1, 1]."""
+        posterior = self.model.encode(pixels.to(self.device).float() / 127.5 - 1).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8."""
+        return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+
+
+def _vae_folder(source: str) -> Path:
+    """A local folder with config.json and safetensors, fetched from the hub if `source` is a hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        for name in ("config.json", WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(f"VAE folder {source!r} has no {name}; save it with diffusers' save_pretrained")
+        return folder
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise UserError(f"no VAE folder at {source!r} (a hub id has the form owner/name)")
+    import huggingface_hub
+
+    try:
+        paths = [huggingface_hub.hf_hub_download(source, name) for name in ("config.json", WEIGHTS)]
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot get VAE {source!r}: {reason} On a machine with network run `hf download {source} config.json"
+            f" {WEIGHTS} --local-dir FOLDER`, copy FOLDER here and give its path"
+        ) from None
+    return Path(os.path.dirname(paths[0]))
+
+
+def _load_autoencoder(folder: Path) -> Any:
+    from mf_dist.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    from diffusers import AutoencoderKL
+    from safetensors import SafetensorError
+
+    try:
+        return AutoencoderKL.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"cannot load the VAE in {str(folder)!r}: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,108 @@
+"""Where a run's numbers go: metrics.jsonl always, a status line or progress bar, W&B when asked. Rank 0 only."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mf_dist.config import Config
+from mf_dist.config_loader import to_tree
+
+
+class Logger:
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        """`step`: where the run goes on; lines of later steps, from before a fault, are removed."""
+        self.total_steps = config.total_steps
+        self._path = run_dir / "metrics.jsonl"
+        _keep_lines_up_to(self._path, step)
+        self._bar = tqdm(
+            total=config.total_steps * config.train.batch_size, initial=step * config.train.batch_size,
+            unit="img", unit_scale=True, disable=not sys.stderr.isatty(), desc="train",
+        )  # fmt: skip
+        self._wandb = None if config.log.wandb == "off" else _start_wandb(config, run_dir, self.say)
+
+    def say(self, text: str) -> None:
+        """One line on stdout, above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def advance(self, images: int) -> None:
+        self._bar.update(images)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, one status line; `metrics` has step and samples_seen."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self.say(_status_line(metrics, self.total_steps))
+        self._to_wandb(metrics)
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb({name: wandb.Image(str(path)), "step": step})
+
+    def _to_wandb(self, values: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values, step=values["step"])
+        except Exception as error:  # W&B must never end a run; metrics.jsonl has everything
+            self._wandb = None
+            self.say(f"warning: W&B stopped working ({error!r}); going on without, see {self._path}")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a fault cut short
+    path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
+
+
+def _status_line(m: dict[str, Any], total_steps: int) -> str:
+    seconds = (total_steps - m["step"]) * m["seconds_per_step"]
+    eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+    raw = " ".join(
+        f"{label} {m[key]:.3g}"
+        for label, key in (("raw r=t", "raw_loss_r_equals_t"), ("raw r<t", "raw_loss_r_below_t"), ("|du/dt|", "du_dt_norm"))
+        if m[key] is not None
+    )  # fmt: skip
+    return (
+        f"step {m['step']}/{total_steps} loss {m['loss']:.4f} {raw} grad {m['grad_norm']:.3g} "
+        f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"
+    )
+
+
+def _start_wandb(config: Config, run_dir: Path, say: Any) -> Any:
+    """A W&B run with the same id after every restart; offline where the server cannot be reached."""
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.is_file():
+        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    options: dict[str, Any] = {
+        "project": config.log.wandb_project, "name": run_dir.name, "id": id_file.read_text(encoding="utf-8").strip(),
+        "resume": "allow", "dir": str(run_dir), "config": to_tree(config),
+    }  # fmt: skip
+    for mode in dict.fromkeys([config.log.wandb, "offline"]):
+        try:
+            return wandb.init(**options, mode=mode, settings=wandb.Settings(init_timeout=30, silent=True))
+        except Exception as error:  # no network, no key, no disk: none may end a training run
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            then = "logging W&B offline" if mode == "online" else "going on without W&B"
+            say(f"warning: W&B {mode} does not start ({reason}); {then}")
+    return None

@@ -1,0 +1,104 @@
+"""The MeanFlow loss (paper, Algorithm 1 with guidance) as a target, then an ordinary regression.
+
+    MeanFlow identity   u = v - (t - r) du/dt,  du/dt = JVP of u at (z, r, t) along (v_g, 0, 1)
+    target              u_tgt = stopgrad(v_g - (t - r) du/dt)
+    loss                mean over rows of s / stopgrad((s + eps)^p),  s = sum over C, H, W of (u - u_tgt)^2
+
+Only rows with r < t need the JVP, and rows with r = t get u(z, t, t | y) from the regression itself. Rows are
+ordered: the first num_r_equals_t have r = t. With guidance and kappa > 0, at the paper's 25 % of r < t rows, a
+step costs 4.75 forwards instead of 6, with the same result row for row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mf_dist.config import MeanFlowConfig
+from mf_dist.meanflow.guidance import drop_labels, guided_velocity
+from mf_dist.meanflow.path import path, per_row
+from mf_dist.meanflow.times import sample_times
+
+Net = Callable[..., Tensor]
+"""u = net(z, r, t, y), and (u, du) = net(z, r, t, y, tangent=(dz, dr, dt))."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one micro-batch draws, all per row: noise e (B, C, S, S), times' normals (B, 2), drop's uniforms (B,)."""
+
+    e: Tensor
+    time_normals: Tensor
+    drop_uniforms: Tensor
+
+
+def meanflow_target(
+    net: Net, z: Tensor, v: Tensor, r: Tensor, t: Tensor, y: Tensor, n_eq: int, null_label: int, recipe: MeanFlowConfig
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The parts of the target that need no regression: u_null on all rows (None without guidance), and on the
+    r < t rows (the last B - n_eq) the guided velocity v_g and du/dt. No graph is kept."""
+    b, z_lt, v_lt, t_lt, y_lt = len(z), z[n_eq:], v[n_eq:], t[n_eq:], y[n_eq:]
+    u_null, u_cond_lt = None, None
+    if recipe.guided:
+        null = torch.full_like(y, null_label)
+        rows = (torch.cat([z, z_lt]), torch.cat([t, t_lt]), torch.cat([null, y_lt])) if recipe.kappa else (z, t, null)
+        u_both = net(rows[0], rows[1], rows[1], rows[2])
+        u_null, u_cond_lt = u_both[:b], u_both[b:] if recipe.kappa else None
+        v_lt = guided_velocity(v_lt, u_cond_lt, u_null[n_eq:], t_lt, y_lt, null_label, recipe)
+    if n_eq == b:
+        return u_null, v_lt, torch.zeros_like(v_lt)
+    _, du_dt = net(z_lt, r[n_eq:], t_lt, y_lt, tangent=(v_lt, torch.zeros_like(t_lt), torch.ones_like(t_lt)))
+    return u_null, v_lt, du_dt
+
+
+def meanflow_loss(
+    net: Net, x: Tensor, e: Tensor, r: Tensor, t: Tensor, y: Tensor, n_eq: int, null_label: int, recipe: MeanFlowConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """x, e (B, C, S, S) and r, t (B,) in fp32, y (B,) with dropped labels; rows :n_eq have r = t.
+
+    Returns the loss (scalar, fp32) and sums over rows for the log (see `log_sums`)."""
+    z, v = path(x, e, t)
+    with torch.no_grad():
+        u_null, v_lt, du_dt = meanflow_target(net, z, v, r, t, y, n_eq, null_label, recipe)
+
+    u = net(z, r, t, y)
+
+    v_eq = v[:n_eq]
+    if u_null is not None:
+        v_eq = guided_velocity(v_eq, u[:n_eq].detach(), u_null[:n_eq], t[:n_eq], y[:n_eq], null_label, recipe)
+    u_tgt = torch.cat([v_eq, v_lt - per_row(t - r)[n_eq:] * du_dt])
+    s = (u - u_tgt).square().sum(dim=(1, 2, 3))
+    weighted = s / (s.detach() + recipe.adaptive_eps) ** recipe.adaptive_p
+    return weighted.mean(), log_sums(s, weighted, u, v, du_dt, n_eq)
+
+
+@torch.no_grad()
+def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n_eq: int) -> dict[str, Tensor]:
+    """Sums over rows, with the count of the rows behind each, so that ranks and steps add up exactly.
+
+    raw_loss: s on r = t and on r < t rows; v_loss: sum (u - v)^2 on r = t rows, where u predicts the velocity;
+    du_dt_norm: the root of sum (du/dt)^2 on r < t rows."""
+    v_loss = (u - v)[:n_eq].square().sum()
+    du_dt_norm = du_dt.square().sum(dim=(1, 2, 3)).sqrt().sum()
+    n_lt = len(s) - n_eq
+    sums = [s[:n_eq].sum(), s[n_eq:].sum(), weighted.sum(), v_loss, du_dt_norm]
+    names = ["raw_loss_r_equals_t", "raw_loss_r_below_t", "loss", "v_loss", "du_dt_norm"]
+    counts = [n_eq, n_lt, len(s), n_eq, n_lt]
+    return {name: torch.stack([total.float(), total.new_tensor(n)]) for name, total, n in zip(names, sums, counts, strict=True)}  # fmt: skip
+
+
+class MeanFlowLoss(nn.Module):
+    """The loss of one micro-batch as a module, so that one engine call runs the whole step."""
+
+    def __init__(self, net: nn.Module, null_label: int, recipe: MeanFlowConfig) -> None:
+        super().__init__()
+        self.net, self.null_label, self.recipe = net, null_label, recipe
+
+    def forward(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, C, S, S) latents as the network sees them, y (B,) labels before the drop."""
+        recipe = self.recipe
+        n_eq = int(len(x) * recipe.share_r_equals_t)
+        r, t = sample_times(draws.time_normals, n_eq, recipe.time_mean, recipe.time_std)
+        y = drop_labels(y, draws.drop_uniforms, n_eq, recipe.label_drop, self.null_label)
+        return meanflow_loss(self.net, x, draws.e, r, t, y, n_eq, self.null_label, recipe)

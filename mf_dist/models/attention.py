@@ -1,0 +1,53 @@
+"""Multi-head self-attention with a tangent rule.
+
+Shapes: B rows, H heads, N tokens, K head size, D = H K.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mf_dist.models.layers import Dual, Linear
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v by the fused kernels; q, k, v (B, H, N, K)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_with_tangent(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o = P v with P = softmax(S), S = q k^T / sqrt(K); do = (P dS) v - rowsum(P dS) o + P dv."""
+    scale = q.shape[-1] ** -0.5
+    p = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
+    o = p @ v
+    p_ds = p * ((dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * scale)
+    return o, p_ds @ v - p_ds.sum(-1, keepdim=True) * o + p @ dv
+
+
+class SelfAttention(nn.Module):
+    """One linear for q, k, v (with bias, no normalisation), attention, one linear out."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:
+        """x, dx (B, N, D) -> (B, N, D)."""
+        qkv, dqkv = self.qkv(x, dx)
+        if dqkv is None:
+            return self.proj(_merge_heads(attention(*self._split_heads(qkv))))
+        o, do = attention_with_tangent(*self._split_heads(qkv), *self._split_heads(dqkv))
+        return self.proj(_merge_heads(o), _merge_heads(do))
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, 3 D) -> q, k, v, each (B, H, N, K)."""
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge_heads(o: Tensor) -> Tensor:
+    """(B, H, N, K) -> (B, N, D)."""
+    return o.transpose(1, 2).flatten(2)

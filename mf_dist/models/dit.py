@@ -1,0 +1,119 @@
+"""DiT as the average velocity u(z, r, t | y) (arXiv 2212.09748 with MeanFlow's conditioning on (t, t - r)).
+
+What is unusual: raw times in [0, 1]; two time embeddings, of t and of t - r; one more label, the null class;
+no predicted variance; and every layer yields a tangent beside its value when one is given (layers.py).
+All modulations and the last linear start at 0, so u = 0 and du/dt = 0 at initialisation.
+
+Shapes: B rows, C latent channels, S latent side, P patch side, N = (S/P)^2 tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mf_dist.models.attention import SelfAttention
+from mf_dist.models.layers import Dual, Linear, Mlp, TimeEmbedding, gated_add, layer_norm, modulate, silu
+
+Tangent = tuple[Tensor, Tensor, Tensor]
+"""Direction (dz, dr, dt): dz like z, dr and dt (B,)."""
+
+
+class Block(nn.Module):
+    """adaLN-zero transformer block."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, num_heads)
+        self.mlp = Mlp(width, 4 * width)
+        self.modulation = Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor, dx: Tensor | None, dc: Tensor | None) -> Dual:
+        """x, dx (B, N, D); c, dc (B, D), already through SiLU."""
+        m, dm = self.modulation(c, dc)
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
+        dshift1, dscale1, dgate1, dshift2, dscale2, dgate2 = dm.chunk(6, dim=-1) if dm is not None else [None] * 6
+        h, dh = layer_norm(x, dx)
+        h, dh = self.attention(*modulate(h, shift1, scale1, dh, dshift1, dscale1))
+        x, dx = gated_add(x, gate1, h, dx, dgate1, dh)
+        h, dh = layer_norm(x, dx)
+        h, dh = self.mlp(*modulate(h, shift2, scale2, dh, dshift2, dscale2))
+        return gated_add(x, gate2, h, dx, dgate2, dh)
+
+
+class DiT(nn.Module):
+    """u(z, r, t | y) for square latents. num_classes = 0 leaves the null class alone: unconditional."""
+
+    def __init__(
+        self, *, latent_size: int, latent_channels: int, num_classes: int, patch_size: int,
+        hidden_size: int, depth: int, num_heads: int, generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.channels, self.patch, self.tokens_per_side = latent_channels, patch_size, latent_size // patch_size
+        self.null_label = num_classes
+        patch_numbers = patch_size * patch_size * latent_channels
+        self.patch_in = Linear(patch_numbers, hidden_size)
+        self.time = TimeEmbedding(hidden_size)
+        self.interval = TimeEmbedding(hidden_size)
+        self.label = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.last_modulation = Linear(hidden_size, 2 * hidden_size)
+        self.patch_out = Linear(hidden_size, patch_numbers)
+        positions = sine_cosine_positions(hidden_size, self.tokens_per_side)
+        self.register_buffer("positions", positions, persistent=False)
+        self._initialise(generator)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Xavier-uniform linears; N(0, 0.02) for time MLPs and labels; zero modulations and last linear."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for weight in (self.time.fc1, self.time.fc2, self.interval.fc1, self.interval.fc2, self.label):
+            nn.init.normal_(weight.weight, std=0.02, generator=generator)
+        for module in [self.last_modulation, self.patch_out, *(block.modulation for block in self.blocks)]:
+            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """z (B, C, S, S), r and t (B,) with 0 <= r <= t <= 1, y (B,) in [0, num_classes], num_classes = null.
+
+        Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
+        The layers run in the type of their weights; u and du leave in the type of z."""
+        dz, dr, dt = tangent if tangent is not None else (None, None, None)
+        x, dx = self.patch_in(self._patchify(z), None if dz is None else self._patchify(dz))
+        x = x + self.positions.to(x.dtype)
+        c, dc = self._condition(r, t, y, dr, dt)
+        for block in self.blocks:
+            x, dx = block(x, c, dx, dc)
+        m, dm = self.last_modulation(c, dc)
+        h, dh = layer_norm(x, dx)
+        dshift, dscale = dm.chunk(2, dim=-1) if dm is not None else (None, None)
+        out, dout = self.patch_out(*modulate(h, *m.chunk(2, dim=-1), dh, dshift, dscale))
+        u = self._unpatchify(out).to(z.dtype)
+        return u if dout is None else (u, self._unpatchify(dout).to(z.dtype))
+
+    def _condition(self, r: Tensor, t: Tensor, y: Tensor, dr: Tensor | None, dt: Tensor | None) -> Dual:
+        """SiLU(time(t) + interval(t - r) + label(y)), (B, D)."""
+        a, da = self.time(t, dt)
+        b, db = self.interval(t - r, None if dt is None or dr is None else dt - dr)
+        return silu(a + b + self.label(y), None if da is None or db is None else da + db)
+
+    def _patchify(self, z: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, N, P P C)."""
+        side, p = self.tokens_per_side, self.patch
+        return z.reshape(-1, self.channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N, P P C) -> (B, C, S, S)."""
+        side, p = self.tokens_per_side, self.patch
+        z = x.reshape(-1, side, side, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)
+        return z.reshape(-1, self.channels, side * p, side * p)
+
+
+def sine_cosine_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-D embedding (side * side, width): half the width for columns, half for rows, as in MAE and DiT."""
+    frequency = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  # (side, width / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (side, width / 2)
+    columns = axis[None, :, :].expand(side, side, -1)
+    rows = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(side * side, width).float()

@@ -1,0 +1,43 @@
+"""All randomness, as a pure function of (seed, purpose, index): counter-based Philox, no state, O(1) seeking."""
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+class Purpose(IntEnum):
+    """Keeps streams of one seed apart. Values are part of every run: never renumber."""
+
+    ORDER = 0
+    TRAIN = 1
+    SAMPLE = 2
+
+
+def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:
+    """The generator of one index: 2^64 indices, each with 2^64 blocks of numbers to itself."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, index, 0, 0]))
+
+
+def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The permutation of `count` images in one epoch."""
+    return generator(seed, Purpose.ORDER, epoch).permutation(count)
+
+
+def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32]:
+    """What the training row in global slot `slot` draws: posterior noise and path noise e (each of `shape`),
+    two normals for the times, a uniform for the label drop."""
+    g = generator(seed, Purpose.TRAIN, slot)
+    times = g.standard_normal(2, dtype=np.float32)
+    drop = g.random(dtype=np.float32)
+    noise = g.standard_normal((2, *shape), dtype=np.float32)
+    return noise[0], noise[1], times, np.float32(drop)
+
+
+def sample_draw(seed: int, index: int, shape: tuple[int, int, int], num_classes: int) -> tuple[Floats, int]:
+    """Noise and uniformly random label of generated sample `index` (label 0 where there are no classes)."""
+    g = generator(seed, Purpose.SAMPLE, index)
+    label = int(g.integers(max(1, num_classes)))
+    return g.standard_normal(shape, dtype=np.float32), label

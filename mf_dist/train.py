@@ -1,0 +1,47 @@
+"""Trains a MeanFlow model from a config file; the same command goes on where it stopped.
+
+    python -m mf_dist.train configs/digits_cpu.yaml
+    python -m mf_dist.train configs/imagenet256_xl2.yaml --dry-run
+    torchrun --nproc_per_node=8 -m mf_dist.train configs/imagenet256_xl2.yaml train.micro_batch=32 log.wandb=online
+
+Anything in the config can be overridden by section.key=value.
+"""
+
+import argparse
+import os
+import sys
+
+from mf_dist.config import load_config, resolve
+from mf_dist.cost import describe
+from mf_dist.data.shards import read_manifest
+from mf_dist.errors import UserError, command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mf_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("config", help="YAML file, such as configs/digits_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as optim.lr=2e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, and stop")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    manifest = read_manifest(config.data.path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    config = resolve(config, manifest, world_size)
+    if args.dry_run:
+        print(describe(config, world_size))
+        return
+    if manifest is None:
+        raise UserError(f"no finished dataset at {config.data.path!r}; run tools/encode_latents.py first")
+    from mf_dist.distributed import process_group  # torch and deepspeed only now that the config is known to be good
+    from mf_dist.trainer import Trainer
+
+    with process_group() as ranks:
+        Trainer(config, ranks).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

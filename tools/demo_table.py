@@ -1,0 +1,87 @@
+"""Prints the demo's results side by side: two trained runs and real images.
+
+    python tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real
+
+Reads each folder's metrics. "SVC" is scikit-learn's classifier trained on the real 8x8 digits: the share of
+one-step samples that it takes for the digit they were asked to be.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+def lines(path):
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def entries(folder):
+    """metrics.json by nfe, newest last."""
+    try:
+        return {entry.get("nfe"): entry for entry in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise UserError(f"no results in {str(folder)!r} ({error}); run tools/fid_eval.py first") from None
+
+
+def svc_agreement(npz):
+    """Share of samples (N, 32, 32, 3) whose class by an SVC on the real 8x8 digits is the one asked for."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    try:
+        with np.load(npz, allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read samples {str(npz)!r}: {error}") from None
+    digits = load_digits()
+    small = images.mean(axis=3).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)) * (16 / 255)
+    return float((SVC().fit(digits.data, digits.target).predict(small.reshape(-1, 64)) == labels).mean())
+
+
+def run_row(name, run, nfes, real):
+    """Cells of one trained run."""
+    log, results = lines(run / "metrics.jsonl"), entries(run / "eval")
+    seconds = sum(b["step"] * b["seconds_per_step"] - a["step"] * b["seconds_per_step"]
+                  for a, b in zip([{"step": 0}, *log], log, strict=False))  # fmt: skip
+    raw = "".join(f" {log[-1][key]:7.1f}" if log[-1][key] is not None else "       -"
+                  for key in ("raw_loss_r_equals_t", "raw_loss_r_below_t"))  # fmt: skip
+    speed = log[-1]["samples_seen"] / seconds
+    for nfe in nfes:
+        if nfe not in results:
+            raise UserError(f"{run / 'eval'} has no result at {nfe} steps; run tools/fid_eval.py --nfe {nfe}")
+        value = results[nfe]["value"]
+        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:11.2f}{value / real:8.2f}"
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, required=True, help="MeanFlow run, measured at 1 and 2 steps")
+    parser.add_argument("--flow", type=Path, required=True, help="flow-matching run, measured at 50 steps")
+    parser.add_argument("--real", type=Path, required=True, help="folder of the real-vs-real metrics.json")
+    args = parser.parse_args()
+    real = entries(args.real)[None]
+    count = real["num_samples"]
+    print(f"\n{'':15}{'steps':>6}{'train s':>8}{'img/s':>8}{'raw r=t':>8}{'raw r<t':>8}{real['metric']:>11}{'x real':>8}")
+    for row in run_row("MeanFlow", args.run, (1, 2), real["value"]):
+        print(row)
+    for row in run_row("flow matching", args.flow, (50,), real["value"]):
+        print(row)
+    print(f"{'real images':15}{'':38}{real['value']:11.2f}{1:8.2f}")
+    agreement = svc_agreement(args.run / "eval" / "samples_nfe1.npz")
+    print(f"\n{count} images each against the same {real['reference_images']} real ones. "
+          f"SVC agrees with the label of {agreement:.1%} of the one-step samples.")  # fmt: skip
+    print(f"look at: {args.run / 'eval' / 'grid_nfe1.png'}\nrun:     {args.run}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Draws images from a trained model into one labelled picture.
+
+    python tools/sample.py --class 3 --nfe 1 --out grid.png
+    python tools/sample.py --checkpoint runs/digits --nfe 2 --seed 7 --out grid.png     # every class
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
+    parser.add_argument("--class", type=int, action="append", dest="classes", help="class index; may be repeated")
+    parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", help="decay of the EMA to sample from (default: the run's)")
+    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (default grid.png)")
+    args = parser.parse_args()
+    if args.nfe < 1 or args.seed < 0:
+        raise UserError("--nfe must be at least 1 and --seed at least 0")
+    import torch
+
+    from mf_dist.checkpoint import find_checkpoint, newest_run
+    from mf_dist.generate import load_trained
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(find_checkpoint(args.checkpoint or newest_run(Path("runs"))), args.ema, args.vae, device)
+    known = max(1, trained.generator.num_classes)
+    wrong = [c for c in args.classes or [] if not 0 <= c < known]
+    if wrong:
+        raise UserError(f"--class {wrong[0]} is not in 0..{known - 1}")
+    trained.generator.grid(args.nfe, args.seed, args.out, trained.class_names, args.classes)
+    print(f"{trained.checkpoint.folder}, {args.nfe} network calls an image: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
