@@ -1,0 +1,74 @@
+"""Shared pieces: small real data sets, made once a session with the shipped VAE."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+VAE = ROOT / "mf_dist/assets/digits-vae"
+FEATURES = ROOT / "mf_dist/assets/digits-features"
+
+
+def run_python(*arguments: object, expect: int = 0, cwd: Path = ROOT, env: dict | None = None, timeout: int = 300):
+    """A command as a user runs it; fails with its whole output unless it exits with `expect`."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def write_digits(folder: Path, count: int, classes: bool = True) -> Path:
+    """The first `count` real digits as 32x32 RGB files."""
+    digits = load_digits()
+    for number in range(count):
+        pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)
+        where = folder / str(digits.target[number]) if classes else folder
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(
+            where / f"{number:04d}.png"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """150 real digits in class folders."""
+    return write_digits(tmp_path_factory.mktemp("images") / "digits", 150)
+
+
+@pytest.fixture(scope="session")
+def latents(images, tmp_path_factory) -> Path:
+    """The same digits encoded by the shipped VAE, in three shards."""
+    from mf_dist.encode import encode_folder
+
+    out = tmp_path_factory.mktemp("latents") / "digits"
+    encode_folder(str(images), out, str(VAE), resolution=32, shard_size=60, batch=16)
+    return out
+
+
+TINY = """
+run_dir: {run}
+data: {{path: {latents}, num_workers: 0}}
+model: {{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}}
+meanflow: {{kappa: 0.5}}
+optim: {{lr: 1e-3, ema_decay: 0.99}}
+train: {{total_images: 96, batch_size: 16}}
+engine: {{precision: fp32}}
+checkpoint: {{every_images: 48}}
+log: {{every_steps: 2, sample_every_images: 48}}
+eval: {{num_samples: 60, labels: balanced, features: {features}, reference: {images}}}
+"""
+
+
+@pytest.fixture
+def tiny_config(tmp_path, latents, images) -> Path:
+    """A config file of a run of 6 steps on the real latents."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(run=tmp_path / "run", latents=latents, features=FEATURES, images=images))
+    return path

@@ -1,0 +1,75 @@
+"""Listing, decoding and cropping images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mf_dist.data.images import centre_crop, image_grid, list_images, load_image
+from mf_dist.errors import UserError
+
+
+def adm_crop(image, size):
+    """ADM's center_crop_arr, from its published steps, in its own order (numpy slice instead of crop)."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(n // 2 for n in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    array = np.array(image.resize(tuple(round(n * scale) for n in image.size), resample=Image.BICUBIC))
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (100, 70), (33, 300), (20, 25), (257, 131)])
+def test_crop_is_adms(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(centre_crop(image, 32)), adm_crop(image, 32))
+
+
+def test_image_of_the_right_size_is_untouched(images):
+    folder = list_images(images)
+    path = folder.root / folder.paths[0]
+    assert np.array_equal(load_image(path, 32), np.asarray(Image.open(path)).transpose(2, 0, 1))
+
+
+def test_classes_are_sub_folders_in_order(images):
+    folder = list_images(images)
+    assert folder.classes == [str(i) for i in range(10)] and len(folder.paths) == 150
+    assert folder.paths == sorted(folder.paths)
+    assert all(path.startswith(f"{label}/") for path, label in zip(folder.paths, folder.labels, strict=True))
+
+
+def test_no_sub_folders_no_classes(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    folder = list_images(tmp_path)
+    assert folder.classes == [] and folder.labels == [0]
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    with pytest.raises(UserError, match="no image folder"):
+        list_images(tmp_path / "missing")
+    with pytest.raises(UserError, match="no images"):
+        list_images(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        load_image(tmp_path / "broken.png", 8)
+    (tmp_path / "class").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "class" / "b.png")
+    with pytest.raises(UserError, match="loose image"):
+        list_images(tmp_path)
+    assert load_image(tmp_path / "class" / "b.png", 8).shape == (3, 8, 8)
+
+
+def test_truncated_image_is_refused(tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"cut\.jpg"):
+        load_image(path, 32)
+
+
+def test_grid_has_every_image_in_its_row():
+    images = np.stack([np.full((3, 4, 4), 10 * i, np.uint8) for i in range(6)])
+    grid = np.asarray(image_grid(images, ["a", "b"]))
+    columns = grid.shape[1] - 3 * 6
+    assert [grid[1, columns + 6 * c + 1, 0] for c in range(3)] == [0, 10, 20]
+    assert [grid[7, columns + 6 * c + 1, 0] for c in range(3)] == [30, 40, 50]

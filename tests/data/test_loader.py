@@ -1,0 +1,94 @@
+"""The stream of batches: one global batch for any ranks, workers and accumulation; exact shares; O(1) seeking."""
+
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from mf_dist import rng
+from mf_dist.config import load_config, resolve
+from mf_dist.data.loader import LatentStream, training_batches
+from mf_dist.data.shards import LatentShards, read_manifest
+
+
+def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
+    """All rows of the run over all ranks, keyed by what they draw: {e's bytes: (label, moments' bytes, times)}."""
+    config = resolve(load_config(str(config_path), overrides), read_manifest(latents), world_size)
+    per_step, batch = [], config.train.batch_size
+    iterators = [
+        training_batches(LatentShards(latents), config, samples_seen, rank, world_size, pin_memory=False)
+        for rank in range(world_size)
+    ]
+    accumulation = batch // (config.train.micro_batch * world_size)
+    for _ in range(config.total_steps - samples_seen // batch):
+        rows = {}
+        for iterator in iterators:
+            for _ in range(accumulation):
+                b = next(iterator)
+                for i in range(len(b.labels)):
+                    key = b.e[i].numpy().tobytes()
+                    rows[key] = (int(b.labels[i]), b.moments[i].numpy().tobytes(), b.posterior_noise[i].numpy().tobytes(),
+                                 b.time_normals[i].numpy().tobytes(), float(b.drop_uniforms[i]))  # fmt: skip
+        assert len(rows) == batch
+        per_step.append(rows)
+    assert all(next(iterator, None) is None for iterator in iterators)
+    return per_step
+
+
+def test_global_batch_is_the_same_for_any_ranks_accumulation_and_workers(tiny_config, latents):
+    reference = global_rows(tiny_config, [], latents, 1)
+    assert len(reference) == 6
+    for world_size, overrides in [
+        (2, []),
+        (4, []),
+        (1, ["train.micro_batch=4"]),
+        (2, ["train.micro_batch=4"]),
+        (1, ["data.num_workers=2"]),
+    ]:
+        assert global_rows(tiny_config, overrides, latents, world_size) == reference
+
+
+def test_resumed_stream_is_the_rest_of_the_whole_one(tiny_config, latents):
+    reference = global_rows(tiny_config, [], latents, 1)
+    assert global_rows(tiny_config, [], latents, 2, samples_seen=48) == reference[3:]
+
+
+def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
+    shards = LatentShards(latents)
+    stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4))
+    rows = torch.cat([stream[j].moments for j in range(2 * shards.count // 8 + 1)])  # 150 is no multiple of 8
+    keys = [row.numpy().tobytes() for row in rows]
+    stored = {shards[i][0].tobytes() for i in range(shards.count)}
+    # rows are reordered inside a micro-batch: undo it by counting
+    counts = {key: keys.count(key) for key in keys}
+    assert set(counts) == stored and sum(counts.values()) == len(keys)
+    first_epoch = [shards[int(i)][0].tobytes() for i in rng.order(3, 0, shards.count)]
+    assert sorted(keys[:144]) == sorted(first_epoch[:144])
+
+
+@pytest.mark.parametrize("share", ["3/4", "1/2", "1", "0", "5/8"])
+def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, share):
+    share, m = Fraction(share), 8
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, share_r_equals_t=share)
+    for j in (0, 5):
+        expected = [rng.train_draws(0, slot, (4, 8, 8))[1] for slot in range(j * m, j * m + m)]
+        equal = [e for k, e in enumerate(expected) if (j * m + k) % share.denominator < share.numerator]
+        below = [e for k, e in enumerate(expected) if (j * m + k) % share.denominator >= share.numerator]
+        assert len(equal) == m * share
+        assert np.array_equal(stream[j].e.numpy(), np.stack([*equal, *below]))
+
+
+def test_seeking_is_instant_wherever_it_goes(latents):
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, share_r_equals_t=Fraction(3, 4))
+    start = time.perf_counter()
+    stream[10**9]
+    assert time.perf_counter() - start < 1
+
+
+def test_loading_draws_nothing_from_the_global_generators(tiny_config, latents):
+    torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    global_rows(tiny_config, [], latents, 1)
+    assert torch.equal(torch_state, torch.random.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])

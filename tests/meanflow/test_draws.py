@@ -1,0 +1,76 @@
+"""Times, label drop and guidance: shares, quantiles and the cases at the borders."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mf_dist.config import MeanFlowConfig
+from mf_dist.meanflow.guidance import drop_labels, guided_velocity
+from mf_dist.meanflow.path import path
+from mf_dist.meanflow.times import sample_times
+
+N = 200_000
+
+
+def normals():
+    return torch.randn(N, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_times_have_the_quantiles_of_the_larger_and_smaller_of_two_logit_normals():
+    r, t = sample_times(normals(), N // 2, mean=-0.4, std=1.0)
+    assert torch.equal(r[: N // 2], t[: N // 2]) and (r[N // 2 :] < t[N // 2 :]).all()
+    cdf = lambda a: stats.norm.cdf(np.log(a / (1 - a)) + 0.4)  # noqa: E731
+    # also where r is then set to t, t stays the larger of two draws: P(t <= a) = F(a)^2
+    for rows in (t[: N // 2], t[N // 2 :]):
+        assert stats.kstest(rows.numpy(), lambda a: cdf(a) ** 2).statistic < 0.006
+    assert stats.kstest(r[N // 2 :].numpy(), lambda a: 1 - (1 - cdf(a)) ** 2).statistic < 0.006
+
+
+@pytest.mark.parametrize(("n_eq", "eligible"), [(3 * N // 4, "first"), (N, "all"), (0, "all"), (N // 20, "all")])
+def test_drop_takes_its_share_of_all_rows_among_the_r_equals_t_ones(n_eq, eligible):
+    uniforms = torch.rand(N, generator=torch.Generator().manual_seed(1))
+    dropped = drop_labels(torch.zeros(N, dtype=torch.int64), uniforms, n_eq, share=0.1, null_label=7) == 7
+    assert abs(dropped.float().mean() - 0.1) < 0.002
+    if eligible == "first":
+        assert not dropped[n_eq:].any()
+        assert abs(dropped[:n_eq].float().mean() - 0.1 / 0.75) < 0.003
+    elif n_eq < N:
+        assert abs(dropped[n_eq:].float().mean() - 0.1) < 0.003
+
+
+def test_no_drop_and_full_drop():
+    y, uniforms = torch.arange(4), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    assert torch.equal(drop_labels(y, uniforms, 3, 0.0, 9), y)
+    assert (drop_labels(y, uniforms, 3, 1.0, 9) == 9).all()
+
+
+def test_guided_velocity_inside_outside_and_dropped():
+    recipe = MeanFlowConfig(omega=0.2, kappa=0.92, guidance_start=0.3, guidance_end=0.8)
+    v, u_cond, u_null = (torch.full((5, 1, 1, 1), value) for value in (1.0, 10.0, 100.0))
+    t, y = torch.tensor([0.29, 0.3, 0.5, 0.8, 0.81]), torch.tensor([0, 0, 4, 0, 0])
+    v_g = guided_velocity(v, u_cond, u_null, t, y, 4, recipe).flatten()
+    inside = 0.2 * 1 + 0.92 * 10 + (1 - 0.2 - 0.92) * 100
+    torch.testing.assert_close(v_g, torch.tensor([1.0, inside, 1.0, inside, 1.0]))
+
+
+def test_identity_guidance_gives_v():
+    v, u_cond, u_null = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    t, y = torch.rand(5), torch.zeros(5, dtype=torch.int64)
+    torch.testing.assert_close(guided_velocity(v, u_cond, u_null, t, y, 4, MeanFlowConfig()), v)
+
+
+def test_kappa_zero_is_the_classical_form():
+    v, u_null = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    t, y = torch.rand(5), torch.zeros(5, dtype=torch.int64)
+    v_g = guided_velocity(v, None, u_null, t, y, 4, MeanFlowConfig(omega=3.0))
+    torch.testing.assert_close(v_g, u_null + 3.0 * (v - u_null))
+
+
+def test_path_runs_from_data_to_noise_at_constant_velocity():
+    x, e = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(path(x, e, torch.zeros(3))[0], x) and torch.equal(path(x, e, torch.ones(3))[0], e)
+    h = 1e-6
+    z0, v = path(x, e, torch.full((3,), 0.4, dtype=torch.float64))
+    z1, _ = path(x, e, torch.full((3,), 0.4 + h, dtype=torch.float64))
+    torch.testing.assert_close((z1 - z0) / h, v, atol=1e-8, rtol=1e-8)

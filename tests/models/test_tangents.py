@@ -1,0 +1,98 @@
+"""Every tangent rule against torch.func.jvp and a central difference, in float64, at random weights."""
+
+import pytest
+import torch
+from oracles import func_jvp, small_dit
+from torch import nn
+
+from mf_dist.models.attention import SelfAttention, attention, attention_with_tangent
+from mf_dist.models.layers import Linear, Mlp, TimeEmbedding, gated_add, gelu, layer_norm, modulate, silu
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    module = module.double()
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.copy_(0.5 * randn(*p.shape, seed=100 + i))
+    return module
+
+
+LAYERS = {
+    "linear": randomised(Linear(6, 5)),
+    "silu": silu,
+    "gelu": gelu,
+    "layer_norm": layer_norm,
+    "mlp": randomised(Mlp(6, 24)),
+    "attention": randomised(SelfAttention(6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_layer_of_one_input(name):
+    layer, x, dx = LAYERS[name], 2 * randn(4, 5, 6), randn(4, 5, 6, seed=1)
+    y, dy = layer(x, dx)
+    value, tangent = func_jvp(lambda a: layer(a)[0], (x,), (dx,))
+    torch.testing.assert_close(y, value, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(dy, tangent, atol=1e-10, rtol=1e-10)
+    assert tangent.abs().max() > 0.1
+    alone, nothing = layer(x)
+    assert nothing is None
+    torch.testing.assert_close(alone, y, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [modulate, gated_add])
+def test_layer_of_three_inputs(rule):
+    shapes = [(4, 5, 6), (4, 6), (4, 6)] if rule is modulate else [(4, 5, 6), (4, 6), (4, 5, 6)]
+    primals = tuple(randn(*shape, seed=i) for i, shape in enumerate(shapes))
+    tangents = tuple(randn(*shape, seed=10 + i) for i, shape in enumerate(shapes))
+    y, dy = rule(*primals, *tangents)
+    value, tangent = torch.func.jvp(lambda *a: rule(*a, None, None, None)[0], primals, tangents)
+    torch.testing.assert_close(y, value, atol=0, rtol=0)
+    torch.testing.assert_close(dy, tangent, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_time_embedding():
+    layer, t, dt = randomised(TimeEmbedding(6)), torch.rand(4, dtype=torch.float64), randn(4)
+    y, dy = layer(t, dt)
+    value, tangent = torch.func.jvp(lambda a: layer(a)[0], (t,), (dt,))
+    torch.testing.assert_close(y, value, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(dy, tangent, atol=1e-10, rtol=1e-10)
+
+
+def test_attention_value_equals_the_fused_one():
+    q, k, v, *tangents = (randn(2, 3, 7, 4, seed=i) for i in range(6))
+    torch.testing.assert_close(attention_with_tangent(q, k, v, *tangents)[0], attention(q, k, v))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@torch.no_grad()
+def test_dit(patch_size):
+    net = small_dit(patch_size=patch_size)
+    z, dz, y = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1), torch.tensor([0, 1, 2, 3, 0])
+    r, t = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).sort(dim=0)[0]
+    dr, dt = randn(5, seed=3), randn(5, seed=4)
+    u, du = net(z, r, t, y, tangent=(dz, dr, dt))
+    value, tangent = func_jvp(lambda a, b, c: net(a, b, c, y), (z, r, t), (dz, dr, dt))
+    torch.testing.assert_close(u, value, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(du, tangent, atol=1e-10, rtol=1e-10)
+    assert du.abs().mean() > 0.05
+    h = 1e-5
+    central = (net(z + h * dz, r + h * dr, t + h * dt, y) - net(z - h * dz, r - h * dr, t - h * dt, y)) / (2 * h)
+    torch.testing.assert_close(du, central, atol=1e-4, rtol=1e-5)  # truncation and rounding of the difference
+
+
+@torch.no_grad()
+def test_bf16_layers_leave_u_and_du_in_the_type_of_z():
+    net = small_dit().bfloat16()
+    z, r, t, y = randn(2, 3, 4, 4).float(), torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.9]), torch.tensor([0, 3])
+    u, du = net(z, r, t, y, tangent=(z, torch.zeros(2), torch.ones(2)))
+    assert u.dtype == du.dtype == torch.float32
+    exact = small_dit()
+    u64, du64 = exact(z.double(), r.double(), t.double(), y, tangent=(z.double(), torch.zeros(2).double(), torch.ones(2).double()))  # fmt: skip
+    assert (u - u64).norm() / u64.norm() < 0.03 and (du - du64).norm() / du64.norm() < 0.06

@@ -1,0 +1,73 @@
+"""Networks with known answers, and the loss in another form, to hold ours against."""
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mf_dist.models.dit import DiT
+
+
+def small_dit(seed: int = 0, num_classes: int = 3, **changes) -> DiT:
+    """A DiT in float64 with random weights everywhere: at its initial ones u and du/dt are 0 and prove nothing."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    net = DiT(**{**sizes, **changes}, num_classes=num_classes, generator=g).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * (0.3 if p.ndim > 1 else 0.1))
+    return net
+
+
+def func_jvp(function, primals, tangents):
+    """torch.func.jvp; only the plain attention knows forward mode."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(function, primals, tangents)
+
+
+class Closed:
+    """A closed-form u(z, r, t) behind the network's interface; its tangent by torch.func.jvp."""
+
+    def __init__(self, u):
+        self.u = u
+
+    def __call__(self, z, r, t, y, tangent=None):
+        if tangent is None:
+            return self.u(z, r, t)
+        return torch.func.jvp(self.u, (z, r, t), tangent)
+
+
+def column(a):
+    return a[:, None, None, None]
+
+
+def point_mass(x0):
+    """All data at x0: the average velocity is (z - x0) / t for every r."""
+    return lambda z, r, t: (z - x0) / column(t)
+
+
+class GaussianData:
+    """Data N(0, s^2 I): z_t is N(0, sigma(t)^2 I), and the marginal flow scales z by sigma(r) / sigma(t)."""
+
+    def __init__(self, s):
+        self.s = s
+
+    def sigma(self, t):
+        return ((1 - t) ** 2 * self.s**2 + t**2).sqrt()
+
+    def velocity(self, z, t):
+        return z * column((t - (1 - t) * self.s**2) / self.sigma(t) ** 2)
+
+    def u(self, z, r, t):
+        return z * column((1 - self.sigma(r) / self.sigma(t)) / (t - r))
+
+
+def full_batch_rows(net, x, e, r, t, y, null_label, recipe, jvp=func_jvp):
+    """Per-row s and weighted loss as the authors write them: guidance and one JVP on every row of the batch."""
+    z, v = (1 - column(t)) * x + column(t) * e, e - x
+    u_cond, u_null = net(z, t, t, y).detach(), net(z, t, t, torch.full_like(y, null_label)).detach()
+    inside = (t >= recipe.guidance_start) & (t <= recipe.guidance_end) & (y != null_label)
+    omega = column(torch.where(inside, torch.full_like(t, recipe.omega), 1.0))
+    kappa = column(torch.where(inside, torch.full_like(t, recipe.kappa), 0.0))
+    v_g = omega * v + kappa * u_cond + (1 - omega - kappa) * u_null
+    u, du_dt = jvp(lambda a, b, c: net(a, b, c, y), (z, r, t), (v_g, torch.zeros_like(r), torch.ones_like(t)))
+    s = ((u - (v_g - column(t - r) * du_dt).detach()) ** 2).sum(dim=(1, 2, 3))
+    return s, s / (s.detach() + recipe.adaptive_eps) ** recipe.adaptive_p
