@@ -1,7 +1,9 @@
 """Where a run's numbers go: metrics.jsonl always, a status line or progress bar, W&B when asked. Rank 0 only."""
 
 import json
+import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +89,23 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
     )
 
 
-def _start_wandb(config: Config, run_dir: Path, say: Any) -> Any:
+def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> Any:
     """A W&B run with the same id after every restart; offline where the server cannot be reached."""
-    import wandb
-
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     options: dict[str, Any] = {
         "project": config.log.wandb_project, "name": run_dir.name, "id": id_file.read_text(encoding="utf-8").strip(),
         "resume": "allow", "dir": str(run_dir), "config": to_tree(config),
     }  # fmt: skip
     for mode in dict.fromkeys([config.log.wandb, "offline"]):
         try:
-            return wandb.init(**options, mode=mode, settings=wandb.Settings(init_timeout=30, silent=True))
+            import wandb
+
+            settings = wandb.Settings(init_timeout=30, login_timeout=60, silent=True)
+            return wandb.init(**options, mode=mode, settings=settings)
         except Exception as error:  # no network, no key, no disk: none may end a training run
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             then = "logging W&B offline" if mode == "online" else "going on without W&B"
             say(f"warning: W&B {mode} does not start ({reason}); {then}")
     return None

@@ -1,0 +1,183 @@
+"""Configs: every mistake is one line, at once, before torch is imported."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from mf_dist.config import Config, MeanFlowConfig, load_config, resolve
+from mf_dist.config_loader import from_tree, to_tree
+from mf_dist.data.shards import read_manifest
+from mf_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = str(ROOT / "configs/digits_cpu.yaml")
+LATENT = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10", "data.path=none"]
+
+
+def load(*overrides, world_size=1):
+    return resolve(load_config(DIGITS, [*LATENT, *overrides]), None, world_size)
+
+
+WRONG = [
+    (["train.total_image=1"], r"train\.total_image; did you mean train\.total_images\?"),
+    (["nonsense=1"], "unknown key nonsense; known keys: run_dir"),
+    (["model.depht=2"], r"did you mean model\.depth\?"),
+    (["model.depth=two"], r"model\.depth: expected a whole number >= 1, got 'two'"),
+    (["model.depth=0"], r"model\.depth: expected a whole number >= 1, got 0"),
+    (["model.depth=1.5"], r"model\.depth: expected a whole number"),
+    (["model.depth=true"], r"model\.depth: expected a whole number"),
+    (["model.depth="], r"model\.depth: expected a whole number"),
+    (["model=7"], "model: expected a section"),
+    (["optim.lr=-1"], r"optim\.lr: expected a number > 0"),
+    (["optim.lr=fast"], r"optim\.lr: expected a number > 0, got 'fast'"),
+    (["optim.lr=nan"], r"optim\.lr: expected"),
+    (["optim.lr=inf"], r"optim\.lr: expected"),
+    (["optim.beta2=1"], r"optim\.beta2: expected a number in \[0, 1\)"),
+    (["optim.ema_warmup=yes please"], r"optim\.ema_warmup: expected true or false"),
+    (["optim.ema_decay=1.5"], r"optim\.ema_decay"),
+    (["engine.zero_stage=0"], r"engine\.zero_stage: expected 1, 2 or 3 \(stage 0 trains wrongly in bf16"),
+    (["engine.precision=fp16"], r"engine\.precision: expected bf16 or fp32, got 'fp16'"),
+    (["log.wandb=maybe"], r"log\.wandb: expected off or online or offline"),
+    (["meanflow.share_r_equals_t=3/0"], r"share_r_equals_t: expected a fraction"),
+    (["meanflow.share_r_equals_t=1.2"], r"share_r_equals_t: expected a fraction"),
+    (["meanflow.label_drop=2"], r"label_drop: expected a number in \[0, 1\]"),
+    (["meanflow.kappa=1"], "kappa 1.0 must be below 1"),
+    (["meanflow.guidance_start=0.9", "meanflow.guidance_end=0.1"], "guidance_start 0.9 lies above"),
+    (["meanflow.share_r_equals_t=2/3"], "is no whole number of rows; use a micro-batch that is a multiple of 3"),
+    (["train.micro_batch=3"], "train.batch_size 64 is not a multiple of 1 ranks x train.micro_batch 3"),
+    (["train.total_images=10"], "less than one batch of 64"),
+    (["model.patch_size=3"], "model.patch_size 3 does not divide the latent's side 8"),
+    (["model.num_heads=3"], "model.num_heads 3 does not divide model.hidden_size 128"),
+    (["model.hidden_size=126", "model.num_heads=3"], "not a multiple of 4"),
+    (["model.num_classes=0"], "guidance needs classes"),
+    (["eval.nfe=0"], r"eval\.nfe: expected whole numbers >= 1"),
+    (["eval.nfe=[1, x]"], r"eval\.nfe"),
+    (["run_dir="], "run_dir"),
+    (["train"], "expected section.key=value"),
+    (["run_dir.x=1"], "'run_dir' is a value, not a section"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_a_mistake_is_named(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(*overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "expected sections"),
+        ("run_dir: [", "not valid YAML, line 1"),
+        ("run_dir: a\nrun_dir: b\n", "'run_dir' stands twice"),
+        ("run_dir: a\n", "data is missing"),
+        ("\x00", "not valid YAML"),
+        ("", "expected sections"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(str(path), [])
+    assert str(path) in str(error.value)
+
+
+def test_ranks_must_divide_the_batch():
+    assert load(world_size=4).train.micro_batch == 16
+    with pytest.raises(UserError, match="not a multiple of 3 ranks x train.micro_batch 21"):
+        load(world_size=3)
+    with pytest.raises(UserError, match="ranks"):
+        load(world_size=128)
+
+
+def test_values_mean_what_yaml_users_write(tmp_path):
+    config = load("optim.lr=1e-4", "meanflow.share_r_equals_t=0.75", "train.total_images=1_000", "eval.nfe=[1, 4]")
+    assert config.optim.lr == 1e-4 and config.meanflow.share_r_equals_t == Fraction(3, 4)
+    assert config.train.total_images == 1000 and config.eval.nfe == (1, 4)
+    assert load("log.wandb=off").log.wandb == "off"
+
+
+def test_a_config_survives_its_tree():
+    config = load()
+    assert from_tree(Config, to_tree(config), "tree") == config
+
+
+def test_the_manifest_decides_and_must_agree(latents):
+    manifest = read_manifest(latents)
+    config = load_config(DIGITS, [f"data.path={latents}"])
+    assert resolve(config, manifest, 1).model.num_classes == 10
+    with pytest.raises(UserError, match=r"model\.num_classes is 9, but the dataset .* has 10"):
+        resolve(load_config(DIGITS, ["model.num_classes=9"]), manifest, 1)
+    with pytest.raises(UserError, match="is not set and there is no dataset"):
+        resolve(config, None, 1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_resolve_and_say_what_they_are(path):
+    shape = [] if path.stem.startswith("imagenet") else LATENT
+    resolve(load_config(str(path), shape), None, 8 if path.stem.startswith("imagenet") else 1)
+    header = path.read_text().split("run_dir:")[0]
+    for word in ("ommand", "ardware", "ours", "xpected") if "custom" not in path.stem else ("ardware", "ours"):
+        assert word in header, f"{path.name}'s header lacks {word!r}"
+
+
+TABLE = {  # depth, width, heads, patch, omega, kappa, interval, epochs: the paper's Table 4
+    "b4": (12, 768, 12, 4, 1.0, 0.5, (0.0, 1.0), 240),
+    "b2": (12, 768, 12, 2, 1.0, 0.5, (0.0, 1.0), 240),
+    "m2": (16, 1024, 16, 2, 1.0, 0.5, (0.0, 1.0), 240),
+    "l2": (24, 1024, 16, 2, 0.2, 0.92, (0.0, 0.8), 240),
+    "xl2": (28, 1152, 16, 2, 0.2, 0.92, (0.0, 0.75), 240),
+    "xl2plus": (28, 1152, 16, 2, 1.0, 0.5, (0.3, 0.8), 1000),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_presets_are_the_papers(name):
+    config = load_config(str(ROOT / f"configs/imagenet256_{name}.yaml"), [])
+    m, g, o = config.model, config.meanflow, config.optim
+    epochs = config.total_steps / 5004
+    assert TABLE[name] == (m.depth, m.hidden_size, m.num_heads, m.patch_size, g.omega, g.kappa,
+                           (g.guidance_start, g.guidance_end), epochs)  # fmt: skip
+    rest = {field.name: getattr(g, field.name) for field in dataclasses.fields(MeanFlowConfig)}
+    for own in ("omega", "kappa", "guidance_start", "guidance_end"):
+        del rest[own]
+    assert rest == {
+        "share_r_equals_t": Fraction(3, 4), "time_mean": -0.4, "time_std": 1.0, "label_drop": 0.1,
+        "adaptive_eps": 0.01, "adaptive_p": 1.0,
+    }  # fmt: skip
+    assert (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.ema_decay, o.ema_warmup) == (
+        1e-4, 0.9, 0.95, 1e-8, 0.0, 0.9999, False,
+    )  # fmt: skip
+    assert config.train.batch_size == 256
+    assert (m.latent_size, m.latent_channels, m.num_classes) == (32, 4, 1000)
+
+
+def test_a_wrong_command_line_ends_in_two_seconds_without_torch(tmp_path):
+    program = (
+        "import sys; from mf_dist.train import main; code = main(); "
+        "assert not {'torch', 'deepspeed', 'diffusers'} & set(sys.modules), 'heavy import'; sys.exit(code)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program, DIGITS, "optim.lrr=1"], capture_output=True, text=True, timeout=60
+    )
+    assert time.perf_counter() - start < 2
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [f"error: {DIGITS}: unknown key optim.lrr; did you mean optim.lr?"]
+
+
+def test_dry_run_prints_config_shapes_and_cost():
+    done = subprocess.run(
+        [sys.executable, "-m", "mf_dist.train", str(ROOT / "configs/imagenet256_xl2.yaml"), "--dry-run"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("omega: 0.2", "(4, 32, 32), 256 tokens", "676,440,592", "237.24 GFLOP", "1,200,960 steps", "4.75 forwards"):  # fmt: skip
+        assert text in done.stdout

@@ -1,0 +1,52 @@
+"""The arithmetic of --dry-run against the network itself."""
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mf_dist import cost
+from mf_dist.config import MeanFlowConfig, ModelConfig, load_config
+from mf_dist.generate import new_net
+from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+
+MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_size=8, latent_channels=4, num_classes=5)
+
+
+def test_parameters():
+    assert cost.parameters(MODEL) == sum(p.numel() for p in new_net(MODEL, 0).parameters())
+
+
+@torch.no_grad()
+def test_forward_flops():
+    net, z = new_net(MODEL, 0), torch.randn(2, 4, 8, 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the CPU's fused one
+        net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    assert counter.get_total_flops() == 2 * cost.forward_flops(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forwards"),
+    [
+        (MeanFlowConfig(), 3.5),
+        (MeanFlowConfig(omega=2.0), 4.5),
+        (MeanFlowConfig(kappa=0.5), 4.75),
+        (MeanFlowConfig(share_r_equals_t=Fraction(1)), 3.0),
+    ],
+)
+def test_a_steps_flops(recipe, forwards):
+    """Counted by torch on a real step. The backward of a linear whose input needs no gradient is cheaper, and the
+    tangent's attention dearer, than 'a forward': hence 4 %."""
+    base = load_config("configs/digits_cpu.yaml", [])
+    assert cost.forwards_per_image(dataclasses.replace(base, meanflow=recipe)) == forwards
+    net = new_net(MODEL, 0)
+    g = torch.Generator().manual_seed(0)
+    x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
+    draws = Draws(e, torch.randn(8, 2, generator=g), torch.rand(8, generator=g))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the CPU's fused one
+        loss, _ = MeanFlowLoss(net, net.null_label, recipe)(x, torch.zeros(8, dtype=torch.int64), draws)
+        loss.backward()
+    assert counter.get_total_flops() / 8 / cost.forward_flops(MODEL) == pytest.approx(forwards, rel=0.04)

@@ -1,0 +1,157 @@
+"""The three commands as a user runs them, on real digits: train, resume, evaluate, sample."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import FEATURES, TINY, run_python
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mf_dist.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, latents, images):
+    """Two runs of the same 6 steps: `whole` at once, `parts` stopped after 3 and resumed by the same command."""
+    root = tmp_path_factory.mktemp("runs")
+    outputs = {}
+    for name, lengths in {"whole": [96], "parts": [48, 96]}.items():
+        config = root / f"{name}.yaml"
+        config.write_text(TINY.format(run=root / name, latents=latents, features=FEATURES, images=images))
+        outputs[name] = [run_python("-m", "mf_dist.train", config, f"train.total_images={n}") for n in lengths]
+    return root, outputs
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_gives_the_bits_of_one_run(runs):
+    root, outputs = runs
+    assert "from scratch" in outputs["parts"][0].stdout
+    assert "resuming" in outputs["parts"][1].stdout and "step-00000003" in outputs["parts"][1].stdout
+    files = ["master", "exp_avg", "exp_avg_sq", "ema-0.99"]
+    for kind in files:
+        whole = load_file(root / "whole/checkpoints/step-00000006" / f"{kind}.safetensors")
+        parts = load_file(root / "parts/checkpoints/step-00000006" / f"{kind}.safetensors")
+        assert whole.keys() == parts.keys() and len(whole) > 20
+        for name, tensor in whole.items():
+            assert np.array_equal(tensor, parts[name]), f"{kind} of {name} differs"
+    start = load_file(root / "whole/checkpoints/step-00000003/master.safetensors")
+    end = load_file(root / "whole/checkpoints/step-00000006/master.safetensors")
+    assert all(not np.array_equal(start[name], end[name]) for name in ("patch_out.weight", "patch_out.bias"))
+
+
+def test_a_finished_run_ends_at_once(runs):
+    root, _ = runs
+    again = run_python("-m", "mf_dist.train", root / "whole.yaml")
+    assert "resuming" in again.stdout and "finished at step 6" in again.stdout
+    assert [m["step"] for m in metrics(root / "whole")] == [2, 4, 6]
+
+
+def test_metrics_have_every_number(runs):
+    root, _ = runs
+    for m in metrics(root / "whole"):
+        assert {"raw_loss_r_equals_t", "raw_loss_r_below_t", "loss", "v_loss", "du_dt_norm", "grad_norm", "lr",
+                "images_per_second", "memory_gib", "data_wait_share", "samples_seen"} <= m.keys()  # fmt: skip
+        assert all(np.isfinite(value) for value in m.values())
+        assert m["samples_seen"] == 16 * m["step"] and m["lr"] == 1e-3
+        assert 0.9 < m["loss"] <= 1  # the adaptive weight: s / (s + eps)
+    assert {m["step"] for m in metrics(root / "parts")} == {2, 3, 4, 6}
+
+
+def test_sample_grids_are_drawn_at_one_and_two_steps(runs):
+    root, _ = runs
+    names = sorted(path.name for path in (root / "whole/samples").iterdir())
+    assert names == [f"step0000000{step}-nfe{nfe}.png" for step in (3, 6) for nfe in (1, 2)]
+    whole, parts = (np.asarray(Image.open(root / run / "samples" / names[-1])) for run in ("whole", "parts"))
+    assert np.array_equal(whole, parts)
+
+
+def test_checkpoint_says_what_it_is(runs):
+    root, _ = runs
+    state = open_checkpoint(root / "whole/checkpoints/step-00000006").state
+    assert state["samples_seen"] == 96 and state["config"]["model"]["num_classes"] == 10
+    assert state["versions"]["torch"] and state["vae"]["sha256"] and state["classes"] == [str(i) for i in range(10)]
+
+
+def test_evaluation_adds_an_entry_per_protocol_and_any_count_has_the_same_images(runs, tmp_path):
+    root, _ = runs
+    tool = ["tools/fid_eval.py", "--checkpoint", root / "whole", "--save-npz"]
+    first = run_python(*tool, "--nfe", 1)
+    assert first.stdout.splitlines()[0] == f"evaluating {root / 'whole/checkpoints/step-00000006'}"
+    assert "fd_digits" in first.stdout and "FID" not in first.stdout
+    run_python(*tool, "--nfe", 2)
+    run_python(*tool, "--nfe", 1)
+    out = root / "whole/eval"
+    entries = json.loads((out / "metrics.json").read_text())
+    assert sorted(e["nfe"] for e in entries) == [1, 2] and all(e["num_samples"] == 60 for e in entries)
+    assert entries[0]["value"] != entries[1]["value"] and (out / "grid_nfe1.png").is_file()
+    with np.load(out / "samples_nfe1.npz") as file:
+        pixels, labels = file["arr_0"], file["arr_1"]
+    assert pixels.shape == (60, 32, 32, 3) and pixels.dtype == np.uint8
+    assert np.array_equal(labels, np.arange(60) % 10)
+    run_python(*tool, "--nfe", 1, "--num-samples", 23, "--out", tmp_path)
+    with np.load(tmp_path / "samples_nfe1.npz") as file:
+        assert np.array_equal(file["arr_0"], pixels[:23])
+    run_python(*tool[:3], "--nfe", 1, "--num-samples", 23, "--labels", "random", "--out", tmp_path)
+    assert len(json.loads((tmp_path / "metrics.json").read_text())) == 2
+
+
+def test_measuring_a_folder(images, tmp_path):
+    done = run_python("tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--out", tmp_path)  # fmt: skip
+    (entry,) = json.loads((tmp_path / "metrics.json").read_text())
+    assert abs(entry["value"]) < 1e-6 and entry["num_samples"] == entry["reference_images"] == 150
+    assert "fd_digits" in done.stdout
+
+
+def test_sampling_one_class(runs, tmp_path):
+    root, _ = runs
+    out = tmp_path / "grid.png"
+    run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 3, "--nfe", 1, "--out", out)
+    width, height = Image.open(out).size
+    assert height == 34 and width > 8 * 32
+    wrong = run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 10, expect=2)
+    assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tools/fid_eval.py", "--checkpoint", "nowhere"], "error: no checkpoint in 'nowhere'"),
+        (["tools/fid_eval.py", "--nfe", "0"], "error: --nfe must be at least 1, got 0"),
+        (["tools/fid_eval.py", "--images", "x"], "error: --images needs"),
+        (["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"], "error: --resolution"),
+        (["-m", "mf_dist.train", "configs/none.yaml"], "error: cannot read config 'configs/none.yaml'"),
+        (["-m", "mf_dist.train", "configs/digits_cpu.yaml", "data.path=nowhere", "model.latent_size=8",
+          "model.latent_channels=4", "model.num_classes=10"], "error: no finished dataset at 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(arguments, message):
+    done = run_python(*arguments, expect=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
+    run_python("-m", "mf_dist.train", tiny_config, "engine.precision=bf16", "meanflow.share_r_equals_t=1",
+               "meanflow.kappa=0", "train.total_images=32", "eval.nfe=3")  # fmt: skip
+    (m,) = metrics(tmp_path / "run")
+    assert m["raw_loss_r_below_t"] is None and np.isfinite(m["raw_loss_r_equals_t"])
+    assert m["v_loss"] == pytest.approx(m["raw_loss_r_equals_t"])
+    run_python("tools/fid_eval.py", "--checkpoint", tmp_path / "run", "--nfe", 3, "--num-samples", 20)
+    (entry,) = json.loads((tmp_path / "run/eval/metrics.json").read_text())
+    assert entry["sampler"] == "euler"
+
+
+def test_wandb_without_a_key_goes_offline(tiny_config, tmp_path):
+    import os
+
+    env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"HOME": str(tmp_path)}
+    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
+                      "log.sample_every_images=0", env=env)  # fmt: skip
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "logging W&B offline" in warnings[0]
+    assert len(metrics(tmp_path / "run")) == 1
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

@@ -1,0 +1,103 @@
+"""The VAE: ranges, scale, refusals; with the shipped one and one of SD-VAE's full shape."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import VAE
+from sklearn.datasets import load_digits
+
+from mf_dist.errors import UserError
+from mf_dist.latents import Vae, sample_posterior, to_pixels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return Vae(str(VAE), CPU)
+
+
+def test_round_trip_of_real_images(vae, images):
+    from mf_dist.data.images import list_images, load_image
+
+    folder = list_images(images)
+    pixels = torch.from_numpy(np.stack([load_image(folder.root / path, 32) for path in folder.paths]))
+    mean = vae.encode(pixels).chunk(2, dim=1)[0]
+    error = (vae.decode(mean * vae.scaling_factor).double() - pixels.double()).square().mean()
+    assert 10 * np.log10(255**2 / error) > 35  # dB
+    x = sample_posterior(vae.encode(pixels), torch.randn(mean.shape), vae.scaling_factor)
+    assert 0.8 < x.std() < 1.2  # the scale makes latents of unit variance
+
+
+def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
+    moments = torch.tensor([3.0, 0.5]).half().reshape(1, 2, 1, 1)
+    x = sample_posterior(moments, torch.full((1, 1, 1, 1), 2.0), 0.18215)
+    assert x.dtype == torch.float32 and x.item() == pytest.approx((3 + 0.5 * 2) * 0.18215)
+
+
+def test_moments_are_diffusers_own(vae):
+    pixels = torch.from_numpy(np.round(load_digits().images[:2] * 15.9375).astype(np.uint8))
+    pixels = pixels[:, None].repeat(1, 3, 1, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    posterior = vae.model.encode(pixels.float() / 255 * 2 - 1).latent_dist
+    torch.testing.assert_close(vae.encode(pixels), torch.cat([posterior.mean, posterior.std], 1), atol=1e-5, rtol=1e-4)
+
+
+def test_pixels_are_rounded_never_truncated():
+    levels = torch.arange(256, dtype=torch.float64)
+    assert torch.equal(to_pixels(levels / 255 * 2 - 1), levels.to(torch.uint8))
+    assert torch.equal(to_pixels((levels + 0.49) / 255 * 2 - 1), levels.to(torch.uint8))
+    assert to_pixels(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+def test_sd_vaes_shape_and_old_config(tmp_path):
+    """A random AutoencoderKL of SD-VAE's layout at quarter width, saved without a scaling factor, as the published
+    file is: the class's default 0.18215 holds."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, sample_size=256,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["scaling_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vae = Vae(str(tmp_path), CPU)
+    assert vae.scaling_factor == 0.18215
+    assert vae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 8, 8, 8)
+
+
+def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no VAE folder at"):
+        Vae(str(tmp_path / "nothing"), CPU)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        Vae(str(tmp_path), CPU)
+    copy = tmp_path / "copy"
+    shutil.copytree(VAE, copy)
+    with pytest.raises(UserError, match="were made with abcabcabcabc"):
+        Vae(str(copy), CPU, expected_sha256="abc" * 10)
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot load the VAE") as error:
+        Vae(str(copy), CPU)
+    assert "\n" not in str(error.value)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        Vae(str(copy), CPU)
+
+
+def test_a_hub_id_without_network_says_what_to_do():
+    program = (
+        "import torch; from mf_dist.latents import Vae; from mf_dist.errors import UserError\n"
+        "try: Vae('stabilityai/sd-vae-ft-mse', torch.device('cpu'))\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    )  # fmt: skip
+    assert done.stdout.count("\n") == 1, done.stderr
+    assert "cannot get VAE 'stabilityai/sd-vae-ft-mse'" in done.stdout and "hf download stabilityai/sd-vae-ft-mse" in done.stdout  # fmt: skip

@@ -1,0 +1,23 @@
+"""metrics.jsonl after a fault, and the status line."""
+
+import json
+
+from mf_dist.config import load_config
+from mf_dist.logger import Logger
+
+LINE = {
+    "loss": 1.0, "raw_loss_r_equals_t": 2.0, "raw_loss_r_below_t": None, "du_dt_norm": None, "grad_norm": 0.5,
+    "images_per_second": 640.0, "seconds_per_step": 0.1, "data_wait_share": 0.03, "memory_gib": 1.0,
+}  # fmt: skip
+
+
+def test_lines_beyond_the_checkpoint_and_broken_ones_go(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
+    path.write_text("\n".join([*lines, '{"step": 4', "null", '{"x": 1}']))
+    logger = Logger(load_config("configs/digits_cpu.yaml", []), tmp_path, step=20)
+    logger.log({"step": 25, **LINE})
+    logger.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
+    out = capsys.readouterr().out
+    assert out.startswith("step 25/") and "raw r=t 2 " in out and "640 img/s" in out and "raw r<t" not in out

@@ -1,0 +1,48 @@
+"""AdamW against torch's own, and its EMA against the closed form."""
+
+import pytest
+import torch
+
+from mf_dist.config import OptimConfig
+from mf_dist.optim import AdamWEma, ema_decay_after
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_torch_adamw(weight_decay):
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(50, generator=g, dtype=torch.float64)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    config = OptimConfig(lr=1e-2, weight_decay=weight_decay)
+    a = AdamWEma([ours], config)
+    b = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    for _ in range(20):
+        grad = torch.randn(50, generator=g, dtype=torch.float64)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_is_the_weighted_sum_of_all_weights(warmup):
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(20, generator=g, dtype=torch.float64))
+    optimizer = AdamWEma([p], OptimConfig(lr=0.1, ema_decay=0.6, ema_warmup=warmup))
+    history = [p.detach().clone()]
+    for _ in range(12):
+        p.grad = torch.randn(20, generator=g, dtype=torch.float64)
+        optimizer.step()
+        history.append(p.detach().clone())
+    decays = [min(0.6, (1 + n) / (10 + n)) if warmup else 0.6 for n in range(1, 13)]
+    expected, weight = torch.zeros(20, dtype=torch.float64), 1.0
+    for decay, weights in zip(reversed(decays), reversed(history[1:]), strict=True):
+        expected += weight * (1 - decay) * weights
+        weight *= decay
+    expected += weight * history[0]
+    torch.testing.assert_close(optimizer.state[p]["ema"], expected, atol=1e-12, rtol=1e-12)
+
+
+def test_warmup_reaches_the_decay():
+    assert ema_decay_after(1, 0.999, True) == 2 / 11
+    assert ema_decay_after(10_000, 0.999, True) == 0.999
+    assert ema_decay_after(1, 0.999, False) == 0.999
