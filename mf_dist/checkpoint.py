@@ -76,7 +76,7 @@ def save_checkpoint(root: Path, tensors: dict[str, dict[str, Tensor]], state: di
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over."""
-    warnings = []
+    warnings: list[str] = []
     for folder in reversed(_folders(root)):
         try:
             return open_checkpoint(folder), warnings
@@ -139,4 +139,3 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

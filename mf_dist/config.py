@@ -175,6 +175,7 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
 
     Raises UserError for every combination that cannot train."""
     model = config.model
+    taken: dict[str, Any] = {}
     for name in ("latent_size", "latent_channels", "num_classes"):
         said, found = getattr(model, name), manifest and manifest[name]
         if said is None and found is None:
@@ -184,9 +185,9 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
             )
         if said is not None and found is not None and said != found:
             raise UserError(f"model.{name} is {said}, but the dataset at {config.data.path!r} has {found}")
-        model = replace(model, **{name: found if said is None else said})
+        taken[name] = found if said is None else said
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
-    resolved = replace(config, model=model, train=replace(config.train, micro_batch=micro_batch))
+    resolved = replace(config, model=replace(model, **taken), train=replace(config.train, micro_batch=micro_batch))
     _check_model(resolved.model)
     _check_batch(resolved, micro_batch, world_size)
     _check_guidance(resolved)

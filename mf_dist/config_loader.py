@@ -116,7 +116,9 @@ def _convert(value: Any, hint: Any, source: str, name: str) -> Any:
     if origin in (types.UnionType, Union):  # the only union is `X | None`
         return None if value is None else _convert(value, args[0], source, name)
     if origin is Literal:
-        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's off is False
+        value = (
+            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        )  # YAML's off is False
         if value not in args:
             raise UserError(f"{source}: {name}: expected {' or '.join(args)}, got {value!r}")
         return value

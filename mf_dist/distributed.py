@@ -33,11 +33,11 @@ def process_group() -> Iterator[Ranks]:
     if world_size > 1:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Ranks(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield Ranks(rank, world_size, device)
+    # only at a good end: after an error the others would wait here for a rank that is gone
+    dist.barrier()  # the first to leave would break the connections of those still at work
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

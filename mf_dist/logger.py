@@ -12,6 +12,8 @@ from tqdm import tqdm
 from mf_dist.config import Config
 from mf_dist.config_loader import to_tree
 
+SHOWN = {"raw r=t": "raw_loss_r_equals_t", "raw r<t": "raw_loss_r_below_t", "|du/dt|": "du_dt_norm"}
+
 
 class Logger:
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
@@ -80,11 +82,11 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
     raw = " ".join(
         f"{label} {m[key]:.3g}"
-        for label, key in (("raw r=t", "raw_loss_r_equals_t"), ("raw r<t", "raw_loss_r_below_t"), ("|du/dt|", "du_dt_norm"))
+        for label, key in SHOWN.items()
         if m[key] is not None
     )  # fmt: skip
     return (
-        f"step {m['step']}/{total_steps} loss {m['loss']:.4f} {raw} grad {m['grad_norm']:.3g} "
+        f"step {m['step']}/{total_steps} {raw} grad {m['grad_norm']:.3g} "
         f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"
     )
 
@@ -94,11 +96,12 @@ def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> A
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    options: dict[str, Any] = {
+    options: Any = {
         "project": config.log.wandb_project, "name": run_dir.name, "id": id_file.read_text(encoding="utf-8").strip(),
         "resume": "allow", "dir": str(run_dir), "config": to_tree(config),
     }  # fmt: skip
-    for mode in dict.fromkeys([config.log.wandb, "offline"]):
+    modes: Any = dict.fromkeys([config.log.wandb, "offline"])
+    for mode in modes:
         try:
             import wandb
 

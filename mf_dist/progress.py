@@ -1,11 +1,12 @@
 """A progress bar with throughput and ETA; in a log file a line every half minute instead."""
 
 import sys
+from typing import Never
 
 from tqdm import tqdm
 
 
-def progress(total: int, unit: str, what: str) -> "tqdm[None]":
+def progress(total: int, unit: str, what: str) -> "tqdm[Never]":
     """Call update(n) on it; use it in a `with` block."""
     on_terminal = sys.stderr.isatty()
     return tqdm(total=total, unit=unit, desc=what, mininterval=0.1 if on_terminal else 30, dynamic_ncols=on_terminal)

@@ -19,6 +19,7 @@ from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
 from mf_dist.distributed import Ranks, sum_over_ranks
 from mf_dist.engine import MASTER, Engine
+from mf_dist.errors import UserError
 from mf_dist.generate import Generator, new_net
 from mf_dist.latents import Vae, sample_posterior
 from mf_dist.logger import Logger
@@ -125,7 +126,9 @@ class Trainer:
                 if self.ranks.is_first:
                     tensors.setdefault(self.ema_kind if kind == "ema" else kind, {})[name] = tensor.contiguous()
             if self.ranks.is_first:
-                folder = save_checkpoint(self.run_dir / "checkpoints", tensors, self._state(), self.config.checkpoint.keep)
+                folder = save_checkpoint(
+                    self.run_dir / "checkpoints", tensors, self._state(), self.config.checkpoint.keep
+                )
                 self.logger.say(f"saved {folder}")
             self.saved_step = self.step
 
@@ -144,9 +147,24 @@ class Trainer:
         checkpoint, story = newest_checkpoint(self.run_dir / "checkpoints")
         if checkpoint is None:
             return 0, [*story, f"starting {self.run_dir} from scratch: it has no checkpoint"]
+        self._refuse_other_mathematics(checkpoint)
         self._load(checkpoint)
-        samples_seen, batch = checkpoint.state["samples_seen"], self.config.train.batch_size
-        return samples_seen // batch, [*story, f"resuming {self.run_dir} from {checkpoint.folder.name}"]
+        return checkpoint.step, [*story, f"resuming {self.run_dir} from {checkpoint.folder.name}"]
+
+    def _refuse_other_mathematics(self, checkpoint: Checkpoint) -> None:
+        """A run goes on only with the model, recipe, optimizer, batch, seed and latents it began with."""
+        saved, now = dict(checkpoint.state["config"]), to_tree(self.config)
+        for tree, vae in ((saved, checkpoint.state["vae"]), (now, self.shards.manifest["vae"])):
+            tree["train"] = {key: tree["train"][key] for key in ("batch_size", "seed")}
+            tree["vae"] = {"sha256": vae["sha256"]}
+        for section in ("model", "meanflow", "optim", "train", "vae"):
+            for key, value in now[section].items():
+                before = saved[section].get(key)
+                if before != value:
+                    raise UserError(
+                        f"{self.run_dir} was trained with {section}.{key}={before}, now it is {value}; "
+                        "go back to that, or choose another run_dir"
+                    )
 
     def _load(self, checkpoint: Checkpoint) -> None:
         tensors = {kind: checkpoint.load(kind) for kind in (MASTER, "exp_avg", "exp_avg_sq")}

@@ -12,7 +12,10 @@ from mf_dist.errors import UserError
 
 def save(root, step, keep=2):
     g = torch.Generator().manual_seed(step)
-    tensors = {kind: {"a.weight": torch.randn(3, 4, generator=g), "b": torch.randn(5, generator=g)} for kind in ("master", "ema-0.9")}  # fmt: skip
+    tensors = {
+        kind: {"a.weight": torch.randn(3, 4, generator=g), "b": torch.randn(5, generator=g)}
+        for kind in ("master", "ema-0.9")
+    }
     return save_checkpoint(root, tensors, {"step": step}, keep), tensors
 
 

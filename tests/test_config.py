@@ -143,18 +143,36 @@ def test_presets_are_the_papers(name):
     config = load_config(str(ROOT / f"configs/imagenet256_{name}.yaml"), [])
     m, g, o = config.model, config.meanflow, config.optim
     epochs = config.total_steps / 5004
-    assert TABLE[name] == (m.depth, m.hidden_size, m.num_heads, m.patch_size, g.omega, g.kappa,
-                           (g.guidance_start, g.guidance_end), epochs)  # fmt: skip
+    assert TABLE[name] == (
+        m.depth,
+        m.hidden_size,
+        m.num_heads,
+        m.patch_size,
+        g.omega,
+        g.kappa,
+        (g.guidance_start, g.guidance_end),
+        epochs,
+    )
     rest = {field.name: getattr(g, field.name) for field in dataclasses.fields(MeanFlowConfig)}
     for own in ("omega", "kappa", "guidance_start", "guidance_end"):
         del rest[own]
     assert rest == {
-        "share_r_equals_t": Fraction(3, 4), "time_mean": -0.4, "time_std": 1.0, "label_drop": 0.1,
-        "adaptive_eps": 0.01, "adaptive_p": 1.0,
-    }  # fmt: skip
+        "share_r_equals_t": Fraction(3, 4),
+        "time_mean": -0.4,
+        "time_std": 1.0,
+        "label_drop": 0.1,
+        "adaptive_eps": 0.01,
+        "adaptive_p": 1.0,
+    }
     assert (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.ema_decay, o.ema_warmup) == (
-        1e-4, 0.9, 0.95, 1e-8, 0.0, 0.9999, False,
-    )  # fmt: skip
+        1e-4,
+        0.9,
+        0.95,
+        1e-8,
+        0.0,
+        0.9999,
+        False,
+    )
     assert config.train.batch_size == 256
     assert (m.latent_size, m.latent_channels, m.num_classes) == (32, 4, 1000)
 
@@ -176,8 +194,18 @@ def test_a_wrong_command_line_ends_in_two_seconds_without_torch(tmp_path):
 def test_dry_run_prints_config_shapes_and_cost():
     done = subprocess.run(
         [sys.executable, "-m", "mf_dist.train", str(ROOT / "configs/imagenet256_xl2.yaml"), "--dry-run"],
-        capture_output=True, text=True, timeout=60, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
-    for text in ("omega: 0.2", "(4, 32, 32), 256 tokens", "676,440,592", "237.24 GFLOP", "1,200,960 steps", "4.75 forwards"):  # fmt: skip
+    for text in (
+        "omega: 0.2",
+        "(4, 32, 32), 256 tokens",
+        "676,440,592",
+        "237.24 GFLOP",
+        "1,200,960 steps",
+        "4.75 forwards",
+    ):
         assert text in done.stdout

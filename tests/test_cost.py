@@ -23,7 +23,10 @@ def test_parameters():
 @torch.no_grad()
 def test_forward_flops():
     net, z = new_net(MODEL, 0), torch.randn(2, 4, 8, 8)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the CPU's fused one
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # it does not know the CPU's fused one
         net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
     assert counter.get_total_flops() == 2 * cost.forward_flops(MODEL)
 
@@ -46,7 +49,10 @@ def test_a_steps_flops(recipe, forwards):
     g = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
     draws = Draws(e, torch.randn(8, 2, generator=g), torch.rand(8, generator=g))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the CPU's fused one
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # it does not know the CPU's fused one
         loss, _ = MeanFlowLoss(net, net.null_label, recipe)(x, torch.zeros(8, dtype=torch.int64), draws)
         loss.backward()
     assert counter.get_total_flops() / 8 / cost.forward_flops(MODEL) == pytest.approx(forwards, rel=0.04)

@@ -1,10 +1,11 @@
 """The three commands as a user runs them, on real digits: train, resume, evaluate, sample."""
 
 import json
+import os
 
 import numpy as np
 import pytest
-from conftest import FEATURES, TINY, run_python
+from conftest import FEATURES, TINY, VAE, run_python, write_digits
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -53,8 +54,19 @@ def test_a_finished_run_ends_at_once(runs):
 def test_metrics_have_every_number(runs):
     root, _ = runs
     for m in metrics(root / "whole"):
-        assert {"raw_loss_r_equals_t", "raw_loss_r_below_t", "loss", "v_loss", "du_dt_norm", "grad_norm", "lr",
-                "images_per_second", "memory_gib", "data_wait_share", "samples_seen"} <= m.keys()  # fmt: skip
+        assert {
+            "raw_loss_r_equals_t",
+            "raw_loss_r_below_t",
+            "loss",
+            "v_loss",
+            "du_dt_norm",
+            "grad_norm",
+            "lr",
+            "images_per_second",
+            "memory_gib",
+            "data_wait_share",
+            "samples_seen",
+        } <= m.keys()
         assert all(np.isfinite(value) for value in m.values())
         assert m["samples_seen"] == 16 * m["step"] and m["lr"] == 1e-3
         assert 0.9 < m["loss"] <= 1  # the adaptive weight: s / (s + eps)
@@ -100,7 +112,9 @@ def test_evaluation_adds_an_entry_per_protocol_and_any_count_has_the_same_images
 
 
 def test_measuring_a_folder(images, tmp_path):
-    done = run_python("tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--out", tmp_path)  # fmt: skip
+    done = run_python(
+        "tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--out", tmp_path
+    )
     (entry,) = json.loads((tmp_path / "metrics.json").read_text())
     assert abs(entry["value"]) < 1e-6 and entry["num_samples"] == entry["reference_images"] == 150
     assert "fd_digits" in done.stdout
@@ -111,7 +125,7 @@ def test_sampling_one_class(runs, tmp_path):
     out = tmp_path / "grid.png"
     run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 3, "--nfe", 1, "--out", out)
     width, height = Image.open(out).size
-    assert height == 34 and width > 8 * 32
+    assert height == 66 and width > 8 * 64
     wrong = run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 10, expect=2)
     assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9"]
 
@@ -122,21 +136,69 @@ def test_sampling_one_class(runs, tmp_path):
         (["tools/fid_eval.py", "--checkpoint", "nowhere"], "error: no checkpoint in 'nowhere'"),
         (["tools/fid_eval.py", "--nfe", "0"], "error: --nfe must be at least 1, got 0"),
         (["tools/fid_eval.py", "--images", "x"], "error: --images needs"),
-        (["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"], "error: --resolution"),
+        (
+            ["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"],
+            "error: --resolution",
+        ),
         (["-m", "mf_dist.train", "configs/none.yaml"], "error: cannot read config 'configs/none.yaml'"),
-        (["-m", "mf_dist.train", "configs/digits_cpu.yaml", "data.path=nowhere", "model.latent_size=8",
-          "model.latent_channels=4", "model.num_classes=10"], "error: no finished dataset at 'nowhere'"),
+        (
+            [
+                "-m",
+                "mf_dist.train",
+                "configs/digits_cpu.yaml",
+                "data.path=nowhere",
+                "model.latent_size=8",
+                "model.latent_channels=4",
+                "model.num_classes=10",
+            ],
+            "error: no finished dataset at 'nowhere'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(arguments, message):
     done = run_python(*arguments, expect=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith(message)
 
 
+def test_another_model_or_recipe_is_refused_where_a_run_stands(runs):
+    root, _ = runs
+    for change, text in {
+        "model.depth=3": "model.depth=2, now it is 3",
+        "optim.ema_decay=0.5": "optim.ema_decay=0.99",
+    }.items():
+        done = run_python("-m", "mf_dist.train", root / "whole.yaml", change, expect=2)
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error:") and text in line
+
+
+def test_unconditional_and_untroubled_by_a_stale_build_lock(tiny_config, tmp_path):
+    """No class folders; and the lock that a killed build of DeepSpeed's CPU all-reduce would leave."""
+    images = write_digits(tmp_path / "flat", 40, classes=False)
+    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "flat-latents", "--vae", VAE,
+               "--resolution", 32)  # fmt: skip
+    (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "extensions/deepspeed_shm_comm/lock").touch()
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    command = ["-m", "mf_dist.train", tiny_config, f"data.path={tmp_path / 'flat-latents'}", "train.total_images=32"]
+    refused = run_python(*command, expect=2)
+    assert "guidance needs classes" in refused.stderr
+    run_python(*command, "meanflow.kappa=0", env=env, timeout=120)
+    run_python("tools/sample.py", "--checkpoint", tmp_path / "run", "--out", tmp_path / "grid.png")
+    assert metrics(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "grid.png").is_file()
+
+
 def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
-    run_python("-m", "mf_dist.train", tiny_config, "engine.precision=bf16", "meanflow.share_r_equals_t=1",
-               "meanflow.kappa=0", "train.total_images=32", "eval.nfe=3")  # fmt: skip
+    run_python(
+        "-m",
+        "mf_dist.train",
+        tiny_config,
+        "engine.precision=bf16",
+        "meanflow.share_r_equals_t=1",
+        "meanflow.kappa=0",
+        "train.total_images=32",
+        "eval.nfe=3",
+    )
     (m,) = metrics(tmp_path / "run")
     assert m["raw_loss_r_below_t"] is None and np.isfinite(m["raw_loss_r_equals_t"])
     assert m["v_loss"] == pytest.approx(m["raw_loss_r_equals_t"])
@@ -146,11 +208,16 @@ def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
 
 
 def test_wandb_without_a_key_goes_offline(tiny_config, tmp_path):
-    import os
-
     env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"HOME": str(tmp_path)}
-    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
-                      "log.sample_every_images=0", env=env)  # fmt: skip
+    done = run_python(
+        "-m",
+        "mf_dist.train",
+        tiny_config,
+        "log.wandb=online",
+        "train.total_images=32",
+        "log.sample_every_images=0",
+        env=env,
+    )
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "logging W&B offline" in warnings[0]
     assert len(metrics(tmp_path / "run")) == 1

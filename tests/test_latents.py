@@ -60,9 +60,13 @@ def test_sd_vaes_shape_and_old_config(tmp_path):
     from diffusers import AutoencoderKL
 
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, sample_size=256,
-    ).save_pretrained(tmp_path)  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    ).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["scaling_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -97,7 +101,14 @@ def test_a_hub_id_without_network_says_what_to_do():
         "except UserError as error: print(error)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+    )
     assert done.stdout.count("\n") == 1, done.stderr
-    assert "cannot get VAE 'stabilityai/sd-vae-ft-mse'" in done.stdout and "hf download stabilityai/sd-vae-ft-mse" in done.stdout  # fmt: skip
+    assert (
+        "cannot get VAE 'stabilityai/sd-vae-ft-mse'" in done.stdout
+        and "hf download stabilityai/sd-vae-ft-mse" in done.stdout
+    )

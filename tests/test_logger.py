@@ -6,9 +6,16 @@ from mf_dist.config import load_config
 from mf_dist.logger import Logger
 
 LINE = {
-    "loss": 1.0, "raw_loss_r_equals_t": 2.0, "raw_loss_r_below_t": None, "du_dt_norm": None, "grad_norm": 0.5,
-    "images_per_second": 640.0, "seconds_per_step": 0.1, "data_wait_share": 0.03, "memory_gib": 1.0,
-}  # fmt: skip
+    "loss": 1.0,
+    "raw_loss_r_equals_t": 2.0,
+    "raw_loss_r_below_t": None,
+    "du_dt_norm": None,
+    "grad_norm": 0.5,
+    "images_per_second": 640.0,
+    "seconds_per_step": 0.1,
+    "data_wait_share": 0.03,
+    "memory_gib": 1.0,
+}
 
 
 def test_lines_beyond_the_checkpoint_and_broken_ones_go(tmp_path, capsys):

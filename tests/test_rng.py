@@ -29,7 +29,11 @@ def test_neighbours_seeds_and_purposes_are_independent():
 
 def test_distributions():
     rows = [rng.train_draws(0, slot, SHAPE) for slot in range(2000)]
-    for values in (np.stack([r[0] for r in rows])[:, 0, 0], np.stack([r[1] for r in rows])[:, 3, 7], np.stack([r[2] for r in rows])):  # fmt: skip
+    for values in (
+        np.stack([r[0] for r in rows])[:, 0, 0],
+        np.stack([r[1] for r in rows])[:, 3, 7],
+        np.stack([r[2] for r in rows]),
+    ):
         assert stats.kstest(values.ravel(), "norm").pvalue > 1e-3
     assert stats.kstest([float(r[3]) for r in rows], "uniform").pvalue > 1e-3
     labels = [rng.sample_draw(0, i, (1, 1, 1), 10)[1] for i in range(5000)]

@@ -71,7 +71,9 @@ def main() -> None:
     args = parser.parse_args()
     real = entries(args.real)[None]
     count = real["num_samples"]
-    print(f"\n{'':15}{'steps':>6}{'train s':>8}{'img/s':>8}{'raw r=t':>8}{'raw r<t':>8}{real['metric']:>11}{'x real':>8}")
+    print(
+        f"\n{'':15}{'steps':>6}{'train s':>8}{'img/s':>8}{'raw r=t':>8}{'raw r<t':>8}{real['metric']:>11}{'x real':>8}"
+    )
     for row in run_row("MeanFlow", args.run, (1, 2), real["value"]):
         print(row)
     for row in run_row("flow matching", args.flow, (50,), real["value"]):

@@ -1,7 +1,7 @@
 """Draws images from a trained model into one labelled picture.
 
-    python tools/sample.py --class 3 --nfe 1 --out grid.png
-    python tools/sample.py --checkpoint runs/digits --nfe 2 --seed 7 --out grid.png     # every class
+python tools/sample.py --class 3 --nfe 1 --out grid.png
+python tools/sample.py --checkpoint runs/digits --nfe 2 --seed 7 --out grid.png     # every class
 """
 
 import argparse

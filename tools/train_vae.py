@@ -78,7 +78,10 @@ def _finish(vae, images, g, out):
     with torch.no_grad():
         posteriors = [vae.encode(part).latent_dist for part in images.split(256)]
         latents = torch.cat([posterior.sample(generator=g) for posterior in posteriors])
-        errors = [(vae.decode(p.mode()).sample - x).square().mean() for p, x in zip(posteriors, images.split(256))]
+        errors = [
+            (vae.decode(p.mode()).sample - x).square().mean()
+            for p, x in zip(posteriors, images.split(256), strict=True)
+        ]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out, safe_serialization=True)
     psnr = 10 * torch.log10(4 / torch.stack(errors).mean()).item()

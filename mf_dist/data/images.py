@@ -29,9 +29,7 @@ def list_images(root: str | Path) -> ImageFolder:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
-    paths = sorted(
-        path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in SUFFIXES
-    )
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
     in_folders = [path for path in paths if "/" in path]
@@ -65,7 +63,10 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def image_grid(images: Pixels, row_labels: list[str], gap: int = 2) -> Image.Image:
-    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row."""
+    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row. Images below
+    64 pixels are shown enlarged, each pixel a square."""
+    zoom = max(1, 64 // images.shape[2])
+    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
     rows, (_, _, height, width) = len(row_labels), images.shape
     columns = len(images) // rows
     margin = 10 + 7 * max(map(len, row_labels))

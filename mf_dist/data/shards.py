@@ -70,7 +70,7 @@ class LatentShards:
     @cached_property
     def _open(self) -> list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Per shard: mapped bytes, offsets, labels. Opened at first use, hence once per loader process."""
-        opened = []
+        opened: list[Any] = []
         for shard in self.manifest["shards"]:
             tar = self.folder / shard["name"]
             with np.load(index_path(tar), allow_pickle=False) as index:

@@ -77,15 +77,18 @@ def meanflow_loss(
 def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n_eq: int) -> dict[str, Tensor]:
     """Sums over rows, with the count of the rows behind each, so that ranks and steps add up exactly.
 
-    raw_loss: s on r = t and on r < t rows; v_loss: sum (u - v)^2 on r = t rows, where u predicts the velocity;
+    raw_loss: s on r = t and on r < t rows; v_loss: sum of (u - v)^2 on all rows, as the authors log it;
     du_dt_norm: the root of sum (du/dt)^2 on r < t rows."""
-    v_loss = (u - v)[:n_eq].square().sum()
+    v_loss = (u - v).square().sum()
     du_dt_norm = du_dt.square().sum(dim=(1, 2, 3)).sqrt().sum()
     n_lt = len(s) - n_eq
     sums = [s[:n_eq].sum(), s[n_eq:].sum(), weighted.sum(), v_loss, du_dt_norm]
     names = ["raw_loss_r_equals_t", "raw_loss_r_below_t", "loss", "v_loss", "du_dt_norm"]
-    counts = [n_eq, n_lt, len(s), n_eq, n_lt]
-    return {name: torch.stack([total.float(), total.new_tensor(n)]) for name, total, n in zip(names, sums, counts, strict=True)}  # fmt: skip
+    counts = [n_eq, n_lt, len(s), len(s), n_lt]
+    return {
+        name: torch.stack([total.float(), total.new_tensor(n)])
+        for name, total, n in zip(names, sums, counts, strict=True)
+    }
 
 
 class MeanFlowLoss(nn.Module):

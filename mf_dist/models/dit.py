@@ -43,9 +43,17 @@ class DiT(nn.Module):
     """u(z, r, t | y) for square latents. num_classes = 0 leaves the null class alone: unconditional."""
 
     def __init__(
-        self, *, latent_size: int, latent_channels: int, num_classes: int, patch_size: int,
-        hidden_size: int, depth: int, num_heads: int, generator: torch.Generator,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        latent_size: int,
+        latent_channels: int,
+        num_classes: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         self.channels, self.patch, self.tokens_per_side = latent_channels, patch_size, latent_size // patch_size
         self.null_label = num_classes
@@ -57,8 +65,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.last_modulation = Linear(hidden_size, 2 * hidden_size)
         self.patch_out = Linear(hidden_size, patch_numbers)
-        positions = sine_cosine_positions(hidden_size, self.tokens_per_side)
-        self.register_buffer("positions", positions, persistent=False)
+        self.positions: Tensor
+        self.register_buffer("positions", sine_cosine_positions(hidden_size, self.tokens_per_side), persistent=False)
         self._initialise(generator)
 
     @torch.no_grad()
@@ -70,10 +78,13 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for weight in (self.time.fc1, self.time.fc2, self.interval.fc1, self.interval.fc2, self.label):
             nn.init.normal_(weight.weight, std=0.02, generator=generator)
-        for module in [self.last_modulation, self.patch_out, *(block.modulation for block in self.blocks)]:
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for layer in [self.last_modulation, self.patch_out, *(block.modulation for block in blocks)]:
+            nn.init.zeros_(layer.weight)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """z (B, C, S, S), r and t (B,) with 0 <= r <= t <= 1, y (B,) in [0, num_classes], num_classes = null.
 
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
@@ -86,8 +97,9 @@ class DiT(nn.Module):
             x, dx = block(x, c, dx, dc)
         m, dm = self.last_modulation(c, dc)
         h, dh = layer_norm(x, dx)
+        shift, scale = m.chunk(2, dim=-1)
         dshift, dscale = dm.chunk(2, dim=-1) if dm is not None else (None, None)
-        out, dout = self.patch_out(*modulate(h, *m.chunk(2, dim=-1), dh, dshift, dscale))
+        out, dout = self.patch_out(*modulate(h, shift, scale, dh, dshift, dscale))
         u = self._unpatchify(out).to(z.dtype)
         return u if dout is None else (u, self._unpatchify(dout).to(z.dtype))
 

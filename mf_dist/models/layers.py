@@ -55,7 +55,9 @@ def layer_norm(x: Tensor, dx: Tensor | None = None, eps: float = 1e-6) -> Dual:
     return y, (centred - y * (y * dx).mean(-1, keepdim=True)) * inverse
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor | None, dshift: Tensor | None, dscale: Tensor | None) -> Dual:  # fmt: skip
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor | None, dshift: Tensor | None, dscale: Tensor | None
+) -> Dual:
     """y = x (1 + scale) + shift, per row: x (B, N, D), shift and scale (B, D)."""
     shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     y = x * (1 + scale) + shift

@@ -70,6 +70,9 @@ def test_truncated_image_is_refused(tmp_path):
 def test_grid_has_every_image_in_its_row():
     images = np.stack([np.full((3, 4, 4), 10 * i, np.uint8) for i in range(6)])
     grid = np.asarray(image_grid(images, ["a", "b"]))
-    columns = grid.shape[1] - 3 * 6
-    assert [grid[1, columns + 6 * c + 1, 0] for c in range(3)] == [0, 10, 20]
-    assert [grid[7, columns + 6 * c + 1, 0] for c in range(3)] == [30, 40, 50]
+    left, cell = grid.shape[1] - 3 * 66, 66  # 4 pixels shown as 64, and a gap of 2
+    assert grid.shape[0] == 2 * cell
+    for row in range(2):
+        assert [grid[row * cell + 60, left + cell * c + 60, 0] for c in range(3)] == [
+            30 * row + 10 * c for c in range(3)
+        ]

@@ -29,8 +29,13 @@ def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
                 b = next(iterator)
                 for i in range(len(b.labels)):
                     key = b.e[i].numpy().tobytes()
-                    rows[key] = (int(b.labels[i]), b.moments[i].numpy().tobytes(), b.posterior_noise[i].numpy().tobytes(),
-                                 b.time_normals[i].numpy().tobytes(), float(b.drop_uniforms[i]))  # fmt: skip
+                    rows[key] = (
+                        int(b.labels[i]),
+                        b.moments[i].numpy().tobytes(),
+                        b.posterior_noise[i].numpy().tobytes(),
+                        b.time_normals[i].numpy().tobytes(),
+                        float(b.drop_uniforms[i]),
+                    )
         assert len(rows) == batch
         per_step.append(rows)
     assert all(next(iterator, None) is None for iterator in iterators)

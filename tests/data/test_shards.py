@@ -101,9 +101,24 @@ def test_the_tool_survives_a_kill_and_refuses_mistakes(tmp_path):
     import sys
 
     images, out = write_digits(tmp_path / "images", 300), tmp_path / "out"
-    command = ["tools/encode_latents.py", "--images", images, "--out", out, "--vae", VAE, "--resolution", "32",
-               "--shard-size", "20", "--batch", "5"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        "tools/encode_latents.py",
+        "--images",
+        images,
+        "--out",
+        out,
+        "--vae",
+        VAE,
+        "--resolution",
+        "32",
+        "--shard-size",
+        "20",
+        "--batch",
+        "5",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (out / "shard-00002.tar").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

@@ -79,7 +79,9 @@ def test_euler_steps_converge_at_first_order():
             assert torch.equal(r, t)
             return data.velocity(z, t)
 
-    errors = [(sample_euler(Velocity(), z, torch.zeros(4), uniform_grid(n)) - data.s * z).abs().max() for n in (50, 100)]
+    errors = [
+        (sample_euler(Velocity(), z, torch.zeros(4), uniform_grid(n)) - data.s * z).abs().max() for n in (50, 100)
+    ]
     assert 1.8 < errors[0] / errors[1] < 2.2
 
 

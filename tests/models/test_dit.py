@@ -17,22 +17,32 @@ def test_presets_have_the_papers_parameter_counts(name, millions):
     model = config.model
     with torch.device("meta"):
         net = DiT(
-            latent_size=32, latent_channels=4, num_classes=1000, patch_size=model.patch_size,
-            hidden_size=model.hidden_size, depth=model.depth, num_heads=model.num_heads, generator=None,
-        )  # fmt: skip
+            latent_size=32,
+            latent_channels=4,
+            num_classes=1000,
+            patch_size=model.patch_size,
+            hidden_size=model.hidden_size,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            generator=None,
+        )
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
 def test_u_and_its_tangent_start_at_zero():
     g = torch.Generator().manual_seed(0)
-    net = DiT(latent_size=4, latent_channels=3, num_classes=2, patch_size=2, hidden_size=16, depth=1, num_heads=2, generator=g)  # fmt: skip
+    net = DiT(
+        latent_size=4, latent_channels=3, num_classes=2, patch_size=2, hidden_size=16, depth=1, num_heads=2, generator=g
+    )
     z = torch.randn(2, 3, 4, 4)
     u, du = net(z, torch.zeros(2), torch.ones(2), torch.tensor([0, 2]), tangent=(z, torch.zeros(2), torch.ones(2)))
     assert u.abs().max() == 0 and du.abs().max() == 0
 
 
 def test_initial_weights_follow_from_the_seed_alone():
-    config = load_config("configs/digits_cpu.yaml", ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"])  # fmt: skip
+    config = load_config(
+        "configs/digits_cpu.yaml", ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"]
+    )
     a, b, c = new_net(config.model, 1), new_net(config.model, 1), new_net(config.model, 2)
     for name, p in a.state_dict().items():
         assert torch.equal(p, b.state_dict()[name])
@@ -59,7 +69,12 @@ def test_positions_are_those_of_mae():
 
 def test_label_and_both_times_matter():
     net = small_dit()
-    z, r, t, y = torch.randn(1, 3, 4, 4).double(), torch.tensor([0.2]).double(), torch.tensor([0.7]).double(), torch.tensor([1])  # fmt: skip
+    z, r, t, y = (
+        torch.randn(1, 3, 4, 4).double(),
+        torch.tensor([0.2]).double(),
+        torch.tensor([0.7]).double(),
+        torch.tensor([1]),
+    )
     base = net(z, r, t, y)
     for other in (net(z, r + 0.1, t, y), net(z, r, t + 0.1, y), net(z, r, t, y + 1), net(z, r, t, y + 2)):
         assert (base - other).abs().max() > 1e-3

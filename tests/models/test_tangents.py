@@ -94,5 +94,7 @@ def test_bf16_layers_leave_u_and_du_in_the_type_of_z():
     u, du = net(z, r, t, y, tangent=(z, torch.zeros(2), torch.ones(2)))
     assert u.dtype == du.dtype == torch.float32
     exact = small_dit()
-    u64, du64 = exact(z.double(), r.double(), t.double(), y, tangent=(z.double(), torch.zeros(2).double(), torch.ones(2).double()))  # fmt: skip
+    u64, du64 = exact(
+        z.double(), r.double(), t.double(), y, tangent=(z.double(), torch.zeros(2).double(), torch.ones(2).double())
+    )
     assert (u - u64).norm() / u64.norm() < 0.03 and (du - du64).norm() / du64.norm() < 0.06

@@ -1,0 +1,46 @@
+# make demo   the main job on real digits, offline, about 5 minutes on 2 CPU cores
+# make test   the tests;  make test-dist  those that launch several processes;  make check  format, lint, types, tests
+PYTHON ?= python3
+PY := .venv/bin/python
+IMAGES ?= 76_800
+FLOW_IMAGES ?= 121_600
+FEATURES := mf_dist/assets/digits-features
+
+.PHONY: install demo test test-dist check format clean
+install: .venv/installed
+
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mf_dist needs python 3.11 or newer: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
+	@touch $@
+
+demo: install
+	$(PY) tools/write_digits.py --out data/digits --split data/digits-split
+	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
+	$(PY) -m mf_dist.train configs/digits_cpu.yaml train.total_images=$(IMAGES)
+	$(PY) tools/fid_eval.py --nfe 1 --save-npz
+	$(PY) tools/fid_eval.py --nfe 2
+	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
+	$(PY) tools/fid_eval.py --nfe 50
+	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
+	$(PY) tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real
+
+test: install
+	$(PY) -m pytest
+
+test-dist: install
+	$(PY) -m pytest -m dist tests/dist
+
+check: install
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+format: install
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf .venv data/digits data/digits-latents data/digits-split runs/digits runs/digits_flow runs/digits_real

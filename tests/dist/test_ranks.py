@@ -1,0 +1,115 @@
+"""Several real processes (gloo): the same gradients, the same weights after any resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_python
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.dist
+WORKER = Path(__file__).with_name("worker_gradients.py")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks, *arguments, **options):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return run_python(*launcher, *arguments, env=ENV, **options)
+
+
+def flat(tensors):
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)]).astype(np.float64)
+
+
+def gradient(tmp_path, config, ranks, *overrides):
+    out = tmp_path / "gradient.safetensors"
+    torchrun(ranks, WORKER, config, out, *overrides)
+    return flat(load_file(out))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, latents, images):
+    """The gradient of one process, the whole batch in one pass; and its config file."""
+    from conftest import FEATURES, TINY
+
+    root = tmp_path_factory.mktemp("gradient")
+    config = root / "tiny.yaml"
+    config.write_text(TINY.format(run=root / "run", latents=latents, features=FEATURES, images=images))
+    return gradient(root, config, 1), config
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ["train.micro_batch=8"]),
+        (2, []),
+        (2, ["train.micro_batch=4"]),
+        (2, ["engine.zero_stage=2"]),
+        (2, ["engine.zero_stage=3"]),
+    ],
+    ids=["accumulation2", "ranks2", "ranks2-accumulation2", "zero2", "zero3"],
+)
+def test_gradients_are_those_of_one_process(tmp_path, reference, ranks, overrides):
+    exact, config = reference
+    other = gradient(tmp_path, config, ranks, *overrides)
+    assert np.linalg.norm(exact) > 0.1 and (exact != 0).mean() > 0.9
+    assert np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_two_ranks_resume_bit_for_bit(tmp_path, tiny_config, stage, precision):
+    runs = {"whole": [96], "parts": [48, 96]}
+    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "log.sample_every_images=0"]
+    for name, lengths in runs.items():
+        for images in lengths:
+            torchrun(2, "-m", "mf_dist.train", tiny_config, f"run_dir={tmp_path / name}", f"train.total_images={images}", *options)
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema-0.99"):
+        whole, parts = (load_file(tmp_path / name / "checkpoints/step-00000006" / f"{kind}.safetensors") for name in runs)
+        for tensor in whole:
+            assert np.array_equal(whole[tensor], parts[tensor]), f"{kind} of {tensor} differs"
+
+
+def test_another_stage_and_world_size_go_on_from_the_same_state(tmp_path, tiny_config):
+    """2 ranks at stage 2, then 1 rank at stage 1 or 2 ranks at stage 3: the order of sums is all that differs."""
+    torchrun(2, "-m", "mf_dist.train", tiny_config, "engine.zero_stage=2", "train.total_images=48")
+    ends = {}
+    for name, ranks, stage in [("stay", 2, 2), ("one", 1, 1), ("three", 2, 3)]:
+        run = tmp_path / name
+        subprocess.run(["cp", "-r", tmp_path / "run", run], check=True)
+        torchrun(ranks, "-m", "mf_dist.train", tiny_config, f"run_dir={run}", f"engine.zero_stage={stage}", "train.total_images=64")
+        ends[name] = flat(load_file(run / "checkpoints/step-00000004/master.safetensors"))
+    for name in ("one", "three"):
+        assert np.linalg.norm(ends[name] - ends["stay"]) <= 1e-4 * np.linalg.norm(ends["stay"])
+
+
+def test_kill_9_loses_nothing_beyond_the_last_commit(tmp_path, tiny_config):
+    command = [sys.executable, "-m", "mf_dist.train", str(tiny_config), "train.total_images=4800", "log.sample_every_images=0"]
+    subprocess.run([*command, f"run_dir={tmp_path / 'whole'}"], cwd=ROOT, env=ENV, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((tmp_path / "run/checkpoints").glob("step-000000[3-9]*")):
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(command, cwd=ROOT, env=ENV, check=True, capture_output=True, text=True)
+    assert "resuming" in resumed.stdout
+    whole, parts = (load_file(tmp_path / name / "checkpoints/step-00000300/ema-0.99.safetensors") for name in ("whole", "run"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 300
+
+
+def test_wandb_without_a_server_never_ends_a_run(tmp_path, tiny_config):
+    env = {**ENV, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
+                      "log.sample_every_images=0", env=env)
+    assert "logging W&B offline" in done.stdout and "finished at step 2" in done.stdout

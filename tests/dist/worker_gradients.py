@@ -1,0 +1,48 @@
+"""Run under torchrun: one optimizer step's full gradient on real batches, written by rank 0.
+
+    worker_gradients.py CONFIG OUT [section.key=value ...]
+"""
+
+import sys
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from mf_dist.config import load_config, resolve
+from mf_dist.data.loader import Batch, training_batches
+from mf_dist.data.shards import LatentShards
+from mf_dist.distributed import process_group
+from mf_dist.engine import Engine
+from mf_dist.generate import new_net
+from mf_dist.latents import sample_posterior
+from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+
+
+def main():
+    path, out, *overrides = sys.argv[1:]
+    with process_group() as ranks:
+        config = load_config(path, overrides)
+        shards = LatentShards(config.data.path)
+        config = resolve(config, shards.manifest, ranks.world_size)
+        net = new_net(config.model, 0)
+        g = torch.Generator().manual_seed(1)
+        for p in net.parameters():  # at its initial weights most gradients are 0
+            p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim > 1 else 0.05))
+        engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
+        inner = engine._engine
+        for _ in range(engine.accumulation):
+            b: Batch = next(batches)
+            x = sample_posterior(b.moments, b.posterior_noise, shards.manifest["vae"]["scaling_factor"])
+            loss, _ = inner(x, b.labels, Draws(b.e, b.time_normals, b.drop_uniforms))
+            inner.backward(loss)
+            if inner.is_gradient_accumulation_boundary():
+                gradient = {name: safe_get_full_grad(p).float().clone() for name, p in net.named_parameters()}
+            inner.step()
+        if ranks.is_first:
+            save_file(gradient, out)
+
+
+if __name__ == "__main__":
+    main()
