@@ -82,6 +82,8 @@ class OptimConfig:
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
     """Decoupled (AdamW)."""
+    grad_clip: NotNegative = 0.0
+    """Largest norm of the whole gradient; 0: not clipped, as in the paper."""
     ema_decay: Decay = 0.9999
     ema_warmup: bool = False
     """True: the decay after n steps is min(ema_decay, (1 + n) / (10 + n)); short runs need it."""
@@ -108,6 +110,12 @@ class EngineConfig:
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the network's layers. Master weights, times, targets and the loss are fp32 in both."""
+    jvp_precision: Literal["bf16", "fp32"] = "bf16"
+    """Type in which the JVP pass computes where precision is bf16 (docs/performance.md: its effect on the target)."""
+    compile: bool = True
+    """torch.compile: the whole step as one graph; block by block at ZeRO-3, whose hooks break graphs."""
+    checkpoint_activations: bool = False
+    """Backward recomputes each block instead of keeping its activations: less memory, one more forward."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,15 @@ def _forbid_shared_memory_build() -> None:
         __compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _compile(loss: MeanFlowLoss, stage: int) -> None:
+    """In place. Shapes never change, so nothing is compiled twice; what is compiled waits for the first step."""
+    if stage < 3:  # forward alone: DeepSpeed hangs hooks on the module, which no graph can hold
+        loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        return
+    for block in loss.net.blocks:  # ZeRO-3 gathers weights in hooks around each module, which no graph can span
+        block.compile(dynamic=False)
+
+
 class Engine:
     """One optimizer step is `accumulation` calls of train_micro_batch."""
 
@@ -52,6 +61,10 @@ class Engine:
         self.stage = config.engine.zero_stage
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
         self._optimizer = AdamWEma(loss.parameters(), config.optim)
+        loss.net.checkpoint_blocks = config.engine.checkpoint_activations
+        loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
+        if config.engine.compile:
+            _compile(loss, self.stage)
         self._engine, *_ = deepspeed.initialize(
             model=loss,
             optimizer=self._optimizer,
@@ -64,6 +77,7 @@ class Engine:
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": config.engine.precision == "bf16"},
                 "communication_data_type": "fp32",
+                "gradient_clipping": config.optim.grad_clip,
                 "steps_per_print": 10**9,
             },
         )

@@ -59,7 +59,7 @@ model: {{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}}
 meanflow: {{kappa: 0.5}}
 optim: {{lr: 1e-3, ema_decay: 0.99}}
 train: {{total_images: 96, batch_size: 16}}
-engine: {{precision: fp32}}
+engine: {{precision: fp32, compile: false}}
 checkpoint: {{every_images: 48}}
 log: {{every_steps: 2, sample_every_images: 48}}
 eval: {{num_samples: 60, labels: balanced, features: {features}, reference: {images}}}

@@ -1,7 +1,5 @@
 """Classifier-free guidance built into the training target (paper, section "MeanFlow with Guidance")."""
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,10 @@ def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, 
 
     The dropped rows are taken among the r = t rows (the first num_r_equals_t), as in the authors' code, so
     each of those is dropped with probability share / (num_r_equals_t / B). If they are too few, on any row."""
-    r_equals_t_share = Fraction(num_r_equals_t, len(y))
-    if share > r_equals_t_share:
+    if share * len(y) > num_r_equals_t:
         return torch.where(uniforms < share, null_label, y)
     is_equal = torch.arange(len(y), device=y.device) < num_r_equals_t
-    chance = share / float(r_equals_t_share) if num_r_equals_t else 0.0
+    chance = share * len(y) / max(1, num_r_equals_t)
     return torch.where(is_equal & (uniforms < chance), null_label, y)
 
 

@@ -10,7 +10,7 @@ step costs 4.75 forwards instead of 6, with the same result row for row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from mf_dist.config import MeanFlowConfig
 from mf_dist.meanflow.guidance import drop_labels, guided_velocity
 from mf_dist.meanflow.path import path, per_row
 from mf_dist.meanflow.times import sample_times
+from mf_dist.models.dit import DiT
 
 Net = Callable[..., Tensor]
 """u = net(z, r, t, y), and (u, du) = net(z, r, t, y, tangent=(dz, dr, dt))."""
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """What one micro-batch draws, all per row: noise e (B, C, S, S), times' normals (B, 2), drop's uniforms (B,)."""
 
     e: Tensor
@@ -48,7 +48,8 @@ def meanflow_target(
         v_lt = guided_velocity(v_lt, u_cond_lt, u_null[n_eq:], t_lt, y_lt, null_label, recipe)
     if n_eq == b:
         return u_null, v_lt, torch.zeros_like(v_lt)
-    _, du_dt = net(z_lt, r[n_eq:], t_lt, y_lt, tangent=(v_lt, torch.zeros_like(t_lt), torch.ones_like(t_lt)))
+    direction = (v_lt, torch.zeros_like(t_lt), torch.ones_like(t_lt))
+    _, du_dt = net(z_lt, r[n_eq:], t_lt, y_lt, tangent=direction)
     return u_null, v_lt, du_dt
 
 
@@ -94,14 +95,15 @@ def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n
 class MeanFlowLoss(nn.Module):
     """The loss of one micro-batch as a module, so that one engine call runs the whole step."""
 
-    def __init__(self, net: nn.Module, null_label: int, recipe: MeanFlowConfig) -> None:
+    def __init__(self, net: DiT, null_label: int, recipe: MeanFlowConfig) -> None:
         super().__init__()
         self.net, self.null_label, self.recipe = net, null_label, recipe
+        self.share_numerator, self.share_denominator = recipe.share_r_equals_t.as_integer_ratio()
 
     def forward(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, C, S, S) latents as the network sees them, y (B,) labels before the drop."""
         recipe = self.recipe
-        n_eq = int(len(x) * recipe.share_r_equals_t)
+        n_eq = len(x) * self.share_numerator // self.share_denominator
         r, t = sample_times(draws.time_normals, n_eq, recipe.time_mean, recipe.time_std)
         y = drop_labels(y, draws.drop_uniforms, n_eq, recipe.label_drop, self.null_label)
         return meanflow_loss(self.net, x, draws.e, r, t, y, n_eq, self.null_label, recipe)

@@ -9,6 +9,7 @@ Shapes: B rows, C latent channels, S latent side, P patch side, N = (S/P)^2 toke
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mf_dist.models.attention import SelfAttention
 from mf_dist.models.layers import Dual, Linear, Mlp, TimeEmbedding, gated_add, layer_norm, modulate, silu
@@ -57,6 +58,10 @@ class DiT(nn.Module):
         super().__init__()
         self.channels, self.patch, self.tokens_per_side = latent_channels, patch_size, latent_size // patch_size
         self.null_label = num_classes
+        self.checkpoint_blocks = False
+        """Whether backward recomputes each block instead of keeping its activations."""
+        self.tangent_dtype: torch.dtype | None = None
+        """Type in which a pass with a tangent computes; None: that of the weights."""
         patch_numbers = patch_size * patch_size * latent_channels
         self.patch_in = Linear(patch_numbers, hidden_size)
         self.time = TimeEmbedding(hidden_size)
@@ -88,13 +93,19 @@ class DiT(nn.Module):
         """z (B, C, S, S), r and t (B,) with 0 <= r <= t <= 1, y (B,) in [0, num_classes], num_classes = null.
 
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
-        The layers run in the type of their weights; u and du leave in the type of z."""
+        The layers compute in the type of the weights, or in tangent_dtype; u and du leave in the type of z."""
         dz, dr, dt = tangent if tangent is not None else (None, None, None)
-        x, dx = self.patch_in(self._patchify(z), None if dz is None else self._patchify(dz))
-        x = x + self.positions.to(x.dtype)
-        c, dc = self._condition(r, t, y, dr, dt)
+        dtype = self.patch_in.weight.dtype
+        if tangent is not None and self.tangent_dtype is not None:
+            dtype = self.tangent_dtype
+        x, dx = self.patch_in(self._patchify(z).to(dtype), None if dz is None else self._patchify(dz).to(dtype))
+        x = x + self.positions.to(dtype)
+        c, dc = self._condition(r, t, y, dr, dt, dtype)
         for block in self.blocks:
-            x, dx = block(x, c, dx, dc)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, dx = checkpoint(block, x, c, dx, dc, use_reentrant=False)
+            else:
+                x, dx = block(x, c, dx, dc)
         m, dm = self.last_modulation(c, dc)
         h, dh = layer_norm(x, dx)
         shift, scale = m.chunk(2, dim=-1)
@@ -103,11 +114,13 @@ class DiT(nn.Module):
         u = self._unpatchify(out).to(z.dtype)
         return u if dout is None else (u, self._unpatchify(dout).to(z.dtype))
 
-    def _condition(self, r: Tensor, t: Tensor, y: Tensor, dr: Tensor | None, dt: Tensor | None) -> Dual:
+    def _condition(
+        self, r: Tensor, t: Tensor, y: Tensor, dr: Tensor | None, dt: Tensor | None, dtype: torch.dtype
+    ) -> Dual:
         """SiLU(time(t) + interval(t - r) + label(y)), (B, D)."""
-        a, da = self.time(t, dt)
-        b, db = self.interval(t - r, None if dt is None or dr is None else dt - dr)
-        return silu(a + b + self.label(y), None if da is None or db is None else da + db)
+        a, da = self.time(t, dt, dtype)
+        b, db = self.interval(t - r, None if dt is None or dr is None else dt - dr, dtype)
+        return silu(a + b + self.label(y).to(dtype), None if da is None or db is None else da + db)
 
     def _patchify(self, z: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, N, P P C)."""

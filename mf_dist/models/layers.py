@@ -19,12 +19,13 @@ Dual = tuple[Tensor, Tensor | None]
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, dy = dx W^T. Computes in the type of its weights."""
+    """y = x W^T + b, dy = dx W^T. Computes in the type of x, whatever its weights are stored in."""
 
     def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:  # type: ignore[override]
-        y = super().forward(x.to(self.weight.dtype))
+        weight = self.weight.to(x.dtype)
+        y = F.linear(x, weight, self.bias.to(x.dtype))
         # matmul, not F.linear: ZeRO-3 replaces F.linear by a function that keeps a graph of its own
-        return y, None if dx is None else dx.to(self.weight.dtype) @ self.weight.t()
+        return y, None if dx is None else dx @ weight.t()
 
 
 def silu(x: Tensor, dx: Tensor | None = None) -> Dual:
@@ -97,13 +98,15 @@ class TimeEmbedding(nn.Module):
         self.fc1 = Linear(self.num_sinusoids, width)
         self.fc2 = Linear(width, width)
 
-    def forward(self, t: Tensor, dt: Tensor | None = None) -> Dual:
-        """t, dt (B,) -> (B, D)."""
+    def forward(self, t: Tensor, dt: Tensor | None, dtype: torch.dtype) -> Dual:
+        """t, dt (B,) -> (B, D) of `dtype`, in which the linears compute."""
         half = self.num_sinusoids // 2
         wide = t.dtype if t.dtype == torch.float64 else torch.float32
         frequency = torch.exp(-math.log(self.max_period) / half * torch.arange(half, dtype=wide, device=t.device))
         angle = t[:, None].to(wide) * frequency
         cos, sin = angle.cos(), angle.sin()
         sinusoids = torch.cat([cos, sin], dim=-1)
-        tangent = None if dt is None else torch.cat([-sin, cos], dim=-1) * frequency.repeat(2) * dt[:, None].to(wide)
-        return self.fc2(*silu(*self.fc1(sinusoids, tangent)))
+        if dt is None:
+            return self.fc2(*silu(*self.fc1(sinusoids.to(dtype))))
+        tangent = torch.cat([-sin, cos], dim=-1) * frequency.repeat(2) * dt[:, None].to(wide)
+        return self.fc2(*silu(*self.fc1(sinusoids.to(dtype), tangent.to(dtype))))

@@ -29,8 +29,8 @@ def flat(tensors):
 
 def gradient(tmp_path, config, ranks, *overrides):
     out = tmp_path / "gradient.safetensors"
-    torchrun(ranks, WORKER, config, out, *overrides)
-    return flat(load_file(out))
+    done = torchrun(ranks, WORKER, config, out, *overrides)
+    return flat(load_file(out)), json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def reference(tmp_path_factory, latents, images):
     root = tmp_path_factory.mktemp("gradient")
     config = root / "tiny.yaml"
     config.write_text(TINY.format(run=root / "run", latents=latents, features=FEATURES, images=images))
-    return gradient(root, config, 1), config
+    return gradient(root, config, 1)[0], config
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,39 @@ def reference(tmp_path_factory, latents, images):
         (2, ["train.micro_batch=4"]),
         (2, ["engine.zero_stage=2"]),
         (2, ["engine.zero_stage=3"]),
+        (2, ["engine.checkpoint_activations=true"]),
+        (2, ["engine.zero_stage=3", "engine.checkpoint_activations=true"]),
     ],
-    ids=["accumulation2", "ranks2", "ranks2-accumulation2", "zero2", "zero3"],
+    ids=["accumulation2", "ranks2", "ranks2-accumulation2", "zero2", "zero3", "recompute", "zero3-recompute"],
 )
 def test_gradients_are_those_of_one_process(tmp_path, reference, ranks, overrides):
     exact, config = reference
-    other = gradient(tmp_path, config, ranks, *overrides)
+    other, _ = gradient(tmp_path, config, ranks, *overrides)
     assert np.linalg.norm(exact) > 0.1 and (exact != 0).mean() > 0.9
     assert np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("overrides", [["engine.zero_stage=1"], ["engine.zero_stage=2", "engine.checkpoint_activations=true"]])
+def test_compiled_is_one_graph_with_the_same_gradient(tmp_path, reference, overrides):
+    exact, config = reference
+    compiled, seen = gradient(tmp_path, config, 2, "engine.compile=true", *overrides)
+    assert seen == {"graphs": 1, "breaks": 0, "compiled_later": 0}
+    assert np.linalg.norm(compiled - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+def test_zero3_compiles_block_by_block(tmp_path, reference):
+    exact, config = reference
+    compiled, seen = gradient(tmp_path, config, 2, "engine.compile=true", "engine.zero_stage=3")
+    assert seen["compiled_later"] == 0 and seen["graphs"] > 0
+    assert np.linalg.norm(compiled - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("overrides", [[], ["engine.jvp_precision=fp32"], ["engine.zero_stage=2"], ["engine.zero_stage=3"]])
+def test_bf16_gradients_are_near_those_of_fp32(tmp_path, reference, overrides):
+    """Layers of 8 significant bits: 2 % of the gradient's norm."""
+    exact, config = reference
+    other, _ = gradient(tmp_path, config, 2, "engine.precision=bf16", *overrides)
+    assert 1e-5 < np.linalg.norm(other - exact) / np.linalg.norm(exact) < 0.02
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])

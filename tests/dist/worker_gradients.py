@@ -1,13 +1,17 @@
 """Run under torchrun: one optimizer step's full gradient on real batches, written by rank 0.
 
     worker_gradients.py CONFIG OUT [section.key=value ...]
+
+Then two more steps, and on stdout how often torch.compile broke a graph in the first step and compiled after it.
 """
 
+import json
 import sys
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from mf_dist.config import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
@@ -32,16 +36,26 @@ def main():
         engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
         inner = engine._engine
+        scale = shards.manifest["vae"]["scaling_factor"]
+
+        def inputs(b: Batch):
+            x = sample_posterior(b.moments, b.posterior_noise, scale)
+            return x, b.labels, Draws(b.e, b.time_normals, b.drop_uniforms)
+
         for _ in range(engine.accumulation):
-            b: Batch = next(batches)
-            x = sample_posterior(b.moments, b.posterior_noise, shards.manifest["vae"]["scaling_factor"])
-            loss, _ = inner(x, b.labels, Draws(b.e, b.time_normals, b.drop_uniforms))
+            loss, _ = inner(*inputs(next(batches)))
             inner.backward(loss)
             if inner.is_gradient_accumulation_boundary():
                 gradient = {name: safe_get_full_grad(p).float().clone() for name, p in net.named_parameters()}
             inner.step()
         if ranks.is_first:
             save_file(gradient, out)
+        breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+        for _ in range(2 * engine.accumulation):
+            engine.train_micro_batch(*inputs(next(batches)))
+        if ranks.is_first:
+            later = counters["stats"]["unique_graphs"] - graphs
+            print(json.dumps({"graphs": graphs, "breaks": breaks, "compiled_later": later}))
 
 
 if __name__ == "__main__":

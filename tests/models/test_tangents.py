@@ -59,8 +59,8 @@ def test_layer_of_three_inputs(rule):
 @torch.no_grad()
 def test_time_embedding():
     layer, t, dt = randomised(TimeEmbedding(6)), torch.rand(4, dtype=torch.float64), randn(4)
-    y, dy = layer(t, dt)
-    value, tangent = torch.func.jvp(lambda a: layer(a)[0], (t,), (dt,))
+    y, dy = layer(t, dt, torch.float64)
+    value, tangent = torch.func.jvp(lambda a: layer(a, None, torch.float64)[0], (t,), (dt,))
     torch.testing.assert_close(y, value, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(dy, tangent, atol=1e-10, rtol=1e-10)
 

@@ -1,0 +1,23 @@
+"""Named DiT shapes (no torch: for command lines and arithmetic).
+
+B to XL: the paper's Table 4. XXL and G: width, depth and heads of Large-DiT 2B and 3B (Alpha-VLLM/LLaMA2-Accessory);
+our blocks have full modulations, hence 2.3 and 5.5 billion parameters.
+"""
+
+from mf_dist.config import ModelConfig
+
+SHAPES = {  # depth, width, heads
+    "B": (12, 768, 12),
+    "M": (16, 1024, 16),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "XXL": (24, 2304, 32),
+    "G": (32, 3072, 32),
+}
+
+
+def named_model(name: str, latent_size: int, num_classes: int = 1000) -> ModelConfig:
+    """'XL/2' -> DiT-XL with patches of 2 on 4-channel latents; KeyError or ValueError for an unknown name."""
+    letters, patch = name.split("/")
+    depth, width, heads = SHAPES[letters]
+    return ModelConfig(depth, width, heads, int(patch), latent_size, 4, num_classes)

@@ -1,0 +1,136 @@
+"""How far bf16 moves the training target of a trained model, and what fp32 tangents would cost.
+
+    python tools/bench_precision.py --checkpoint runs/digits
+
+Draws real batches from the run's dataset. Reference: the same weights, rounded to bf16 once, computed in float64. Errors
+are relative norms over the r < t rows: of du/dt, and of u_tgt = v_g - (t - r) du/dt.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run or step-N folder")
+    parser.add_argument("--batches", type=int, default=8, help="micro-batches to average over (default 8)")
+    args = parser.parse_args()
+    if args.batches < 1:
+        raise UserError(f"--batches must be at least 1, got {args.batches}")
+    import torch
+
+    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.config import Config
+    from mf_dist.config_loader import from_tree
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    config = from_tree(Config, checkpoint.state["config"], str(checkpoint.folder))
+    if config.meanflow.share_r_equals_t == 1:
+        raise UserError(f"{args.checkpoint} is a flow-matching run: it has no r < t rows")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nets = build_nets(checkpoint.load("master"), config, device)
+    errors = {name: [] for name in nets}
+    seconds = {name: [] for name in nets}
+    for z, v, r, t, y, n_eq in batches(config, args.batches, device):
+        exact = target(nets["float64"], z, v, r, t, y, n_eq, config, torch.float64)[:2]
+        for name, net in nets.items():
+            dtype = torch.float64 if name == "float64" else torch.float32
+            du_dt, u_tgt, took = target(net, z, v, r, t, y, n_eq, config, dtype)
+            errors[name].append([(a.double() - b).norm() / b.norm() for a, b in ((du_dt, exact[0]), (u_tgt, exact[1]))])
+            seconds[name].append(took)
+    print(f"{checkpoint.folder}, {args.batches} batches, {device.type}")
+    print(f"{'computation':34}{'du/dt':>10}{'u_tgt':>10}{'target pass, ms':>17}")
+    for name in nets:
+        du_dt, u_tgt = (torch.tensor(errors[name])[:, i].mean().item() for i in (0, 1))
+        print(f"{name:34}{du_dt:10.2e}{u_tgt:10.2e}{1e3 * statistics.median(seconds[name]):17.1f}")
+
+
+def build_nets(weights, config, device):
+    """The same bf16 weights behind every kind of computation."""
+    import torch
+    from bench_peers import PlainDiT
+
+    from mf_dist.generate import new_net
+
+    rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
+
+    def ours(dtype, tangent_dtype=None):
+        net = new_net(config.model, 0)
+        net.load_state_dict(rounded)
+        net.tangent_dtype = tangent_dtype
+        return net.to(device, dtype)
+
+    m = config.model
+    plain = PlainDiT(
+        plain_attention=True, latent_size=m.latent_size, latent_channels=m.latent_channels, num_classes=m.num_classes,
+        patch_size=m.patch_size, hidden_size=m.hidden_size, depth=m.depth, num_heads=m.num_heads,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    plain.load_state_dict(rounded)
+    return {
+        "float64": ours(torch.float64),
+        "explicit tangents, bf16": ours(torch.bfloat16),
+        "explicit tangents, fp32 JVP": ours(torch.bfloat16, torch.float32),
+        "torch.func.jvp, bf16": FuncJvp(plain.to(device, torch.bfloat16)),
+    }
+
+
+class FuncJvp:
+    """A plain network behind our interface; its tangent by torch.func.jvp."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, z, r, t, y, tangent=None):
+        import torch
+
+        if tangent is None:
+            return self.net(z, r, t, y)
+        return torch.func.jvp(lambda a, b, c: self.net(a, b, c, y), (z, r, t), tangent)
+
+
+def batches(config, count, device):
+    """Real micro-batches as the loss sees them: z, v, r, t, y, the number of r = t rows."""
+    from mf_dist.data.loader import training_batches
+    from mf_dist.data.shards import LatentShards
+    from mf_dist.latents import sample_posterior
+    from mf_dist.meanflow.guidance import drop_labels
+    from mf_dist.meanflow.path import path
+    from mf_dist.meanflow.times import sample_times
+
+    shards, recipe = LatentShards(config.data.path), config.meanflow
+    stream = training_batches(shards, config, 0, 0, 1, pin_memory=False)
+    for _, b in zip(range(count), stream, strict=False):
+        x = sample_posterior(b.moments, b.posterior_noise, shards.manifest["vae"]["scaling_factor"])
+        n_eq = int(len(x) * recipe.share_r_equals_t)
+        r, t = sample_times(b.time_normals, n_eq, recipe.time_mean, recipe.time_std)
+        y = drop_labels(b.labels, b.drop_uniforms, n_eq, recipe.label_drop, config.model.num_classes)
+        yield *(tensor.to(device) for tensor in (*path(x, b.e, t), r, t, y)), n_eq
+
+
+def target(net, z, v, r, t, y, n_eq, config, dtype):
+    """du/dt, u_tgt on the r < t rows, and the seconds it took."""
+    import torch
+
+    from mf_dist.meanflow.loss import meanflow_target
+    from mf_dist.meanflow.path import per_row
+
+    z, v, r, t = (tensor.to(dtype) for tensor in (z, v, r, t))
+    start = time.perf_counter()
+    with torch.no_grad():
+        _, v_g, du_dt = meanflow_target(net, z, v, r, t, y, n_eq, config.model.num_classes, config.meanflow)
+    if z.is_cuda:
+        torch.cuda.synchronize()
+    return du_dt, v_g - per_row(t - r)[n_eq:] * du_dt, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())

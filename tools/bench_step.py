@@ -1,0 +1,278 @@
+"""Times a training step's forward and backward beside what others do, in one run, interleaved.
+
+    python tools/bench_step.py                                   # DiT-B/4, batch 4: plain, ours, authors; compiled
+    python tools/bench_step.py --variants all --eager --json bench.json
+    python tools/bench_step.py --model XL/2 --batch 32 --dtype bf16          # on a GPU
+
+`ours` is compiled as one graph, `blocks` is the same step compiled block by block. Ratios are to `plain`: flow
+matching (forward and backward, 3 F) by a DiT without tangent code, fused attention, same batch and threads. Each round
+runs every variant once; medians over the rounds, and the spread of each round's ratio. Saved bytes are what the forward
+keeps for the backward; FLOPs are counted by torch on the eager form.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+from mf_dist.errors import UserError, command_line
+
+VARIANTS = ("plain", "ours", "blocks", "authors", "port", "tim")
+HEADS = {"median s": 9, "ratio": 7, "spread": 14, "saved": 7, "FLOPs": 7, "1st, s": 8}
+KAPPA = {"guided": 0.5, "unguided": 0.0}
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="B/4", help="B/4, B/2, M/2, L/2, XL/2, XXL/2, G/2 (default B/4)")
+    parser.add_argument("--depth", type=int, help="fewer blocks than the model has, for quick looks")
+    parser.add_argument("--batch", type=int, default=4, help="rows, a multiple of 4 (default 4)")
+    parser.add_argument("--resolution", type=int, default=256, help="of the images; latents are 1/8 (default 256)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: quieter)")
+    parser.add_argument("--variants", default="plain,ours,authors", help=f"of {', '.join(VARIANTS)}; or all")
+    parser.add_argument("--guidance", choices=("both", "guided", "unguided"), default="both")
+    parser.add_argument("--eager", action="store_true", help="measure the uncompiled forms too")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the layers (default fp32)")
+    parser.add_argument("--json", help="also write the results to this file")
+    args = parser.parse_args()
+    args.variants = VARIANTS if args.variants == "all" else tuple(args.variants.split(","))
+    unknown = [name for name in args.variants if name not in VARIANTS]
+    if unknown or "plain" not in args.variants:
+        raise UserError(
+            f"--variants: expected plain and any of {', '.join(VARIANTS[1:])}, got {','.join(args.variants)}"
+        )
+    if args.batch < 4 or args.batch % 4 or args.rounds < 1 or args.threads < 1 or args.resolution % 8:
+        raise UserError("--batch must be a multiple of 4, --resolution of 8, --rounds and --threads at least 1")
+    return args
+
+
+class Case:
+    """One variant: its network, its loss, compiled or not; and what was measured of it."""
+
+    def __init__(self, name, guidance, compiled, net, loss, inputs, recipe):
+        import torch
+
+        self.name, self.guidance, self.compiled, self.net, self.loss = name, guidance, compiled, net, loss
+        self.inputs, self.recipe, self.seconds = inputs, recipe, []
+        self.call = self.value
+        if compiled and name == "blocks":
+            for block in net.blocks:
+                block.compile(fullgraph=True, dynamic=False)
+        elif compiled:
+            self.call = torch.compile(self.value, fullgraph=True, dynamic=False)
+
+    def value(self):
+        return self.loss(self.net, *self.inputs, len(self.inputs[0]) * 3 // 4, self.net.null_label, self.recipe)
+
+    def step(self):
+        """Seconds of one forward and backward."""
+        import torch
+
+        start = _now()
+        torch.manual_seed(0)
+        self.call().backward()
+        seconds = _now() - start
+        self.net.zero_grad(set_to_none=True)
+        return seconds
+
+    def saved_bytes(self):
+        """Of the tensors kept for the backward, weights excluded."""
+        import torch
+
+        weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
+        saved = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.call()
+        return sum(nbytes for nbytes, _ in saved.values())
+
+    def flops(self):
+        """Counted on the eager form with plain attention: the counter does not know every fused kernel."""
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with (
+            torch.compiler.set_stance("force_eager"),
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            self.value().backward()
+        self.net.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+
+def _now():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def build_cases(args, device):
+    """All requested variants with the same random weights and draws."""
+    import torch
+    from bench_peers import PlainDiT, authors, plain, port, tim
+
+    from mf_dist.config import MeanFlowConfig
+    from mf_dist.meanflow.loss import meanflow_loss
+    from mf_dist.meanflow.times import sample_times
+    from mf_dist.models.dit import DiT
+    from mf_dist.models.sizes import named_model
+
+    losses = {"plain": plain, "authors": authors, "port": port, "tim": tim}
+    losses |= dict.fromkeys(("ours", "blocks"), lambda *a: meanflow_loss(*a)[0])
+    try:
+        model = named_model(args.model, args.resolution // 8)
+    except (KeyError, ValueError):
+        raise UserError(f"--model {args.model!r}: expected such as B/4, B/2, M/2, L/2, XL/2, XXL/2, G/2") from None
+    g = torch.Generator().manual_seed(0)
+    sizes = {
+        "latent_size": model.latent_size, "latent_channels": 4, "num_classes": 1000, "patch_size": model.patch_size,
+        "hidden_size": model.hidden_size, "depth": args.depth or model.depth, "num_heads": model.num_heads,
+    }  # fmt: skip
+    ours = DiT(**sizes, generator=g)
+    for p in ours.parameters():  # at initial weights du/dt is 0
+        p.data.add_(torch.randn(p.shape, generator=g) * 0.01)
+    nets = {
+        "ours": ours,
+        "blocks": DiT(**sizes, generator=g),
+        "fused": PlainDiT(**sizes, plain_attention=False, generator=g),
+        "jvp": PlainDiT(**sizes, plain_attention=True, generator=g),
+    }
+    for net in nets.values():
+        net.load_state_dict(ours.state_dict())
+        net.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
+    r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
+    y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
+    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp", "ours": "ours", "blocks": "blocks"}
+    return [
+        Case(name, guidance, compiled, nets[which[name]], losses[name], (x, e, r, t, y), MeanFlowConfig(kappa=kappa))
+        for compiled in ((True, False) if args.eager else (True,))
+        for guidance, kappa in KAPPA.items()
+        if args.guidance in ("both", guidance)
+        for name in args.variants
+        if name != "plain" or guidance == ("unguided" if args.guidance != "guided" else "guided")
+    ]
+
+
+def check_same_loss(cases):
+    """Everybody computes what `ours` computes; UserError otherwise, since times of other sums mean nothing."""
+    import torch
+
+    for guidance in KAPPA:
+        losses = {c.name: c.value().item() for c in cases if c.guidance == guidance and c.name != "plain"}
+        reference = losses.get("ours")
+        for name, loss in losses.items():
+            # the weighted loss is near 1 by construction: compare what is left
+            tolerance = 0.2 if name == "tim" or torch.bfloat16 in {p.dtype for p in cases[0].net.parameters()} else 1e-3
+            if reference is not None and abs((1 - loss) / (1 - reference) - 1) > tolerance:
+                raise UserError(f"{name} computes another loss than ours ({guidance}): {loss} and {reference}")
+
+
+def measure(cases, rounds):
+    first = {}
+    for case in cases:
+        first[id(case)] = case.step()
+        print(f"  first step of {case.name} {case.guidance} {'compiled' if case.compiled else 'eager'}: "
+              f"{first[id(case)]:.1f} s", file=sys.stderr)  # fmt: skip
+        case.step()
+    for _ in range(rounds):
+        for case in cases:
+            case.seconds.append(case.step())
+    return first
+
+
+def report(cases, first, args, device):
+    import torch
+
+    plain = {case.compiled: case for case in cases if case.name == "plain"}
+    peak = _matmul_peak(device, args.dtype) if device.type == "cuda" else None
+    rows = []
+    for case in cases:
+        ratios = [a / b for a, b in zip(case.seconds, plain[True].seconds, strict=True)]
+        flops, seconds = case.flops(), statistics.median(case.seconds)
+        rows.append(
+            {
+                "variant": case.name,
+                "guidance": None if case.name == "plain" else case.guidance,
+                "compiled": case.compiled,
+                "median_seconds": seconds,
+                "ratio": statistics.median(ratios),
+                "ratio_spread": [min(ratios), max(ratios)],
+                "saved_bytes": case.saved_bytes(),
+                "flops": flops,
+                "mfu": flops / seconds / peak if peak else None,
+                "first_step_seconds": first[id(case)],
+            }
+        )
+    setting = {
+        "model": args.model, "depth": args.depth, "batch": args.batch, "resolution": args.resolution,
+        "rounds": args.rounds, "threads": args.threads, "dtype": args.dtype, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "matmul_peak_flops": peak,
+    }  # fmt: skip
+    return {"setting": setting, "results": rows}
+
+
+def _matmul_peak(device, dtype):
+    """FLOP/s of the best of several square products, measured."""
+    import torch
+
+    best = 0.0
+    for n in (4096, 8192, 16384):
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        times = []
+        for _ in range(10):
+            start = _now()
+            a @ a
+            times.append(_now() - start)
+        best = max(best, 2 * n**3 / statistics.median(times[2:]))
+    return best
+
+
+def print_table(result):
+    base = result["results"][0]
+    print(f"\n{json.dumps(result['setting'])}")
+    numbers = "".join(f"{head:>{width}}" for head, width in HEADS.items())
+    print(f"{'variant':10}{'guidance':10}{'form':10}{numbers}")
+    for row in result["results"]:
+        spread = "{:.2f}-{:.2f}".format(*row["ratio_spread"])
+        saved, flops = row["saved_bytes"] / base["saved_bytes"], row["flops"] / base["flops"]
+        print(
+            f"{row['variant']:10}{row['guidance'] or '-':10}{'compiled' if row['compiled'] else 'eager':10}"
+            f"{row['median_seconds']:9.3f}{row['ratio']:7.2f}{spread:>14}{saved:7.2f}{flops:7.2f}"
+            f"{row['first_step_seconds']:8.1f}" + (f"{row['mfu']:6.2f}" if row["mfu"] else "")
+        )
+
+
+@command_line
+def main() -> None:
+    args = parse()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 64  # every case is the same method to dynamo
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = build_cases(args, device)
+    check_same_loss(cases)
+    result = report(cases, measure(cases, args.rounds), args, device)
+    print_table(result)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
