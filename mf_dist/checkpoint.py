@@ -12,6 +12,7 @@ A folder is written as NAME.tmp, synced, then renamed: one without a valid manif
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Commits tensors[kind][name] and state as root/step-N, then removes all but the newest `keep`.
+    """Commits tensors[kind][name] and state as root/step-N, then removes older ones until `keep` are left.
 
     Raises UserError where the disk refuses; earlier checkpoints are untouched then."""
-    folder = root / f"step-{state['step']:08d}"
+    folder = step_folder(root, state["step"])
     partial = folder.with_suffix(".tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -69,7 +70,8 @@ def save_checkpoint(root: Path, tensors: dict[str, dict[str, Tensor]], state: di
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(root).free >> 20 if root.is_dir() else 0
         raise UserError(f"cannot write checkpoint {folder}: {error}; {free} MiB free there") from None
-    for old in _folders(root)[:-keep]:
+    older = [path for path in _folders(root) if path.name < folder.name]
+    for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -85,37 +87,47 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, warnings
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verifies every file's size and sha256 before anything is used; UserError names the first that differs."""
+def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """Verifies every file's size and sha256 before anything is used; UserError names the first that differs.
+    verify=False is for ranks beside the one that verified."""
     try:
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, entry in entries.items():
+        for name, entry in entries.items() if verify else ():
             path = folder / Path(name).name
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
                 raise UserError(f"{path} is missing or not what its manifest says; use an older checkpoint")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state["step"], int):
+            raise TypeError("state.json: step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no checkpoint ({error})") from None
     return Checkpoint(folder, state, sha256_of(folder / "manifest.json"))
 
 
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
-    """From a checkpoint folder, or the newest of a run folder; UserError where there is none."""
+    """From a checkpoint folder, or the newest of a run folder; UserError where there is none. Says on stderr which
+    newer one is damaged."""
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
     checkpoint, warnings = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         detail = f"; {warnings[0]}" if warnings else ""
         raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder){detail}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     return checkpoint
 
 
 def newest_run(root: Path) -> Path:
-    """The run folder under `root` that was trained last."""
-    steps = [folder for run in root.glob("*") for folder in _folders(run / "checkpoints")]
-    if not steps:
+    """The run folder under `root` whose training command ended last."""
+    found = [folder for folder in root.glob("**/checkpoints") if _folders(folder)]
+    if not found:
         raise UserError(f"no trained run under {str(root)!r}; train one, or give --checkpoint DIR")
-    return max(steps, key=lambda folder: folder.stat().st_mtime).parent.parent
+    return max(found, key=lambda folder: folder.stat().st_mtime).parent
 
 
 def versions() -> dict[str, str]:

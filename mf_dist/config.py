@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from mf_dist.config_loader import Check, read_config
 from mf_dist.errors import UserError
 
+Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
 Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
 Count = Annotated[int, Check("a whole number >= 1", lambda n: n >= 1)]
 Positive = Annotated[float, Check("a number > 0", lambda a: a > 0)]
@@ -97,7 +98,7 @@ class TrainConfig:
     """Images per optimizer step over all ranks; the same batch for any number of ranks."""
     micro_batch: Count | None = None
     """Images per rank and forward pass; None: batch_size / ranks. Smaller accumulates gradients."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Together with the sample's index it decides everything random."""
 
 
@@ -145,7 +146,7 @@ class EvalConfig:
     num_samples: Count = 50_000
     labels: Literal["random", "balanced"] = "random"
     """random: uniform, as the published FIDs; balanced: class i mod num_classes."""
-    seed: Whole = 0
+    seed: Seed = 0
     features: str | None = None
     """Folder of a feature network (config.json and model.safetensors)."""
     reference: str | None = None
@@ -237,5 +238,7 @@ def _check_guidance(config: Config) -> None:
         )
     if recipe.kappa >= 1:
         raise UserError(f"meanflow.kappa {recipe.kappa} must be below 1: the scale is omega / (1 - kappa)")
+    if recipe.guided and recipe.label_drop == 0 and recipe.omega + recipe.kappa != 1:
+        raise UserError("guidance needs the null class, and meanflow.label_drop=0 never trains it: set it above 0")
     if recipe.guided and config.model.num_classes == 0:
         raise UserError("guidance needs classes, and this dataset has none: set meanflow.omega=1 and meanflow.kappa=0")

@@ -43,7 +43,7 @@ def read_config(cls: type[T], path: str, overrides: list[str]) -> T:
         raise UserError(f"cannot read config {path!r}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad UTF-8, or a date such as 2026-02-31
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
@@ -66,7 +66,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = child
     try:
         tree[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         tree[key] = text
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mf_dist.launch import launched_place
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -23,8 +25,8 @@ class Ranks:
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    rank, world_size, local_rank = launched_place()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
@@ -38,6 +40,13 @@ def process_group() -> Iterator[Ranks]:
     # only at a good end: after an error the others would wait here for a rank that is gone
     dist.barrier()  # the first to leave would break the connections of those still at work
     dist.destroy_process_group()
+
+
+def first_ranks_number(number: int, device: torch.device) -> int:
+    """The whole number that rank 0 passed in, on every rank."""
+    tensor = torch.tensor(number, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

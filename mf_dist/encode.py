@@ -1,5 +1,6 @@
 """A folder of images into a dataset of latent shards."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from mf_dist.data.images import ImageFolder, list_images, load_image
-from mf_dist.data.shard_writer import Record, sha256_of, write_json, write_shard
-from mf_dist.data.shards import FORMAT, LatentShards, index_path, shard_name
+from mf_dist.data.shard_writer import Record, is_whole, write_json, write_shard
+from mf_dist.data.shards import FORMAT, LatentShards, read_index, shard_name
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 from mf_dist.progress import progress
@@ -27,6 +28,8 @@ def encode_folder(images: str, out: Path, vae_source: str, resolution: int, shar
     folder = list_images(images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = Vae(vae_source, device)
+    if resolution % vae.reduction:
+        raise UserError(f"--resolution {resolution} is not a multiple of {vae.reduction}, this VAE's reduction")
     plan = _plan(folder, vae, resolution, shard_size, batch)
     _claim(out, plan)
     starts = range(0, len(folder.paths), shard_size)
@@ -34,21 +37,36 @@ def encode_folder(images: str, out: Path, vae_source: str, resolution: int, shar
         for number, first in enumerate(starts):
             tar = out / shard_name(number)
             rows = range(first, min(first + shard_size, len(folder.paths)))
-            if not (tar.is_file() and index_path(tar).is_file()):
+            if not is_whole(tar):
                 moments = _encode_rows(folder, rows, vae, resolution, batch, bar)
                 records = [Record(m, folder.labels[i], folder.paths[i]) for i, m in zip(rows, moments, strict=True)]
                 write_shard(tar, first, records)
             else:
                 bar.update(len(rows))
-    _finish(out, plan, folder, len(starts))
+    _finish(out, plan, len(starts))
 
 
 def _plan(folder: ImageFolder, vae: Vae, resolution: int, shard_size: int, batch: int) -> dict[str, Any]:
     return {
-        "format": FORMAT, "images": str(folder.root), "count": len(folder.paths), "num_classes": len(folder.classes),
-        "classes": folder.classes, "resolution": resolution, "crop": "ADM centre crop", "value_range": [-1, 1],
-        "dtype": "float16", "encode_batch": batch, "shard_size": shard_size, "vae": vae.identity,
-    }  # fmt: skip
+        "format": FORMAT,
+        "image_list_sha256": _list_sha256(folder),
+        "count": len(folder.paths),
+        "num_classes": len(folder.classes),
+        "classes": folder.classes,
+        "resolution": resolution,
+        "crop": "ADM centre crop",
+        "value_range": [-1, 1],
+        "dtype": "float16",
+        "encode_batch": batch,
+        "shard_size": shard_size,
+        "vae": vae.identity,
+    }
+
+
+def _list_sha256(folder: ImageFolder) -> str:
+    """Of the images' paths below the folder, and their sizes in bytes: another list is another dataset."""
+    lines = (f"{path} {(folder.root / path).stat().st_size}\n" for path in folder.paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:
@@ -59,9 +77,9 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
         if not path.is_file():
             write_json(path, plan)
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        changed = [key for key in plan if found.get(key) != plan[key]]
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot use {str(out)!r}: {error}") from None
-    changed = [key for key in plan if found.get(key) != plan[key]]
     if changed:
         key = changed[0]
         raise UserError(
@@ -88,20 +106,21 @@ def _encode_rows(
             bar.update(len(pixels))
 
 
-def _finish(out: Path, plan: dict[str, Any], folder: ImageFolder, num_shards: int) -> None:
+def _finish(out: Path, plan: dict[str, Any], num_shards: int) -> None:
     """The manifest: the plan, the shards with sizes and sha256, the latents' shape and exact channel statistics."""
     shards = []
     for number in range(num_shards):
-        tar = out / shard_name(number)
-        count = min(plan["shard_size"], len(folder.paths) - number * plan["shard_size"])
-        shards.append({"name": tar.name, "count": count, "bytes": tar.stat().st_size, "sha256": sha256_of(tar)})
-    with np.load(index_path(out / shard_name(0)), allow_pickle=False) as index:
-        channels, side, _ = (int(n) for n in index["shape"])
+        index = read_index(out / shard_name(number))
+        assert index is not None
+        channels, side, _ = index.shape
+        shards.append(
+            {"name": shard_name(number), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256}
+        )
     manifest = {**plan, "latent_channels": channels // 2, "latent_size": side, "shards": shards}
     mean, deviation = _channel_statistics(LatentShards(out, manifest))
     write_json(out / "manifest.json", manifest | {"channel_mean": mean, "channel_std": deviation})
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
-    print(f"{len(folder.paths)} images in {num_shards} shards at {out}; scaled latents' std per channel {scaled}")
+    print(f"{plan['count']} images in {num_shards} shards at {out}; scaled latents' std per channel {scaled}")
 
 
 def _channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:

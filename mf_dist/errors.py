@@ -11,15 +11,19 @@ class UserError(Exception):
 
 
 def command_line(main: Callable[[], None]) -> Callable[[], int]:
-    """Makes `main` a program: a UserError is one line on stderr (of rank 0 only) and exit code 2."""
+    """Makes `main` a program: a UserError, or a file that cannot be used, is one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run() -> int:
         try:
             main()
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            _complain(str(error))
+            return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _complain(f"{error.filename}: {error.strerror}")
             return 2
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -27,3 +31,12 @@ def command_line(main: Callable[[], None]) -> Callable[[], int]:
         return 0
 
     return run
+
+
+def _complain(text: str) -> None:
+    """Before torch is loaded all ranks find the same mistakes, and the first speaks for all."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {text}", file=sys.stderr)
+    elif "torch" in sys.modules:
+        print(f"error on rank {rank}: {text}", file=sys.stderr)

@@ -33,11 +33,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measured:
-    """A metrics.json entry, and the images behind it: pixels (N, 3, R, R) uint8, labels (N,)."""
+    """A metrics.json entry, and, if they were kept, the images behind it: (N, R, R, 3) uint8, labels (N,)."""
 
     entry: dict[str, Any]
-    pixels: Pixels
-    labels: Labels
+    pixels: Pixels | None
+    labels: Labels | None
 
 
 def load_reference(source: str, features: FeatureNetwork) -> Reference:
@@ -61,19 +61,23 @@ def folder_blocks(folder: str | Path, resolution: int) -> Iterator[tuple[Pixels,
 
 def measure(
     blocks: Iterable[tuple[Pixels, Labels]], count: int, features: FeatureNetwork, reference: Reference,
-    protocol: dict[str, Any],
+    protocol: dict[str, Any], keep_pixels: bool = False,
 ) -> Measured:  # fmt: skip
     """The Frechet distance of `count` images in `blocks`; `protocol` says what they are."""
-    statistics, pixels, labels = FeatureStatistics(), [], []
+    statistics = FeatureStatistics()
+    pixels, labels = None, np.zeros(count, np.int64)
     start = time.perf_counter()
     with progress(count, "img", "sample and measure") as bar:
         for block, block_labels in blocks:
             rows = features(torch.from_numpy(block)).numpy()
             if not np.isfinite(rows).all():
                 raise UserError(f"features of images near number {statistics.count} are not finite: the model diverged")
+            if keep_pixels:
+                if pixels is None:
+                    pixels = np.empty((count, *block.shape[2:], 3), np.uint8)
+                pixels[statistics.count : statistics.count + len(block)] = block.transpose(0, 2, 3, 1)
+                labels[statistics.count : statistics.count + len(block)] = block_labels
             statistics.add(rows)
-            pixels.append(block)
-            labels.append(block_labels)
             bar.update(len(block))
     if count <= features.network.feature_dimension:
         print(f"warning: {count} images are too few for {features.network.feature_dimension} features")
@@ -83,17 +87,19 @@ def measure(
         "num_samples": statistics.count,
         "features_sha256": features.sha256,
         **reference.provenance,
+        "reference_sha256": reference.gaussian.sha256,
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "value": frechet_distance(statistics.gaussian(), reference.gaussian),
         "seconds": time.perf_counter() - start,
     }
-    return Measured(entry, np.concatenate(pixels), np.concatenate(labels))
+    return Measured(entry, pixels, labels if keep_pixels else None)
 
 
 def measure_samples(
-    trained: Trained, nfe: int, count: int, labels: str, seed: int, features: FeatureNetwork, reference: Reference
-) -> Measured:
+    trained: Trained, nfe: int, count: int, labels: str, seed: int, features: FeatureNetwork, reference: Reference,
+    keep_pixels: bool,
+) -> Measured:  # fmt: skip
     """`count` EMA samples in `nfe` network calls each, against the reference."""
     protocol = {
         "nfe": nfe,
@@ -106,7 +112,8 @@ def measure_samples(
         "step": trained.checkpoint.step,
         "vae_sha256": trained.generator.vae.sha256,
     }
-    return measure(trained.generator.blocks(count, nfe, labels, seed), count, features, reference, protocol)
+    blocks = trained.generator.blocks(count, nfe, labels, seed)
+    return measure(blocks, count, features, reference, protocol, keep_pixels)
 
 
 def record(entry: dict[str, Any], out: Path) -> Path:
@@ -129,4 +136,5 @@ def record(entry: dict[str, Any], out: Path) -> Path:
 
 def save_npz(measured: Measured, path: Path) -> None:
     """ADM's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels."""
-    np.savez(path, measured.pixels.transpose(0, 2, 3, 1), measured.labels)
+    assert measured.pixels is not None and measured.labels is not None
+    np.savez(path, measured.pixels, measured.labels)

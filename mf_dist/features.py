@@ -55,7 +55,7 @@ class FeatureNetwork:
             self.network = SmallClassifier(int(config["classes"]))
             self.network.load_state_dict(load_file(folder / WEIGHTS))
             self.sha256 = sha256_of(folder / WEIGHTS)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no feature network in {str(folder)!r} ({reason}); expected config.json and {WEIGHTS}, "

@@ -58,6 +58,8 @@ class Generator:
     def __call__(self, noise: Tensor, labels: Tensor, nfe: int) -> Pixels:
         """noise (B, C, S, S), labels (B,) -> pixels (B, 3, H, W) uint8."""
         x = self._sample(self.net, noise.to(self.device), labels.to(self.device), uniform_grid(nfe))
+        if not x.isfinite().all():
+            raise UserError("the model's samples are not finite: its training diverged; use an older checkpoint")
         return self.vae.decode(x).cpu().numpy()
 
     def blocks(self, count: int, nfe: int, labels: str, seed: int) -> Iterator[tuple[Pixels, npt.NDArray[np.int64]]]:
@@ -103,6 +105,9 @@ class Trained:
 def load_trained(checkpoint: Checkpoint, ema_decay: str | None, vae: str | None, device: torch.device) -> Trained:
     """The EMA network of a checkpoint with the VAE its latents were made with; UserError if one is missing."""
     state = checkpoint.state
+    for key in ("config", "vae", "classes"):
+        if key not in state:
+            raise UserError(f"{checkpoint.folder}/state.json has no {key!r}: not a checkpoint of this program")
     config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
     decays = checkpoint.ema_decays()
     wanted = ema_decay or str(config.optim.ema_decay)
@@ -111,5 +116,5 @@ def load_trained(checkpoint: Checkpoint, ema_decay: str | None, vae: str | None,
     net = new_net(config.model, seed=0)
     net.load_state_dict(checkpoint.load(f"ema-{wanted}"))
     source = vae or config.eval.vae or state["vae"]["source"]
-    loaded = Vae(source, device, state["vae"]["sha256"])
+    loaded = Vae(source, device, state["vae"])
     return Trained(Generator(net, loaded, config, device), config, checkpoint, wanted, state["classes"])

@@ -1,5 +1,6 @@
 """Pixels to latents and back: the only place that knows the VAE, its scale and its value range."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,24 @@ def to_pixels(images: Tensor) -> Tensor:
 class Vae:
     """A diffusers AutoencoderKL from a local folder or by hub id."""
 
-    def __init__(self, source: str, device: torch.device, expected_sha256: str | None = None) -> None:
-        """UserError if it cannot be had, or if its weights are not those `expected_sha256` names."""
+    def __init__(self, source: str, device: torch.device, expected: dict[str, Any] | None = None) -> None:
+        """UserError if it cannot be had, or is not the one whose `identity` is expected."""
         folder = _vae_folder(source)
         self.source = source
         self.sha256 = sha256_of(folder / WEIGHTS)
-        if expected_sha256 is not None and self.sha256 != expected_sha256:
-            raise UserError(
-                f"VAE {source!r} has sha256 {self.sha256[:12]}..., the latents were made with "
-                f"{expected_sha256[:12]}...; name that one with eval.vae=FOLDER or --vae FOLDER"
-            )
         self.device = device
         self.model = _load_autoencoder(folder).to(device).eval().requires_grad_(False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         self.scaling_factor = float(self.model.config["scaling_factor"])
+        self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
+        """Side of an image / side of its latent."""
+        for key in ("sha256", "scaling_factor"):
+            if expected is not None and self.identity[key] != expected[key]:
+                raise UserError(
+                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected[key]}; "
+                    "name that one with eval.vae=FOLDER or --vae FOLDER"
+                )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,8 +72,8 @@ def _vae_folder(source: str) -> Path:
             if not (folder / name).is_file():
                 raise UserError(f"VAE folder {source!r} has no {name}; save it with diffusers' save_pretrained")
         return folder
-    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise UserError(f"no VAE folder at {source!r} (a hub id has the form owner/name)")
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
+        raise UserError(f"no VAE folder at {source!r}, seen from {os.getcwd()} (a hub id has the form owner/name)")
     import huggingface_hub
 
     try:
@@ -91,8 +95,13 @@ def _load_autoencoder(folder: Path) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return AutoencoderKL.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        model, loading = AutoencoderKL.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"cannot load the VAE in {str(folder)!r}: {str(error).strip().splitlines()[0]}") from None
+    if kind != "AutoencoderKL" or loading["missing_keys"] or loading["unexpected_keys"]:
+        wrong = [*loading["missing_keys"], *loading["unexpected_keys"], f"class {kind}"][0]
+        raise UserError(f"the weights in {str(folder)!r} are not those of a whole AutoencoderKL: {wrong}")
+    return model

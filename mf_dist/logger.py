@@ -17,10 +17,14 @@ SHOWN = {"raw r=t": "raw_loss_r_equals_t", "raw r<t": "raw_loss_r_below_t", "|du
 
 class Logger:
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        """`step`: where the run goes on; lines of later steps, from before a fault, are removed."""
+        """`step`: where the run goes on. Lines of later steps, from before a fault, are removed; those of a run
+        that starts from scratch in a used folder are moved to metrics.jsonl.old."""
         self.total_steps = config.total_steps
         self._path = run_dir / "metrics.jsonl"
-        _keep_lines_up_to(self._path, step)
+        if step:
+            _keep_lines_up_to(self._path, step)
+        elif self._path.is_file():
+            self._path.replace(run_dir / "metrics.jsonl.old")
         self._bar = tqdm(
             total=config.total_steps * config.train.batch_size, initial=step * config.train.batch_size,
             unit="img", unit_scale=True, disable=not sys.stderr.isatty(), desc="train",
@@ -38,29 +42,30 @@ class Logger:
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one status line; `metrics` has step and samples_seen."""
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
         self.say(_status_line(metrics, self.total_steps))
-        self._to_wandb(metrics)
+        self._to_wandb(lambda run: run.log(metrics, step=metrics["step"]))
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
-        if self._wandb is not None:
+        def send(run: Any) -> None:
             import wandb
 
-            self._to_wandb({name: wandb.Image(str(path)), "step": step})
+            run.log({name: wandb.Image(str(path))}, step=step)
 
-    def _to_wandb(self, values: dict[str, Any]) -> None:
+        self._to_wandb(send)
+
+    def _to_wandb(self, send: Callable[[Any], None]) -> None:
         if self._wandb is None:
             return
         try:
-            self._wandb.log(values, step=values["step"])
+            send(self._wandb)
         except Exception as error:  # W&B must never end a run; metrics.jsonl has everything
             self._wandb = None
             self.say(f"warning: W&B stopped working ({error!r}); going on without, see {self._path}")
 
     def close(self) -> None:
         self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:

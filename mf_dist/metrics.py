@@ -1,5 +1,7 @@
 """Frechet distance between feature sets: streaming fp64 statistics, no matrix square root of a product."""
 
+import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ class Gaussian:
 
     mean: Array
     covariance: Array
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
 
 
 class FeatureStatistics:
@@ -68,7 +74,7 @@ def read_statistics(path: Path, dimension: int) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read reference statistics {str(path)!r}: {error}; expected arrays mu, sigma") from None
     if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
         raise UserError(

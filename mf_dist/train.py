@@ -8,13 +8,13 @@ Anything in the config can be overridden by section.key=value.
 """
 
 import argparse
-import os
 import sys
 
 from mf_dist.config import load_config, resolve
 from mf_dist.cost import describe
 from mf_dist.data.shards import read_manifest
 from mf_dist.errors import UserError, command_line
+from mf_dist.launch import launched_place
 
 
 @command_line
@@ -26,10 +26,10 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, such as configs/digits_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as optim.lr=2e-4")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     manifest = read_manifest(config.data.path)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    world_size = launched_place().world_size
     config = resolve(config, manifest, world_size)
     if args.dry_run:
         print(describe(config, world_size))

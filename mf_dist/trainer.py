@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint, versions
+from mf_dist.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    step_folder,
+    versions,
+)
 from mf_dist.config import Config
 from mf_dist.config_loader import to_tree
 from mf_dist.data.loader import Batch, training_batches
-from mf_dist.data.shards import LatentShards
-from mf_dist.distributed import Ranks, sum_over_ranks
+from mf_dist.data.shards import LatentShards, dataset_sha256
+from mf_dist.distributed import Ranks, first_ranks_number, sum_over_ranks
 from mf_dist.engine import MASTER, Engine
 from mf_dist.errors import UserError
 from mf_dist.generate import Generator, new_net
@@ -32,11 +39,13 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
         self.shards = LatentShards(config.data.path)
         self.vae = self._sampling_vae()
         net = new_net(config.model, config.train.seed)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         self.ema_kind = f"ema-{config.optim.ema_decay}"
+        self.step = 0
         self.step, story = self._resume()
         self.saved_step = self.step
         if ranks.is_first:
@@ -61,13 +70,15 @@ class Trainer:
             if ranks.is_first:
                 self.logger.advance(batch_size)
             is_last = self.step == config.total_steps
-            if is_last or self.step % config.log.every_steps == 0:
-                self._log()
+            saves = is_last or self._is_due(config.checkpoint.every_images)
+            if saves or self.step % config.log.every_steps == 0:
+                self._log()  # refuses numbers that are not finite, hence before every save
             if config.log.sample_every_images and (is_last or self._is_due(config.log.sample_every_images)):
                 self._draw_samples()
-            if is_last or self._is_due(config.checkpoint.every_images):
+            if saves:
                 self._save()
         if ranks.is_first:
+            self.checkpoints.touch()  # the run that tools/fid_eval.py takes is the one that ended last
             self.logger.say(f"finished at step {self.step} ({self.step * batch_size} images): {self.run_dir}")
             self.logger.close()
 
@@ -94,6 +105,12 @@ class Trainer:
             **self.meter.speed(self.config.train.batch_size),
         }
         self.meter.reset()
+        for name, value in entry.items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {self.step}: training diverged. The newest checkpoint in "
+                    f"{self.checkpoints} is from before; lower optim.lr or set optim.grad_clip, in another run_dir"
+                )
         if self.ranks.is_first:
             self.logger.log(entry)
 
@@ -102,7 +119,7 @@ class Trainer:
         if not self.ranks.is_first or not self.config.log.sample_every_images:
             return None
         recorded = self.shards.manifest["vae"]
-        return Vae(self.config.eval.vae or recorded["source"], self.ranks.device, recorded["sha256"])
+        return Vae(self.config.eval.vae or recorded["source"], self.ranks.device, recorded)
 
     def _draw_samples(self) -> None:
         with self.meter.pausing():
@@ -126,9 +143,7 @@ class Trainer:
                 if self.ranks.is_first:
                     tensors.setdefault(self.ema_kind if kind == "ema" else kind, {})[name] = tensor.contiguous()
             if self.ranks.is_first:
-                folder = save_checkpoint(
-                    self.run_dir / "checkpoints", tensors, self._state(), self.config.checkpoint.keep
-                )
+                folder = save_checkpoint(self.checkpoints, tensors, self._state(), self.config.checkpoint.keep)
                 self.logger.say(f"saved {folder}")
             self.saved_step = self.step
 
@@ -139,12 +154,16 @@ class Trainer:
             "config": to_tree(self.config),
             "classes": self.shards.manifest["classes"],
             "vae": self.shards.manifest["vae"],
+            "dataset": {"path": self.config.data.path, "sha256": dataset_sha256(self.shards.manifest)},
             "versions": versions(),
         }
 
     def _resume(self) -> tuple[int, list[str]]:
         """Loads the newest valid checkpoint of the run folder; returns its step and what there is to say."""
-        checkpoint, story = newest_checkpoint(self.run_dir / "checkpoints")
+        checkpoint, story = newest_checkpoint(self.checkpoints) if self.ranks.is_first else (None, [])
+        step = first_ranks_number(checkpoint.step if checkpoint else 0, self.ranks.device)
+        if step and checkpoint is None:
+            checkpoint = open_checkpoint(step_folder(self.checkpoints, step), verify=False)
         if checkpoint is None:
             return 0, [*story, f"starting {self.run_dir} from scratch: it has no checkpoint"]
         self._refuse_other_mathematics(checkpoint)
@@ -154,10 +173,11 @@ class Trainer:
     def _refuse_other_mathematics(self, checkpoint: Checkpoint) -> None:
         """A run goes on only with the model, recipe, optimizer, batch, seed and latents it began with."""
         saved, now = dict(checkpoint.state["config"]), to_tree(self.config)
-        for tree, vae in ((saved, checkpoint.state["vae"]), (now, self.shards.manifest["vae"])):
+        saved["dataset"], now["dataset"] = checkpoint.state["dataset"], self._state()["dataset"]
+        for tree in (saved, now):
             tree["train"] = {key: tree["train"][key] for key in ("batch_size", "seed")}
-            tree["vae"] = {"sha256": vae["sha256"]}
-        for section in ("model", "meanflow", "optim", "train", "vae"):
+            tree["dataset"] = {"sha256": tree["dataset"]["sha256"]}
+        for section in ("model", "meanflow", "optim", "train", "dataset"):
             for key, value in now[section].items():
                 before = saved[section].get(key)
                 if before != value:

@@ -1,6 +1,7 @@
 """The commit protocol: complete or absent, verified before use, the newest valid one wins."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -33,6 +34,15 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (2, 10, 9, 100):
         save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_what_was_just_saved_stays_beside_damaged_later_ones(tmp_path):
+    for step in (75, 100):
+        (save(tmp_path, step)[0] / "state.json").write_text("{}")
+    for step in (20, 25, 30):
+        save(tmp_path, step)
+        assert newest_checkpoint(tmp_path)[0].step == step
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{n:08d}" for n in (25, 30, 75, 100)}
 
 
 @pytest.mark.parametrize("name", ["master.safetensors", "ema-0.9.safetensors", "state.json", "manifest.json"])
@@ -75,6 +85,10 @@ def test_finding(tmp_path):
     folder, _ = save(tmp_path / "runs/a/checkpoints", 1)
     assert newest_run(tmp_path / "runs") == tmp_path / "runs/a"
     assert find_checkpoint(folder).step == find_checkpoint(tmp_path / "runs/a").step == 1
+    save(tmp_path / "runs/deep/b/checkpoints", 1)
+    assert newest_run(tmp_path / "runs") == tmp_path / "runs/deep/b"
+    os.utime(tmp_path / "runs/a/checkpoints", (2**31, 2**31))
+    assert newest_run(tmp_path / "runs") == tmp_path / "runs/a"
     with pytest.raises(UserError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
 

@@ -13,6 +13,7 @@ from mf_dist.config import Config, MeanFlowConfig, load_config, resolve
 from mf_dist.config_loader import from_tree, to_tree
 from mf_dist.data.shards import read_manifest
 from mf_dist.errors import UserError
+from mf_dist.launch import launched_place
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = str(ROOT / "configs/digits_cpu.yaml")
@@ -55,6 +56,10 @@ WRONG = [
     (["model.num_heads=3"], "model.num_heads 3 does not divide model.hidden_size 128"),
     (["model.hidden_size=126", "model.num_heads=3"], "not a multiple of 4"),
     (["model.num_classes=0"], "guidance needs classes"),
+    (["meanflow.label_drop=0"], "guidance needs the null class"),
+    (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
+    (["train.seed=18446744073709551616"], r"train\.seed"),
+    (["run_dir=2026-02-03"], r"run_dir: expected a text"),
     (["eval.nfe=0"], r"eval\.nfe: expected whole numbers >= 1"),
     (["eval.nfe=[1, x]"], r"eval\.nfe"),
     (["run_dir="], "run_dir"),
@@ -79,6 +84,7 @@ def test_a_mistake_is_named(overrides, message):
         ("run_dir: a\n", "data is missing"),
         ("\x00", "not valid YAML"),
         ("", "expected sections"),
+        ("run_dir: 2026-02-31", "not valid YAML"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):
@@ -191,9 +197,34 @@ def test_a_wrong_command_line_ends_in_two_seconds_without_torch(tmp_path):
     assert done.stderr.splitlines() == [f"error: {DIGITS}: unknown key optim.lrr; did you mean optim.lr?"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0"}, "RANK 0 is not below WORLD_SIZE 0"),
+        ({"RANK": "1"}, "RANK 1 is not below WORLD_SIZE 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+    ],
+)
+def test_a_wrong_launcher_environment_is_named(monkeypatch, variables, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        launched_place()
+
+
 def test_dry_run_prints_config_shapes_and_cost():
     done = subprocess.run(
-        [sys.executable, "-m", "mf_dist.train", str(ROOT / "configs/imagenet256_xl2.yaml"), "--dry-run"],
+        [
+            sys.executable,
+            "-m",
+            "mf_dist.train",
+            str(ROOT / "configs/imagenet256_xl2.yaml"),
+            "--dry-run",
+            "log.every_steps=7",
+        ],
         capture_output=True,
         text=True,
         timeout=60,

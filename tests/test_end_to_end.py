@@ -48,7 +48,7 @@ def test_a_finished_run_ends_at_once(runs):
     root, _ = runs
     again = run_python("-m", "mf_dist.train", root / "whole.yaml")
     assert "resuming" in again.stdout and "finished at step 6" in again.stdout
-    assert [m["step"] for m in metrics(root / "whole")] == [2, 4, 6]
+    assert [m["step"] for m in metrics(root / "whole")] == [2, 3, 4, 6]
 
 
 def test_metrics_have_every_number(runs):
@@ -134,8 +134,14 @@ def test_sampling_one_class(runs, tmp_path):
     ("arguments", "message"),
     [
         (["tools/fid_eval.py", "--checkpoint", "nowhere"], "error: no checkpoint in 'nowhere'"),
-        (["tools/fid_eval.py", "--nfe", "0"], "error: --nfe must be at least 1, got 0"),
+        (["tools/fid_eval.py", "--nfe", "0"], "error: --nfe must be from 1 to 10000, got 0"),
         (["tools/fid_eval.py", "--images", "x"], "error: --images needs"),
+        (
+            ["tools/fid_eval.py", "--images", "x", "--nfe", "2"],
+            "error: --images measures all of a folder: leave out --nfe",
+        ),
+        (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),
+        (["tools/write_digits.py", "--out", "README.md/x"], "error:"),
         (
             ["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"],
             "error: --resolution",
@@ -172,6 +178,23 @@ def test_another_model_or_recipe_is_refused_where_a_run_stands(runs):
         assert line.startswith("error:") and text in line
 
 
+def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(tiny_config, tmp_path):
+    done = run_python("-m", "mf_dist.train", tiny_config, "optim.lr=1e30", expect=2)
+    (line,) = done.stderr.splitlines()
+    assert "training diverged" in line and not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # the first line would have been of step 2
+
+
+def test_other_latents_are_refused(runs, tmp_path):
+    root, _ = runs
+    images = write_digits(tmp_path / "other", 40)
+    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "latents", "--vae", VAE,
+               "--resolution", 32)  # fmt: skip
+    done = run_python("-m", "mf_dist.train", root / "whole.yaml", f"data.path={tmp_path / 'latents'}", expect=2)
+    assert "was trained with dataset.sha256" in done.stderr
+
+
+@pytest.mark.dist
 def test_unconditional_and_untroubled_by_a_stale_build_lock(tiny_config, tmp_path):
     """No class folders; and the lock that a killed build of DeepSpeed's CPU all-reduce would leave."""
     images = write_digits(tmp_path / "flat", 40, classes=False)
@@ -188,6 +211,7 @@ def test_unconditional_and_untroubled_by_a_stale_build_lock(tiny_config, tmp_pat
     assert metrics(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.dist
 def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
     run_python(
         "-m",
@@ -207,6 +231,7 @@ def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
     assert entry["sampler"] == "euler"
 
 
+@pytest.mark.dist
 def test_wandb_without_a_key_goes_offline(tiny_config, tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"HOME": str(tmp_path)}
     done = run_python(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VAE
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from mf_dist.errors import UserError
@@ -78,12 +79,29 @@ def test_sd_vaes_shape_and_old_config(tmp_path):
 def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no VAE folder at"):
         Vae(str(tmp_path / "nothing"), CPU)
+    with pytest.raises(UserError, match="no VAE folder at 'mf_dist/digitsvae', seen from"):
+        Vae("mf_dist/digitsvae", CPU)
     with pytest.raises(UserError, match=r"has no config\.json"):
         Vae(str(tmp_path), CPU)
     copy = tmp_path / "copy"
     shutil.copytree(VAE, copy)
-    with pytest.raises(UserError, match="were made with abcabcabcabc"):
-        Vae(str(copy), CPU, expected_sha256="abc" * 10)
+    identity = Vae(str(copy), CPU).identity
+    with pytest.raises(UserError, match="were made with abc"):
+        Vae(str(copy), CPU, {**identity, "sha256": "abc"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "scaling_factor": 5.0}))
+    with pytest.raises(UserError, match=r"has scaling_factor 5\.0, the latents were made with 0\.9"):
+        Vae(str(copy), CPU, identity)
+    (copy / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DModel"}))
+    with pytest.raises(UserError, match="class UNet2DModel"):
+        Vae(str(copy), CPU)
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / "diffusion_pytorch_model.safetensors")
+    del tensors["encoder.conv_in.weight"]
+    save_file(tensors, copy / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"not those of a whole AutoencoderKL: encoder\.conv_in\.weight"):
+        Vae(str(copy), CPU)
+    shutil.copy(VAE / "diffusion_pytorch_model.safetensors", copy)
     weights = copy / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot load the VAE") as error:

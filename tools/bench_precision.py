@@ -2,8 +2,8 @@
 
     python tools/bench_precision.py --checkpoint runs/digits
 
-Draws real batches from the run's dataset. Reference: the same weights, rounded to bf16 once, computed in float64. Errors
-are relative norms over the r < t rows: of du/dt, and of u_tgt = v_g - (t - r) du/dt.
+Draws real batches from the run's dataset. Reference: the same weights, rounded to bf16 once, computed in float64.
+Errors are relative norms over the r < t rows: of du/dt, and of u_tgt = v_g - (t - r) du/dt.
 """
 
 import argparse

@@ -123,12 +123,11 @@ def _now():
 def build_cases(args, device):
     """All requested variants with the same random weights and draws."""
     import torch
-    from bench_peers import PlainDiT, authors, plain, port, tim
+    from bench_peers import authors, plain, port, tim
 
     from mf_dist.config import MeanFlowConfig
     from mf_dist.meanflow.loss import meanflow_loss
     from mf_dist.meanflow.times import sample_times
-    from mf_dist.models.dit import DiT
     from mf_dist.models.sizes import named_model
 
     losses = {"plain": plain, "authors": authors, "port": port, "tim": tim}
@@ -137,6 +136,28 @@ def build_cases(args, device):
         model = named_model(args.model, args.resolution // 8)
     except (KeyError, ValueError):
         raise UserError(f"--model {args.model!r}: expected such as B/4, B/2, M/2, L/2, XL/2, XXL/2, G/2") from None
+    nets, g = build_nets(model, args, device)
+    x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
+    r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
+    y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
+    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp", "ours": "ours", "blocks": "blocks"}
+    return [
+        Case(name, guidance, compiled, nets[which[name]], losses[name], (x, e, r, t, y), MeanFlowConfig(kappa=kappa))
+        for compiled in ((True, False) if args.eager else (True,))
+        for guidance, kappa in KAPPA.items()
+        if args.guidance in ("both", guidance)
+        for name in args.variants
+        if name != "plain" or guidance == ("unguided" if args.guidance != "guided" else "guided")
+    ]
+
+
+def build_nets(model, args, device):
+    """Our DiT and plain ones with the same random weights, and the generator that drew them."""
+    import torch
+    from bench_peers import PlainDiT
+
+    from mf_dist.models.dit import DiT
+
     g = torch.Generator().manual_seed(0)
     sizes = {
         "latent_size": model.latent_size, "latent_channels": 4, "num_classes": 1000, "patch_size": model.patch_size,
@@ -154,18 +175,7 @@ def build_cases(args, device):
     for net in nets.values():
         net.load_state_dict(ours.state_dict())
         net.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
-    r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
-    y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
-    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp", "ours": "ours", "blocks": "blocks"}
-    return [
-        Case(name, guidance, compiled, nets[which[name]], losses[name], (x, e, r, t, y), MeanFlowConfig(kappa=kappa))
-        for compiled in ((True, False) if args.eager else (True,))
-        for guidance, kappa in KAPPA.items()
-        if args.guidance in ("both", guidance)
-        for name in args.variants
-        if name != "plain" or guidance == ("unguided" if args.guidance != "guided" else "guided")
-    ]
+    return nets, g
 
 
 def check_same_loss(cases):

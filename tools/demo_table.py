@@ -21,12 +21,13 @@ def lines(path):
         raise UserError(f"cannot read {str(path)!r}: {error}") from None
 
 
-def entries(folder):
-    """metrics.json by nfe, newest last."""
+def result(folder, nfe):
+    """The newest entry of metrics.json at `nfe` steps; None: of a folder of images."""
     try:
-        return {entry.get("nfe"): entry for entry in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as error:
-        raise UserError(f"no results in {str(folder)!r} ({error}); run tools/fid_eval.py first") from None
+        entries = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return [entry for entry in entries if entry.get("nfe") == nfe][-1]
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"no result at {nfe} steps in {str(folder)!r} ({error}); run tools/fid_eval.py first") from None
 
 
 def svc_agreement(npz):
@@ -45,19 +46,17 @@ def svc_agreement(npz):
     return float((SVC().fit(digits.data, digits.target).predict(small.reshape(-1, 64)) == labels).mean())
 
 
-def run_row(name, run, nfes, real):
+def run_rows(name, run, nfes, real, flow):
     """Cells of one trained run."""
-    log, results = lines(run / "metrics.jsonl"), entries(run / "eval")
+    log = lines(run / "metrics.jsonl")
     seconds = sum(b["step"] * b["seconds_per_step"] - a["step"] * b["seconds_per_step"]
                   for a, b in zip([{"step": 0}, *log], log, strict=False))  # fmt: skip
     raw = "".join(f" {log[-1][key]:7.1f}" if log[-1][key] is not None else "       -"
                   for key in ("raw_loss_r_equals_t", "raw_loss_r_below_t"))  # fmt: skip
     speed = log[-1]["samples_seen"] / seconds
     for nfe in nfes:
-        if nfe not in results:
-            raise UserError(f"{run / 'eval'} has no result at {nfe} steps; run tools/fid_eval.py --nfe {nfe}")
-        value = results[nfe]["value"]
-        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:11.2f}{value / real:8.2f}"
+        value = result(run / "eval", nfe)["value"]
+        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:11.2f}{value / real:8.2f}{value / flow:8.2f}"
 
 
 @command_line
@@ -68,21 +67,24 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="MeanFlow run, measured at 1 and 2 steps")
     parser.add_argument("--flow", type=Path, required=True, help="flow-matching run, measured at 50 steps")
     parser.add_argument("--real", type=Path, required=True, help="folder of the real-vs-real metrics.json")
+    parser.add_argument("--min-svc", type=float, default=0.0, help="exit with an error below this share, as 0.95")
     args = parser.parse_args()
-    real = entries(args.real)[None]
+    real, flow = result(args.real, None), result(args.flow / "eval", 50)["value"]
     count = real["num_samples"]
-    print(
-        f"\n{'':15}{'steps':>6}{'train s':>8}{'img/s':>8}{'raw r=t':>8}{'raw r<t':>8}{real['metric']:>11}{'x real':>8}"
-    )
-    for row in run_row("MeanFlow", args.run, (1, 2), real["value"]):
-        print(row)
-    for row in run_row("flow matching", args.flow, (50,), real["value"]):
-        print(row)
-    print(f"{'real images':15}{'':38}{real['value']:11.2f}{1:8.2f}")
+    heads = ("steps", 6), ("train s", 8), ("img/s", 8), ("raw r=t", 8), ("raw r<t", 8), (real["metric"], 11)
+    print("\n" + " " * 15 + "".join(f"{head:>{width}}" for head, width in (*heads, ("x real", 8), ("x flow", 8))))
+    for name, run, nfes in (("MeanFlow", args.run, (1, 2)), ("flow matching", args.flow, (50,))):
+        for row in run_rows(name, run, nfes, real["value"], flow):
+            print(row)
+    print(f"{'real images':15}{'':38}{real['value']:11.2f}{1:8.2f}{real['value'] / flow:8.2f}")
     agreement = svc_agreement(args.run / "eval" / "samples_nfe1.npz")
     print(f"\n{count} images each against the same {real['reference_images']} real ones. "
           f"SVC agrees with the label of {agreement:.1%} of the one-step samples.")  # fmt: skip
     print(f"look at: {args.run / 'eval' / 'grid_nfe1.png'}\nrun:     {args.run}")
+    if agreement < args.min_svc:
+        raise UserError(
+            f"the SVC agrees with {agreement:.1%} of the samples, below {args.min_svc:.0%}: it did not learn"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def parse():
     )
     parser.add_argument("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
     parser.add_argument("--images", type=Path, help="measure this image folder instead of a model")
-    parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
+    parser.add_argument("--nfe", type=int, help="network calls per image (default 1)")
     parser.add_argument("--num-samples", type=int, help="images to generate")
     parser.add_argument("--labels", choices=("random", "balanced"))
     parser.add_argument("--seed", type=int)
@@ -32,14 +32,15 @@ def parse():
     parser.add_argument("--out", type=Path, help="default: eval/ in the run folder")
     parser.add_argument("--save-npz", action="store_true")
     args = parser.parse_args()
-    for name in ("nfe", "num_samples"):
+    if args.images:
+        for name in ("checkpoint", "nfe", "num_samples", "labels", "seed", "ema", "vae", "save_npz"):
+            if getattr(args, name):
+                raise UserError(f"--images measures all of a folder: leave out --{name.replace('_', '-')}")
+    args.nfe = 1 if args.nfe is None else args.nfe
+    for name, low, high in (("nfe", 1, 10_000), ("num_samples", 1, 10_000_000), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {args.seed}")
-    if args.images and (args.checkpoint or args.save_npz):
-        raise UserError("--images measures a folder: leave out --checkpoint and --save-npz")
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
     if args.images and not (args.features and args.reference and args.out):
         raise UserError("--images needs --features, --reference and --out")
     return args
@@ -76,9 +77,9 @@ def measure_model(args, device):
     reference = load_reference(chosen["reference"], features)
     count, labels = args.num_samples or defaults.num_samples, args.labels or defaults.labels
     seed = defaults.seed if args.seed is None else args.seed
-    measured = measure_samples(trained, args.nfe, count, labels, seed, features, reference)
-    out = args.out or Path(trained.config.run_dir) / "eval"
+    out = args.out or checkpoint.folder.parent.parent / "eval"
     out.mkdir(parents=True, exist_ok=True)
+    measured = measure_samples(trained, args.nfe, count, labels, seed, features, reference, args.save_npz)
     trained.generator.grid(args.nfe, seed, out / f"grid_nfe{args.nfe}.png", trained.class_names)
     if args.save_npz:
         save_npz(measured, out / f"samples_nfe{args.nfe}.npz")

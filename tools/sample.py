@@ -24,8 +24,11 @@ def main() -> None:
     parser.add_argument("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (default grid.png)")
     args = parser.parse_args()
-    if args.nfe < 1 or args.seed < 0:
-        raise UserError("--nfe must be at least 1 and --seed at least 0")
+    if not 1 <= args.nfe <= 10_000 or not 0 <= args.seed < 2**63:
+        raise UserError("--nfe must be from 1 to 10000 and --seed from 0 to 2^63 - 1")
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} must be a file name ending in .png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     import torch
 
     from mf_dist.checkpoint import find_checkpoint, newest_run

@@ -25,14 +25,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 images (default 1500)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 1 or args.resolution < 8:
+        raise UserError("--steps must be at least 1, --resolution at least 8")
+    args.out.mkdir(parents=True, exist_ok=True)
     import numpy as np
     import torch
-    import torch.nn.functional as F
     from safetensors.torch import save_file
 
     from mf_dist.data.images import list_images, load_image
-    from mf_dist.features import WEIGHTS, SmallClassifier
-    from mf_dist.progress import progress
+    from mf_dist.features import WEIGHTS
 
     folder = list_images(args.images)
     if not folder.classes:
@@ -42,27 +43,37 @@ def main() -> None:
     g = torch.Generator().manual_seed(args.seed)
     shuffled = torch.randperm(len(labels), generator=g)
     held_out, kept = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
-    with torch.random.fork_rng():  # torch initialises layers from the global generator
-        torch.manual_seed(args.seed)
-        network = SmallClassifier(len(folder.classes))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.steps)
-    bar = progress(args.steps, "step", "train features")
-    for _ in range(args.steps):
-        rows = kept[torch.randint(len(kept), (64,), generator=g)]
-        optimizer.zero_grad()
-        F.cross_entropy(network(pixels[rows]), labels[rows], label_smoothing=0.1).backward()
-        optimizer.step()
-        schedule.step()
-        bar.update()
-    bar.close()
+    network = fit(pixels[kept], labels[kept], len(folder.classes), args.steps, args.seed, g)
     with torch.no_grad():
         accuracy = (network(pixels[held_out]).argmax(1) == labels[held_out]).float().mean().item()
-    args.out.mkdir(parents=True, exist_ok=True)
     config = {"name": args.name, "resolution": args.resolution, "classes": len(folder.classes)}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(network.state_dict(), args.out / WEIGHTS)
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(held_out)} held-out images")
+
+
+def fit(pixels, labels, num_classes, steps, seed, g):
+    """A new classifier trained by cross-entropy on batches of 64."""
+    import torch
+    import torch.nn.functional as F
+
+    from mf_dist.features import SmallClassifier
+    from mf_dist.progress import progress
+
+    with torch.random.fork_rng():  # torch initialises layers from the global generator
+        torch.manual_seed(seed)
+        network = SmallClassifier(num_classes)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    with progress(steps, "step", "train features") as bar:
+        for _ in range(steps):
+            rows = torch.randint(len(labels), (64,), generator=g)
+            optimizer.zero_grad()
+            F.cross_entropy(network(pixels[rows]), labels[rows], label_smoothing=0.1).backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    return network
 
 
 if __name__ == "__main__":

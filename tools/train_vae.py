@@ -8,8 +8,9 @@ The loss is the pixels' squared error plus a small KL term; the scaling factor m
 
 import argparse
 import sys
+from pathlib import Path
 
-from mf_dist.errors import command_line
+from mf_dist.errors import UserError, command_line
 
 
 @command_line
@@ -25,33 +26,42 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term per latent number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 1 or args.batch < 1 or args.resolution < 4 or args.resolution % 4:
+        raise UserError("--steps and --batch must be at least 1, --resolution a multiple of 4")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     import numpy as np
     import torch
 
     from mf_dist.data.images import list_images, load_image
-    from mf_dist.progress import progress
 
     folder = list_images(args.images)
     pixels = np.stack([load_image(folder.root / path, args.resolution) for path in folder.paths])
     images = torch.from_numpy(pixels).float() / 127.5 - 1
+    g = torch.Generator().manual_seed(args.seed)
     vae = _new_vae(args.resolution, args.seed)
+    _fit(vae, images, args, g)
+    _finish(vae.eval(), images, g, args.out)
+
+
+def _fit(vae, images, args, g):
+    import torch
+
+    from mf_dist.progress import progress
+
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
-    g = torch.Generator().manual_seed(args.seed)
-    bar = progress(args.steps, "step", "train VAE")
-    for _ in range(args.steps):
-        x = images[torch.randint(len(images), (args.batch,), generator=g)]
-        posterior = vae.encode(x).latent_dist
-        error = (vae.decode(posterior.sample(generator=g)).sample - x).square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        (error + args.kl * kl).backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(mse=f"{error.item():.5f}", kl=f"{kl.item():.2f}", refresh=False)
-        bar.update()
-    bar.close()
-    _finish(vae.eval(), images, g, args.out)
+    with progress(args.steps, "step", "train VAE") as bar:
+        for _ in range(args.steps):
+            x = images[torch.randint(len(images), (args.batch,), generator=g)]
+            posterior = vae.encode(x).latent_dist
+            error = (vae.decode(posterior.sample(generator=g)).sample - x).square().mean()
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            optimizer.zero_grad()
+            (error + args.kl * kl).backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(mse=f"{error.item():.5f}", kl=f"{kl.item():.2f}", refresh=False)
+            bar.update()
 
 
 def _new_vae(resolution, seed):

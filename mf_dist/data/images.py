@@ -1,5 +1,6 @@
 """Image folders: which images, of which class, and how they become square pixels."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mf_dist.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -29,24 +30,35 @@ def list_images(root: str | Path) -> ImageFolder:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES
+    )
     if not paths:
         raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
     in_folders = [path for path in paths if "/" in path]
     if in_folders and len(in_folders) < len(paths):
         loose = next(path for path in paths if "/" not in path)
         raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
-    classes = sorted({path.split("/")[0] for path in in_folders})
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if in_folders else []
+    empty = sorted(set(classes) - {path.split("/")[0] for path in in_folders})
+    if empty:
+        raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
     number = {name: index for index, name in enumerate(classes)}
     return ImageFolder(root, paths, [number.get(path.split("/")[0], 0) for path in paths], classes)
 
 
 def load_image(path: str | Path, resolution: int) -> Pixels:
-    """A decoded image as RGB pixels (3, resolution, resolution) uint8, ADM centre crop."""
+    """A decoded image as RGB pixels (3, resolution, resolution) uint8, ADM centre crop. Transparency is dropped, as
+    ADM does; images of more than 8 bits a channel are refused, since their conversion would only cut them off."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
             rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {str(path)!r}: {error}; mend or remove it") from None
     return np.ascontiguousarray(np.asarray(centre_crop(rgb, resolution)).transpose(2, 0, 1))
 

@@ -6,10 +6,10 @@ r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows co
 
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -41,7 +41,7 @@ class LatentStream(Dataset[Batch]):
 
     def __init__(self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction) -> None:
         self.shards, self.seed, self.micro_batch, self.share = shards, seed, micro_batch, share_r_equals_t
-        self._order = lru_cache(maxsize=2)(lambda epoch: rng.order(seed, epoch, shards.count))
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def __getitem__(self, j: int) -> Batch:
         slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)
@@ -53,7 +53,10 @@ class LatentStream(Dataset[Batch]):
 
     def _row(self, slot: int) -> tuple[np.ndarray, np.int64, np.ndarray, np.ndarray, np.ndarray, np.float32]:
         channels, *side = self.shards.moments_shape
-        moments, label = self.shards[int(self._order(slot // self.shards.count)[slot % self.shards.count])]
+        epoch, place = divmod(slot, self.shards.count)
+        if epoch not in self._orders:
+            self._orders = {epoch: rng.order(self.seed, epoch, self.shards.count)}
+        moments, label = self.shards[int(self._orders[epoch][place])]
         return moments, np.int64(label), *rng.train_draws(self.seed, slot, (channels // 2, *side))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mf_dist.data.shards import Moments, index_path
+from mf_dist.data.shards import Moments, index_path, read_index
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,23 @@ def write_shard(tar: Path, first_index: int, records: list[Record]) -> None:
     offsets = _moments_offsets(partial)
     assert len(offsets) == len(records)
     labels = np.array([record.label for record in records], np.int64)
+    shape, size, sha256 = np.array(records[0].moments.shape), partial.stat().st_size, sha256_of(partial)
     partial_index = index_path(tar).with_suffix(".npz.tmp")
     with open(partial_index, "wb") as file:
-        np.savez(file, offsets=offsets, labels=labels, shape=np.array(records[0].moments.shape))
+        np.savez(file, offsets=offsets, labels=labels, shape=shape, size=size, sha256=sha256)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial_index, index_path(tar))
     os.replace(partial, tar)
     sync_folder(tar.parent)
+
+
+def is_whole(tar: Path) -> bool:
+    """Whether a shard is the one its index was written with, to the last bit."""
+    index = read_index(tar)
+    return (
+        index is not None and tar.is_file() and tar.stat().st_size == index.size and sha256_of(tar) == index.sha256
+    )
 
 
 def _moments_offsets(tar: Path) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -2,15 +2,19 @@
 
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
     shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json
-    shard-00000.index.npz    offsets (n,) int64 of the raw moments in the tar, labels (n,) int64, shape (3,)
+    shard-00000.index.npz    offsets (n,) int64 of the raw moments in the tar, labels (n,) int64, shape (3,); and the
+                             tar's size and sha256
 
 The manifest is written last: a folder without one is not finished.
 """
 
+import hashlib
 import json
+import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +42,39 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; encode again")
-        for key in ("count", "latent_size", "latent_channels", "num_classes", "vae", "shards"):
+        for key in ("count", "latent_size", "latent_channels", "num_classes", "classes", "shards"):
             manifest[key]
+        for key in ("source", "sha256", "scaling_factor"):
+            manifest["vae"][key]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); run the encode command again") from None
     return manifest
+
+
+class Index(NamedTuple):
+    """Of one shard: offsets and labels (n,) int64, the moments' shape, the tar's size and sha256 when written."""
+
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    shape: tuple[int, int, int]
+    size: int
+    sha256: str
+
+
+def read_index(tar: Path) -> Index | None:
+    """The index beside a shard, None where it is missing or cannot be read."""
+    try:
+        with np.load(index_path(tar), allow_pickle=False) as file:
+            channels, side, _ = (int(n) for n in file["shape"])
+            size, sha256 = int(file["size"]), str(file["sha256"])
+            return Index(file["offsets"], file["labels"], (channels, side, side), size, sha256)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def dataset_sha256(manifest: dict[str, Any]) -> str:
+    """Of all shards' contents: two datasets with equal values have equal latents and labels."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
 class LatentShards:
@@ -57,31 +89,33 @@ class LatentShards:
         self.count: int = manifest["count"]
         self.moments_shape = (2 * manifest["latent_channels"], manifest["latent_size"], manifest["latent_size"])
         self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
-        for shard in manifest["shards"]:
-            self._check(shard)
+        self._indices = [self._checked_index(shard) for shard in manifest["shards"]]
 
-    def _check(self, shard: dict[str, Any]) -> None:
+    def _checked_index(self, shard: dict[str, Any]) -> Index:
         tar = self.folder / shard["name"]
-        size = tar.stat().st_size if tar.is_file() else None
-        if size != shard["bytes"] or not index_path(tar).is_file():
-            found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard['bytes']}"
-            raise UserError(f"{tar} (or its index) {found}; run the encode command again to restore it")
+        index, size = read_index(tar), tar.stat().st_size if tar.is_file() else None
+        wrong = None
+        if size != shard["bytes"]:
+            wrong = f"{tar} " + ("is missing" if size is None else f"has {size} bytes, not {shard['bytes']}")
+        elif index is None or index.sha256 != shard["sha256"] or len(index.offsets) != shard["count"]:
+            wrong = f"{index_path(tar)} is missing or damaged"
+        if wrong or index is None:
+            raise UserError(f"{wrong}; run the encode command again to restore it")
+        return index
 
     @cached_property
-    def _open(self) -> list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Per shard: mapped bytes, offsets, labels. Opened at first use, hence once per loader process."""
-        opened: list[Any] = []
-        for shard in self.manifest["shards"]:
-            tar = self.folder / shard["name"]
-            with np.load(index_path(tar), allow_pickle=False) as index:
-                opened.append((np.memmap(tar, np.uint8, "r"), index["offsets"], index["labels"]))
-        return opened
+    def _mapped(self) -> list[npt.NDArray[np.uint8]]:
+        """The shards' bytes, mapped at first use, hence once per loader process."""
+        return [np.memmap(self.folder / shard["name"], np.uint8, "r") for shard in self.manifest["shards"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: another process makes its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
 
     def __getitem__(self, index: int) -> tuple[Moments, int]:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        mapped, offsets, labels = self._open[shard]
-        row = index - int(self._starts[shard])
-        size = 2 * int(np.prod(self.moments_shape))
-        raw = mapped[offsets[row] : offsets[row] + size]
-        return raw.view(np.float16).reshape(self.moments_shape), int(labels[row])
+        offset = self._indices[shard].offsets[index - int(self._starts[shard])]
+        raw = self._mapped[shard][offset : offset + 2 * int(np.prod(self.moments_shape))]
+        label = self._indices[shard].labels[index - int(self._starts[shard])]
+        return raw.view(np.float16).reshape(self.moments_shape), int(label)

@@ -12,7 +12,7 @@ def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, 
 
     The dropped rows are taken among the r = t rows (the first num_r_equals_t), as in the authors' code, so
     each of those is dropped with probability share / (num_r_equals_t / B). If they are too few, on any row."""
-    if share * len(y) > num_r_equals_t:
+    if share > num_r_equals_t / len(y):
         return torch.where(uniforms < share, null_label, y)
     is_equal = torch.arange(len(y), device=y.device) < num_r_equals_t
     chance = share * len(y) / max(1, num_r_equals_t)

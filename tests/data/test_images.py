@@ -57,6 +57,21 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(UserError, match="loose image"):
         list_images(tmp_path)
     assert load_image(tmp_path / "class" / "b.png", 8).shape == (3, 8, 8)
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        load_image(tmp_path / "deep.png", 8)
+
+
+def test_every_class_folder_counts(tmp_path):
+    for name in ("a", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.tif")
+    (tmp_path / "images" / "b").symlink_to(tmp_path / "images" / "a")
+    assert list_images(tmp_path / "images").classes == ["a", "b", "c"]
+    (tmp_path / "images" / "empty").mkdir()
+    with pytest.raises(UserError, match="class folder 'empty'"):
+        list_images(tmp_path / "images")
 
 
 def test_truncated_image_is_refused(tmp_path):

@@ -71,6 +71,27 @@ def test_encoding_twice_gives_the_same_bytes_and_a_missing_shard_comes_back(imag
     assert (copy / "shard-00000.tar").stat().st_mtime_ns == stamp  # finished shards are left alone
 
 
+@pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.index.npz"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_encoding_again_restores_a_damaged_shard(images, latents, copy, name, damage):
+    raw = bytearray((copy / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / name).write_bytes({"flip": raw, "cut": raw[:-100], "empty": b""}[damage])
+    encode_folder(str(images), copy, str(VAE), resolution=32, shard_size=60, batch=16)
+    assert hashes(copy) == hashes(latents)
+
+
+def test_changed_images_are_another_plan(tmp_path):
+    images = write_digits(tmp_path / "images", 20)
+    encode_folder(str(images), tmp_path / "out", str(VAE), resolution=32, shard_size=60, batch=16)
+    moved = next((images / "3").iterdir())
+    moved.rename(images / "4" / moved.name)
+    with pytest.raises(UserError, match="image_list_sha256"):
+        encode_folder(str(images), tmp_path / "out", str(VAE), resolution=32, shard_size=60, batch=16)
+    with pytest.raises(UserError, match="--resolution 30 is not a multiple of 4"):
+        encode_folder(str(images), tmp_path / "other", str(VAE), resolution=30, shard_size=60, batch=16)
+
+
 def test_another_plan_is_refused(images, copy):
     with pytest.raises(UserError, match="encode_batch was 16, now 8"):
         encode_folder(str(images), copy, str(VAE), resolution=32, shard_size=60, batch=8)
@@ -84,6 +105,8 @@ def test_damage_is_named(copy):
     (copy / "shard-00001.tar").unlink()
     with pytest.raises(UserError, match="is missing"):
         LatentShards(copy)
+    shutil.copy(copy / "shard-00000.index.npz", copy / "shard-00001.index.npz")
+    (copy / "shard-00001.tar").write_bytes(b"")
     (copy / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         read_manifest(copy)

@@ -64,7 +64,9 @@ def test_gradients_are_those_of_one_process(tmp_path, reference, ranks, override
     assert np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("overrides", [["engine.zero_stage=1"], ["engine.zero_stage=2", "engine.checkpoint_activations=true"]])
+@pytest.mark.parametrize(
+    "overrides", [["engine.zero_stage=1"], ["engine.zero_stage=2", "engine.checkpoint_activations=true"]]
+)
 def test_compiled_is_one_graph_with_the_same_gradient(tmp_path, reference, overrides):
     exact, config = reference
     compiled, seen = gradient(tmp_path, config, 2, "engine.compile=true", *overrides)
@@ -79,7 +81,9 @@ def test_zero3_compiles_block_by_block(tmp_path, reference):
     assert np.linalg.norm(compiled - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("overrides", [[], ["engine.jvp_precision=fp32"], ["engine.zero_stage=2"], ["engine.zero_stage=3"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["engine.jvp_precision=fp32"], ["engine.zero_stage=2"], ["engine.zero_stage=3"]]
+)
 def test_bf16_gradients_are_near_those_of_fp32(tmp_path, reference, overrides):
     """Layers of 8 significant bits: 2 % of the gradient's norm."""
     exact, config = reference
@@ -93,9 +97,19 @@ def test_two_ranks_resume_bit_for_bit(tmp_path, tiny_config, stage, precision):
     options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "log.sample_every_images=0"]
     for name, lengths in runs.items():
         for images in lengths:
-            torchrun(2, "-m", "mf_dist.train", tiny_config, f"run_dir={tmp_path / name}", f"train.total_images={images}", *options)
+            torchrun(
+                2,
+                "-m",
+                "mf_dist.train",
+                tiny_config,
+                f"run_dir={tmp_path / name}",
+                f"train.total_images={images}",
+                *options,
+            )
     for kind in ("master", "exp_avg", "exp_avg_sq", "ema-0.99"):
-        whole, parts = (load_file(tmp_path / name / "checkpoints/step-00000006" / f"{kind}.safetensors") for name in runs)
+        whole, parts = (
+            load_file(tmp_path / name / "checkpoints/step-00000006" / f"{kind}.safetensors") for name in runs
+        )
         for tensor in whole:
             assert np.array_equal(whole[tensor], parts[tensor]), f"{kind} of {tensor} differs"
 
@@ -107,15 +121,32 @@ def test_another_stage_and_world_size_go_on_from_the_same_state(tmp_path, tiny_c
     for name, ranks, stage in [("stay", 2, 2), ("one", 1, 1), ("three", 2, 3)]:
         run = tmp_path / name
         subprocess.run(["cp", "-r", tmp_path / "run", run], check=True)
-        torchrun(ranks, "-m", "mf_dist.train", tiny_config, f"run_dir={run}", f"engine.zero_stage={stage}", "train.total_images=64")
+        torchrun(
+            ranks,
+            "-m",
+            "mf_dist.train",
+            tiny_config,
+            f"run_dir={run}",
+            f"engine.zero_stage={stage}",
+            "train.total_images=64",
+        )
         ends[name] = flat(load_file(run / "checkpoints/step-00000004/master.safetensors"))
     for name in ("one", "three"):
         assert np.linalg.norm(ends[name] - ends["stay"]) <= 1e-4 * np.linalg.norm(ends["stay"])
 
 
 def test_kill_9_loses_nothing_beyond_the_last_commit(tmp_path, tiny_config):
-    command = [sys.executable, "-m", "mf_dist.train", str(tiny_config), "train.total_images=4800", "log.sample_every_images=0"]
-    subprocess.run([*command, f"run_dir={tmp_path / 'whole'}"], cwd=ROOT, env=ENV, check=True, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "mf_dist.train",
+        str(tiny_config),
+        "train.total_images=4800",
+        "log.sample_every_images=0",
+    ]
+    subprocess.run(
+        [*command, f"run_dir={tmp_path / 'whole'}"], cwd=ROOT, env=ENV, check=True, stdout=subprocess.DEVNULL
+    )
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -127,7 +158,9 @@ def test_kill_9_loses_nothing_beyond_the_last_commit(tmp_path, tiny_config):
     process.wait()
     resumed = subprocess.run(command, cwd=ROOT, env=ENV, check=True, capture_output=True, text=True)
     assert "resuming" in resumed.stdout
-    whole, parts = (load_file(tmp_path / name / "checkpoints/step-00000300/ema-0.99.safetensors") for name in ("whole", "run"))
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoints/step-00000300/ema-0.99.safetensors") for name in ("whole", "run")
+    )
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 300
@@ -135,6 +168,13 @@ def test_kill_9_loses_nothing_beyond_the_last_commit(tmp_path, tiny_config):
 
 def test_wandb_without_a_server_never_ends_a_run(tmp_path, tiny_config):
     env = {**ENV, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
-                      "log.sample_every_images=0", env=env)
+    done = run_python(
+        "-m",
+        "mf_dist.train",
+        tiny_config,
+        "log.wandb=online",
+        "train.total_images=32",
+        "log.sample_every_images=0",
+        env=env,
+    )
     assert "logging W&B offline" in done.stdout and "finished at step 2" in done.stdout

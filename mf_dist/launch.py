@@ -1,0 +1,31 @@
+"""Which process of how many this is, as torchrun (or any launcher that sets its variables) says. No torch."""
+
+import os
+from typing import NamedTuple
+
+from mf_dist.errors import UserError
+
+
+class Place(NamedTuple):
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launched_place() -> Place:
+    """From RANK, WORLD_SIZE and LOCAL_RANK; without a launcher, the only process. UserError where they clash."""
+    numbers = []
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, alone)
+        if not text.isdigit():
+            raise UserError(f"environment variable {name} is {text!r}, expected a whole number; start with torchrun")
+        numbers.append(int(text))
+    place = Place(*numbers)
+    if place.rank >= max(1, place.world_size) or place.world_size < 1:
+        raise UserError(
+            f"RANK {place.rank} is not below WORLD_SIZE {place.world_size}; start with torchrun, or unset both"
+        )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if place.world_size > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {place.world_size}, but {missing[0]} is not set; start with torchrun")
+    return place

@@ -1,0 +1,98 @@
+"""The small tools, run as a user runs them on a few steps; and the benches, whose arithmetic must agree."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import FEATURES, TINY, run_python
+from PIL import Image
+
+from mf_dist.data.images import list_images
+from mf_dist.models.sizes import SHAPES, named_model
+
+
+def test_digits_are_written_whole_and_in_two_parts(tmp_path):
+    run_python("tools/write_digits.py", "--out", tmp_path / "digits", "--split", tmp_path / "split")
+    whole, a, b = (list_images(tmp_path / name) for name in ("digits", "split/a", "split/b"))
+    assert (len(whole.paths), len(a.paths), len(b.paths)) == (1797, 797, 1000)
+    assert set(a.paths) | set(b.paths) == set(whole.paths) and not set(a.paths) & set(b.paths)
+    image = Image.open(whole.root / whole.paths[0])
+    assert image.size == (32, 32) and image.mode == "RGB"
+
+
+@pytest.mark.dist
+def test_small_networks_train_and_serve(tmp_path, images):
+    run_python("tools/train_vae.py", "--images", images, "--out", tmp_path / "vae", "--steps", 2)
+    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "latents", "--vae", tmp_path / "vae",
+               "--resolution", 32)  # fmt: skip
+    run_python("tools/train_features.py", "--images", images, "--name", "few", "--out", tmp_path / "few", "--steps", 3)
+    run_python("tools/fid_eval.py", "--images", images, "--features", tmp_path / "few", "--reference", images,
+               "--out", tmp_path / "out")  # fmt: skip
+    assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metric"] == "fd_few"
+
+
+def test_demo_table_and_its_verdict(tmp_path):
+    """Real digits as samples: the SVC knows them; their labels shifted by one: it does not."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images[:100] * 15.9375).astype(np.uint8).repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+    line = {
+        "step": 5,
+        "samples_seen": 80,
+        "seconds_per_step": 0.1,
+        "raw_loss_r_equals_t": 2.0,
+        "raw_loss_r_below_t": 3.0,
+    }
+    for run, nfes in {"run": (1, 2), "flow": (50,), "real": (None,)}.items():
+        out = tmp_path / run / ("" if run == "real" else "eval")
+        out.mkdir(parents=True)
+        (tmp_path / run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        entries = [
+            {"nfe": n, "metric": "fd_digits", "value": 2.0, "num_samples": 100, "reference_images": 7} for n in nfes
+        ]
+        (out / "metrics.json").write_text(json.dumps(entries))
+    folders = [("--" + name, tmp_path / name) for name in ("run", "flow", "real")]
+    command = ["tools/demo_table.py", *(part for pair in folders for part in pair), "--min-svc", 0.95]
+    np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, digits.target[:100])
+    good = run_python(*command)
+    assert "MeanFlow            1" in good.stdout and "160" in good.stdout  # 80 images in 5 steps of 0.1 s
+    np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, (digits.target[:100] + 1) % 10)
+    assert "it did not learn" in run_python(*command, expect=2).stderr
+
+
+def test_named_sizes():
+    for letters, (depth, width, heads) in SHAPES.items():
+        model = named_model(f"{letters}/2", 32)
+        assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (depth, width, heads, 2)
+        assert width % heads == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, latents, images):
+    root = tmp_path_factory.mktemp("bench")
+    config = root / "tiny.yaml"
+    config.write_text(TINY.format(run=root / "run", latents=latents, features=FEATURES, images=images))
+    run_python("-m", "mf_dist.train", config, "train.total_images=32", "log.sample_every_images=0")
+    return root / "run"
+
+
+@pytest.mark.dist
+def test_precision_bench(run):
+    lines = run_python("tools/bench_precision.py", "--checkpoint", run, "--batches", 2).stdout.splitlines()
+    table = {line[:34].strip(): [float(text) for text in line[34:].split()] for line in lines[2:]}
+    assert table["float64"][:2] == [0, 0]
+    assert 0 < table["explicit tangents, fp32 JVP"][0] < table["explicit tangents, bf16"][0] < 0.1
+    assert table["torch.func.jvp, bf16"][0] < 0.1
+
+
+@pytest.mark.dist
+def test_step_bench_measures_equal_losses(tmp_path):
+    """It refuses to time variants that compute another loss, so ending well is the test of the peers."""
+    run_python("tools/bench_step.py", "--depth", 1, "--rounds", 1, "--guidance", "guided", "--variants", "all",
+               "--json", tmp_path / "bench.json")  # fmt: skip
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["variant"]: row for row in result["results"]}
+    assert set(rows) == {"plain", "ours", "blocks", "authors", "port", "tim"}
+    assert rows["plain"]["ratio"] == 1 and rows["ours"]["saved_bytes"] <= 1.02 * rows["plain"]["saved_bytes"]
+    assert rows["ours"]["flops"] < rows["authors"]["flops"] < rows["port"]["flops"]
