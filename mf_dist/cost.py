@@ -6,6 +6,12 @@ from mf_dist.config import Config, ModelConfig
 from mf_dist.config_loader import to_tree
 
 SINUSOIDS = 256
+KEPT_PER_BLOCK = 18
+"""Numbers per token and width that a compiled block keeps for its backward (measured, docs/performance.md)."""
+ASSUMED_FLOPS = 400e12
+"""FLOP/s of one GPU in the hours that --dry-run prints: 40 % of an H100's bf16 peak."""
+FEW_ROWS = 16
+"""Rows per GPU below which its matrix products are too small to fill it."""
 
 
 def tokens(model: ModelConfig) -> int:
@@ -40,11 +46,29 @@ def forwards_per_image(config: Config) -> float:
     return 3 + guidance + 2 * below
 
 
+def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
+    """Bytes a rank holds through a step, by what they are for: weights, gradients (added up in fp32), optimizer (fp32
+    weights, two moments, EMA), activations kept for the backward."""
+    model, stage, rows = config.model, config.engine.zero_stage, config.train.micro_batch
+    assert rows is not None
+    count, width = parameters(model), 2 if config.engine.precision == "bf16" else 4
+    kept = rows * tokens(model) * model.hidden_size * width
+    blocks = model.depth + KEPT_PER_BLOCK if config.engine.checkpoint_activations else model.depth * KEPT_PER_BLOCK
+    return {
+        "weights": width * count / (world_size if stage == 3 else 1),
+        "gradients": 4 * count / (world_size if stage >= 2 else 1),
+        "optimizer": 16 * count / world_size,
+        "activations": kept * blocks,
+    }
+
+
 def describe(config: Config, world_size: int) -> str:
     """The resolved config and its consequences, for --dry-run."""
     model, train = config.model, config.train
     assert train.micro_batch is not None
     count, flops, per_image = parameters(model), forward_flops(model), forwards_per_image(config)
+    memory = {name: size / 2**30 for name, size in memory_per_rank(config, world_size).items()}
+    hours = per_image * flops * train.total_images / (ASSUMED_FLOPS * world_size * 3600)
     lines = [
         yaml.safe_dump(to_tree(config), sort_keys=False).rstrip(),
         "---",
@@ -57,6 +81,19 @@ def describe(config: Config, world_size: int) -> str:
         f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x "
         f"{train.batch_size // (world_size * train.micro_batch)} accumulation",
         f"run             {config.total_steps:,} steps, {per_image * flops * train.total_images:.2e} FLOP",
+        f"time            {hours:,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s a rank, no overheads",
+        f"memory a rank   {sum(memory.values()):,.2f} GiB: "
+        + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
         f"checkpoint      {count * 16 / 2**30:,.2f} GiB each (fp32 weights, two moments, EMA)",
     ]
+    if config.engine.zero_stage == 3:
+        gathers = 4 if config.meanflow.guided else 3
+        traffic = (gathers * 2 + 4) * count / 2**30
+        lines.append(
+            f"traffic         {traffic:,.2f} GiB a micro-batch: {gathers} gathers of the weights, 1 reduce-scatter"
+        )
+    if train.micro_batch < FEW_ROWS and world_size > 1:
+        lines.append(
+            f"warning: {train.micro_batch} rows a rank and pass are too few to fill a GPU; use {FEW_ROWS} or more"
+        )
     return "\n".join(lines)

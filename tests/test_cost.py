@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mf_dist import cost
-from mf_dist.config import MeanFlowConfig, ModelConfig, load_config
+from mf_dist.config import MeanFlowConfig, ModelConfig, load_config, resolve
 from mf_dist.generate import new_net
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 
@@ -18,6 +18,24 @@ MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_s
 
 def test_parameters():
     assert cost.parameters(MODEL) == sum(p.numel() for p in new_net(MODEL, 0).parameters())
+
+
+def test_memory_is_split_as_zero_splits_it():
+    config = resolve(load_config("configs/imagenet256_xl2.yaml", []), None, 8)
+    count = cost.parameters(config.model)
+    per_stage = []
+    for stage in (1, 2, 3):
+        staged = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=stage))
+        memory = cost.memory_per_rank(staged, 8)
+        per_stage.append((memory["weights"], memory["gradients"], memory["optimizer"]))
+    assert per_stage == [
+        (2 * count, 4 * count, 2 * count),
+        (2 * count, count / 2, 2 * count),
+        (count / 4, count / 2, 2 * count),
+    ]
+    assert "warning" not in cost.describe(config, 8)
+    small = resolve(load_config("configs/imagenet256_xl2.yaml", ["engine.zero_stage=3"]), None, 32)
+    assert "warning: 8 rows" in cost.describe(small, 32) and "4 gathers" in cost.describe(small, 32)
 
 
 @torch.no_grad()
