@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, loss: MeanFlowLoss, config: Config, ranks: Ranks) -> None:
         assert config.train.micro_batch is not None
         _forbid_shared_memory_build()
-        self.stage = config.engine.zero_stage
+        self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
         self._optimizer = AdamWEma(loss.parameters(), config.optim)
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
@@ -75,8 +75,9 @@ class Engine:
                 "gradient_accumulation_steps": self.accumulation,
                 "zero_optimization": {"stage": self.stage},
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": config.engine.precision == "bf16"},
+                "bf16": {"enabled": self.is_bf16},
                 "communication_data_type": "fp32",
+                "data_types": {"grad_accum_dtype": "fp32"},
                 "gradient_clipping": config.optim.grad_clip,
                 "steps_per_print": 10**9,
             },
@@ -123,7 +124,12 @@ class Engine:
         """Creates the optimizer states on the flat partitions, as the first step would."""
         zero = self._engine.optimizer
         inner: AdamWEma = zero.optimizer
-        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        if self.stage == 3:
+            partitions = zero.fp32_partitioned_groups_flat
+        elif self.stage == 1 and self.is_bf16:  # with fp32 accumulation DeepSpeed takes another optimizer class here
+            partitions = zero.fp32_groups_flat_partition
+        else:
+            partitions = zero.single_partition_of_fp32_groups
         for partition in partitions:
             inner.init_state(partition)
         if self.stage < 3:

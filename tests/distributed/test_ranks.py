@@ -85,13 +85,24 @@ def test_zero3_compiles_block_by_block(tmp_path, reference):
     "overrides", [[], ["engine.jvp_precision=fp32"], ["engine.zero_stage=2"], ["engine.zero_stage=3"]]
 )
 def test_bf16_gradients_are_near_those_of_fp32(tmp_path, reference, overrides):
-    """Layers of 8 significant bits: 2 % of the gradient's norm."""
+    """Layers of 8 significant bits, random weights: 5 % of the gradient's norm."""
     exact, config = reference
     other, _ = gradient(tmp_path, config, 2, "engine.precision=bf16", *overrides)
-    assert 1e-5 < np.linalg.norm(other - exact) / np.linalg.norm(exact) < 0.02
+    assert 1e-5 < np.linalg.norm(other - exact) / np.linalg.norm(exact) < 0.05
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_accumulation_adds_up_in_fp32(tmp_path, reference, stage):
+    """One rank, 4 micro-batches against one pass: bf16 sums would differ by several parts in a thousand."""
+    _, config = reference
+    options = ["engine.precision=bf16", f"engine.zero_stage={stage}"]
+    at_once, _ = gradient(tmp_path, config, 1, *options)
+    in_parts, _ = gradient(tmp_path, config, 1, *options, "train.micro_batch=4")
+    print("RELATIVE", stage, np.linalg.norm(in_parts - at_once) / np.linalg.norm(at_once))
+    assert np.linalg.norm(in_parts - at_once) <= 4e-3 * np.linalg.norm(at_once)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_two_ranks_resume_bit_for_bit(tmp_path, tiny_config, stage, precision):
     runs = {"whole": [96], "parts": [48, 96]}
     options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "log.sample_every_images=0"]
