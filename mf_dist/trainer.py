@@ -173,10 +173,10 @@ class Trainer:
     def _refuse_other_mathematics(self, checkpoint: Checkpoint) -> None:
         """A run goes on only with the model, recipe, optimizer, batch, seed and latents it began with."""
         saved, now = dict(checkpoint.state["config"]), to_tree(self.config)
-        saved["dataset"], now["dataset"] = checkpoint.state["dataset"], self._state()["dataset"]
+        saved["dataset"], now["dataset"] = checkpoint.state.get("dataset", {}), self._state()["dataset"]
         for tree in (saved, now):
             tree["train"] = {key: tree["train"][key] for key in ("batch_size", "seed")}
-            tree["dataset"] = {"sha256": tree["dataset"]["sha256"]}
+            tree["dataset"] = {"sha256": tree["dataset"].get("sha256")}
         for section in ("model", "meanflow", "optim", "train", "dataset"):
             for key, value in now[section].items():
                 before = saved[section].get(key)

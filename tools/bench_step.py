@@ -253,7 +253,7 @@ def _matmul_peak(device, dtype):
 
 
 def print_table(result):
-    base = result["results"][0]
+    base = next(row for row in result["results"] if row["variant"] == "plain" and row["compiled"])
     print(f"\n{json.dumps(result['setting'])}")
     numbers = "".join(f"{head:>{width}}" for head, width in HEADS.items())
     print(f"{'variant':10}{'guidance':10}{'form':10}{numbers}")
