@@ -6,6 +6,7 @@ What is used of DeepSpeed's insides for that (0.19.8) stands in `_create_states`
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mf_dist.config import Config
 from mf_dist.distributed import Ranks
+from mf_dist.errors import UserError
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.optim import STATES, AdamWEma
 
@@ -45,6 +47,9 @@ def _forbid_shared_memory_build() -> None:
 
 def _compile(loss: MeanFlowLoss, stage: int) -> None:
     """In place. Shapes never change, so nothing is compiled twice; what is compiled waits for the first step."""
+    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++"]
+    if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
+        raise UserError("engine.compile=true needs a C++ compiler on a CPU: install g++, or set engine.compile=false")
     if stage < 3:  # forward alone: DeepSpeed hangs hooks on the module, which no graph can hold
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         return

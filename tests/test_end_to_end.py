@@ -185,6 +185,17 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(tiny_config, 
     assert not (tmp_path / "run/metrics.jsonl").exists()  # the first line would have been of step 2
 
 
+def test_compiling_without_a_compiler_is_refused_and_training_without_works(tiny_config, tmp_path):
+    """The second half also shows that DeepSpeed builds nothing of its own."""
+    command = ["-m", "mf_dist.train", tiny_config, "train.total_images=16", "log.sample_every_images=0"]
+    env = {**os.environ, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    env.pop("CXX", None)
+    (line,) = run_python(*command, "engine.compile=true", env=env, expect=2).stderr.splitlines()
+    assert "needs a C++ compiler" in line
+    run_python(*command, env=env)
+    assert not (tmp_path / "extensions").exists()
+
+
 def test_other_latents_are_refused(runs, tmp_path):
     root, _ = runs
     images = write_digits(tmp_path / "other", 40)
