@@ -243,18 +243,14 @@ def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
 
 
 @pytest.mark.dist
-def test_wandb_without_a_key_goes_offline(tiny_config, tmp_path):
-    env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"HOME": str(tmp_path)}
-    done = run_python(
-        "-m",
-        "mf_dist.train",
-        tiny_config,
-        "log.wandb=online",
-        "train.total_images=32",
-        "log.sample_every_images=0",
-        env=env,
-    )
+@pytest.mark.parametrize(
+    "variables", [{}, {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}], ids=["no-key", "no-server"]
+)
+def test_wandb_goes_offline_and_never_ends_a_run(tiny_config, tmp_path, variables):
+    env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
+    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
+                      "log.sample_every_images=0", env={**env, "HOME": str(tmp_path), **variables})  # fmt: skip
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "logging W&B offline" in warnings[0]
+    assert len(warnings) == 1 and "logging W&B offline" in warnings[0] and "finished at step 2" in done.stdout
     assert len(metrics(tmp_path / "run")) == 1
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

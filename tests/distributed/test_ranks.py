@@ -175,17 +175,3 @@ def test_kill_9_loses_nothing_beyond_the_last_commit(tmp_path, tiny_config):
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 300
-
-
-def test_wandb_without_a_server_never_ends_a_run(tmp_path, tiny_config):
-    env = {**ENV, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    done = run_python(
-        "-m",
-        "mf_dist.train",
-        tiny_config,
-        "log.wandb=online",
-        "train.total_images=32",
-        "log.sample_every_images=0",
-        env=env,
-    )
-    assert "logging W&B offline" in done.stdout and "finished at step 2" in done.stdout
