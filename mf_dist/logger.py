@@ -106,14 +106,15 @@ def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> A
         "resume": "allow", "dir": str(run_dir), "config": to_tree(config),
     }  # fmt: skip
     modes: Any = dict.fromkeys([config.log.wandb, "offline"])
+    import wandb
+
     for mode in modes:
         try:
-            import wandb
-
             settings = wandb.Settings(init_timeout=30, login_timeout=60, silent=True)
             return wandb.init(**options, mode=mode, settings=settings)
         except Exception as error:  # no network, no key, no disk: none may end a training run
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             then = "logging W&B offline" if mode == "online" else "going on without W&B"
             say(f"warning: W&B {mode} does not start ({reason}); {then}")
+            wandb.teardown()  # its service still holds the id of the run that did not start
     return None
