@@ -1,13 +1,14 @@
 """The process group and who we are in it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from mf_dist.errors import UserError
 from mf_dist.launch import launched_place
 
 
@@ -53,3 +54,24 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, in place."""
     dist.all_reduce(values)
     return values
+
+
+def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """UserError on every rank, naming the first tensor whose bits are not the same on all of them."""
+    names, prints = zip(*((name, _fingerprint(tensor)) for name, tensor in tensors), strict=True)
+    low = torch.stack(prints)
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    for name, is_same in zip(names, (low == high).tolist(), strict=True):
+        if not is_same:
+            raise UserError(
+                f"the ranks hold different {what}: {name} is not the same everywhere; "
+                "check that all nodes run the same code, packages and config"
+            )
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the numbers' bit patterns as integers."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks
+from mf_dist.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.errors import UserError
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.optim import STATES, AdamWEma
@@ -25,6 +26,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -57,6 +59,31 @@ def _compile(loss: MeanFlowLoss, stage: int) -> None:
         block.compile(dynamic=False)
 
 
+class FirstGradient:
+    """Holds the first step's reduced gradient of one weight against the mean of what the ranks computed themselves.
+    The last linear's is the one that is not 0 at the initial weights."""
+
+    def __init__(self, p: Tensor, is_bf16: bool) -> None:
+        self._p, self._own, self._tolerance = p, torch.zeros((), device=p.device), 2e-2 if is_bf16 else 1e-4
+        self._hook = p.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        self._own = self._own + gradient.detach().float()
+
+    def check(self) -> None:
+        """After the last backward of the step (DeepSpeed has divided each loss by their number), before the step.
+        UserError where they differ."""
+        self._hook.remove()
+        mean = sum_over_ranks(self._own.contiguous()) / torch.distributed.get_world_size()
+        reduced = safe_get_full_grad(self._p).float()
+        difference = ((reduced - mean).norm() / mean.norm().clamp(min=1e-30)).item()
+        if not difference <= self._tolerance and mean.isfinite().all():
+            raise UserError(
+                f"the reduced gradient is not the mean of the ranks' gradients: they differ by {difference:.1e} of its "
+                f"norm, {self._tolerance:.0e} is expected; check the network between the nodes and the NCCL settings"
+            )
+
+
 class Engine:
     """One optimizer step is `accumulation` calls of train_micro_batch."""
 
@@ -70,6 +97,8 @@ class Engine:
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
             _compile(loss, self.stage)
+        check_same_on_all_ranks(loss.net.named_parameters(), "initial weights")
+        self._first_gradient: FirstGradient | None = FirstGradient(loss.net.patch_out.weight, self.is_bf16)
         self._engine, *_ = deepspeed.initialize(
             model=loss,
             optimizer=self._optimizer,
@@ -92,12 +121,20 @@ class Engine:
         """Forward and backward; the last of a batch's calls also steps. Returns the loss's log sums."""
         loss, sums = self._engine(x, y, draws)
         self._engine.backward(loss)
+        if self._first_gradient and self._engine.is_gradient_accumulation_boundary():
+            self._first_gradient.check()
+            self._first_gradient = None
         self._engine.step()
         return sums  # type: ignore[no-any-return]
 
     def grad_norm(self) -> float:
         """Of the last optimizer step's whole gradient."""
         return float(self._engine.get_global_grad_norm())
+
+    def compiled(self) -> str:
+        """What torch.compile made of the step so far, for the log."""
+        breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+        return f"{graphs} compiled graphs, {breaks} graph breaks" if graphs else "not compiled"
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, parameter name, full fp32 tensor on the CPU), kind MASTER or one of optim.STATES. Every rank
@@ -124,6 +161,8 @@ class Engine:
                     p.data.copy_(tensors[MASTER][name])
         for state in inner.state.values():
             state["step"] = torch.tensor(float(step))
+        if self.stage < 3:  # there each weight exists once
+            check_same_on_all_ranks(self._parameters(), "resumed weights")
 
     def _create_states(self) -> AdamWEma:
         """Creates the optimizer states on the flat partitions, as the first step would."""

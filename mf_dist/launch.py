@@ -1,7 +1,9 @@
 """Which process of how many this is, as torchrun (or any launcher that sets its variables) says. No torch."""
 
+import atexit
 import os
-from typing import NamedTuple
+import sys
+from typing import NamedTuple, NoReturn
 
 from mf_dist.errors import UserError
 
@@ -29,3 +31,12 @@ def launched_place() -> Place:
     if place.world_size > 1 and missing:
         raise UserError(f"WORLD_SIZE is {place.world_size}, but {missing[0]} is not set; start with torchrun")
     return place
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process of a launch without Python's finalization: Gloo's threads outlive the process group, since
+    DeepSpeed holds on to it, and one that asks for the interpreter while it shuts down aborts a run that ended well."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

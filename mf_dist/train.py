@@ -8,13 +8,12 @@ Anything in the config can be overridden by section.key=value.
 """
 
 import argparse
-import sys
 
 from mf_dist.config import load_config, resolve
 from mf_dist.cost import describe
 from mf_dist.data.shards import read_manifest
 from mf_dist.errors import UserError, command_line
-from mf_dist.launch import launched_place
+from mf_dist.launch import launched_place, leave
 
 
 @command_line
@@ -44,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

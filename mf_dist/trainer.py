@@ -60,6 +60,7 @@ class Trainer:
         batches = training_batches(
             self.shards, config, self.step * batch_size, ranks.rank, ranks.world_size, ranks.device.type == "cuda"
         )
+        first_step = self.step + 1
         while self.step < config.total_steps:
             for _ in range(self.engine.accumulation):
                 with self.meter.waiting():
@@ -68,6 +69,9 @@ class Trainer:
             self.step += 1
             self.meter.steps += 1
             if ranks.is_first:
+                if self.step == first_step:
+                    seconds = time.perf_counter() - self.meter.since
+                    self.logger.say(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
                 self.logger.advance(batch_size)
             is_last = self.step == config.total_steps
             saves = is_last or self._is_due(config.checkpoint.every_images)

@@ -93,6 +93,10 @@ def test_step_bench_measures_equal_losses(tmp_path):
                "--json", tmp_path / "bench.json")  # fmt: skip
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["variant"]: row for row in result["results"]}
-    assert set(rows) == {"plain", "ours", "blocks", "authors", "port", "tim"}
+    assert set(rows) == {"plain", "diffusers", "ours", "blocks", "authors", "port", "tim"}
     assert rows["plain"]["ratio"] == 1 and rows["ours"]["saved_bytes"] <= 1.02 * rows["plain"]["saved_bytes"]
+    assert (
+        rows["ours"]["peak_bytes"] > rows["ours"]["saved_bytes"]
+        and rows["diffusers"]["flops"] == rows["plain"]["flops"]
+    )
     assert rows["ours"]["flops"] < rows["authors"]["flops"] < rows["port"]["flops"]

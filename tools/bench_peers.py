@@ -57,6 +57,32 @@ class PlainDiT(DiT):
         return self._unpatchify(self.patch_out(h)[0]).to(z.dtype)
 
 
+class DiffusersBlock(nn.Module):
+    """The same block with attention and MLP from diffusers."""
+
+    def __init__(self, width, num_heads):
+        from diffusers.models.attention import FeedForward
+        from diffusers.models.attention_processor import Attention
+
+        super().__init__()
+        self.attention = Attention(width, heads=num_heads, dim_head=width // num_heads, bias=True)
+        self.mlp = FeedForward(width, activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attention(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
+
+
+class DiffusersDiT(PlainDiT):
+    """Our DiT's ends around diffusers' blocks."""
+
+    def __init__(self, *, hidden_size, num_heads, depth, **rest):
+        super().__init__(plain_attention=False, hidden_size=hidden_size, num_heads=num_heads, depth=depth, **rest)
+        self.blocks = nn.ModuleList(DiffusersBlock(hidden_size, num_heads) for _ in range(depth))
+
+
 def plain(net, x, e, r, t, y, n_eq, null_label, recipe):
     """Flow matching: one forward and backward, no target to compute. The unit of the bench's ratios."""
     z, v = path(x, e, t)

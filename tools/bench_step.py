@@ -7,19 +7,22 @@
 `ours` is compiled as one graph, `blocks` is the same step compiled block by block. Ratios are to `plain`: flow
 matching (forward and backward, 3 F) by a DiT without tangent code, fused attention, same batch and threads. Each round
 runs every variant once; medians over the rounds, and the spread of each round's ratio. Saved bytes are what the forward
-keeps for the backward; FLOPs are counted by torch on the eager form.
+keeps for the backward, peak bytes what forward and backward hold at most beyond weights and inputs; FLOPs are counted
+by torch on the eager form. `diffusers` is `plain` with attention and MLP from diffusers.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import time
+
+from bench_measure import counted_flops, matmul_peak, now, peak_bytes, saved_bytes
 
 from mf_dist.errors import UserError, command_line
 
-VARIANTS = ("plain", "ours", "blocks", "authors", "port", "tim")
-HEADS = {"median s": 9, "ratio": 7, "spread": 14, "saved": 7, "FLOPs": 7, "1st, s": 8}
+VARIANTS = ("plain", "diffusers", "ours", "blocks", "authors", "port", "tim")
+UNGUIDED = ("plain", "diffusers")
+HEADS = {"median s": 9, "ratio": 7, "spread": 14, "saved": 7, "peak": 7, "FLOPs": 7, "1st, s": 8}
 KAPPA = {"guided": 0.5, "unguided": 0.0}
 
 
@@ -72,52 +75,12 @@ class Case:
         """Seconds of one forward and backward."""
         import torch
 
-        start = _now()
+        start = now()
         torch.manual_seed(0)
         self.call().backward()
-        seconds = _now() - start
+        seconds = now() - start
         self.net.zero_grad(set_to_none=True)
         return seconds
-
-    def saved_bytes(self):
-        """Of the tensors kept for the backward, weights excluded."""
-        import torch
-
-        weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
-        saved = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.call()
-        return sum(nbytes for nbytes, _ in saved.values())
-
-    def flops(self):
-        """Counted on the eager form with plain attention: the counter does not know every fused kernel."""
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with (
-            torch.compiler.set_stance("force_eager"),
-            FlopCounterMode(display=False) as counter,
-            sdpa_kernel(SDPBackend.MATH),
-        ):
-            self.value().backward()
-        self.net.zero_grad(set_to_none=True)
-        return counter.get_total_flops()
-
-
-def _now():
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def build_cases(args, device):
@@ -130,7 +93,7 @@ def build_cases(args, device):
     from mf_dist.meanflow.times import sample_times
     from mf_dist.models.sizes import named_model
 
-    losses = {"plain": plain, "authors": authors, "port": port, "tim": tim}
+    losses = {"plain": plain, "diffusers": plain, "authors": authors, "port": port, "tim": tim}
     losses |= dict.fromkeys(("ours", "blocks"), lambda *a: meanflow_loss(*a)[0])
     try:
         model = named_model(args.model, args.resolution // 8)
@@ -140,21 +103,29 @@ def build_cases(args, device):
     x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
     r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
     y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
-    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp", "ours": "ours", "blocks": "blocks"}
+    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp"}
     return [
-        Case(name, guidance, compiled, nets[which[name]], losses[name], (x, e, r, t, y), MeanFlowConfig(kappa=kappa))
+        Case(
+            name,
+            guidance,
+            compiled,
+            nets[which.get(name, name)],
+            losses[name],
+            (x, e, r, t, y),
+            MeanFlowConfig(kappa=kappa),
+        )
         for compiled in ((True, False) if args.eager else (True,))
         for guidance, kappa in KAPPA.items()
         if args.guidance in ("both", guidance)
         for name in args.variants
-        if name != "plain" or guidance == ("unguided" if args.guidance != "guided" else "guided")
+        if name not in UNGUIDED or guidance == ("unguided" if args.guidance != "guided" else "guided")
     ]
 
 
 def build_nets(model, args, device):
     """Our DiT and plain ones with the same random weights, and the generator that drew them."""
     import torch
-    from bench_peers import PlainDiT
+    from bench_peers import DiffusersDiT, PlainDiT
 
     from mf_dist.models.dit import DiT
 
@@ -171,9 +142,11 @@ def build_nets(model, args, device):
         "blocks": DiT(**sizes, generator=g),
         "fused": PlainDiT(**sizes, plain_attention=False, generator=g),
         "jvp": PlainDiT(**sizes, plain_attention=True, generator=g),
+        "diffusers": DiffusersDiT(**sizes, generator=g),
     }
-    for net in nets.values():
-        net.load_state_dict(ours.state_dict())
+    for name, net in nets.items():
+        if name != "diffusers":  # its layers have other names; only its time is compared
+            net.load_state_dict(ours.state_dict())
         net.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     return nets, g
 
@@ -183,7 +156,7 @@ def check_same_loss(cases):
     import torch
 
     for guidance in KAPPA:
-        losses = {c.name: c.value().item() for c in cases if c.guidance == guidance and c.name != "plain"}
+        losses = {c.name: c.value().item() for c in cases if c.guidance == guidance and c.name not in UNGUIDED}
         reference = losses.get("ours")
         for name, loss in losses.items():
             # the weighted loss is near 1 by construction: compare what is left
@@ -209,20 +182,21 @@ def report(cases, first, args, device):
     import torch
 
     plain = {case.compiled: case for case in cases if case.name == "plain"}
-    peak = _matmul_peak(device, args.dtype) if device.type == "cuda" else None
+    peak = matmul_peak(device, args.dtype) if device.type == "cuda" else None
     rows = []
     for case in cases:
         ratios = [a / b for a, b in zip(case.seconds, plain[True].seconds, strict=True)]
-        flops, seconds = case.flops(), statistics.median(case.seconds)
+        flops, seconds = counted_flops(case), statistics.median(case.seconds)
         rows.append(
             {
                 "variant": case.name,
-                "guidance": None if case.name == "plain" else case.guidance,
+                "guidance": None if case.name in UNGUIDED else case.guidance,
                 "compiled": case.compiled,
                 "median_seconds": seconds,
                 "ratio": statistics.median(ratios),
                 "ratio_spread": [min(ratios), max(ratios)],
-                "saved_bytes": case.saved_bytes(),
+                "saved_bytes": saved_bytes(case),
+                "peak_bytes": peak_bytes(case),
                 "flops": flops,
                 "mfu": flops / seconds / peak if peak else None,
                 "first_step_seconds": first[id(case)],
@@ -236,22 +210,6 @@ def report(cases, first, args, device):
     return {"setting": setting, "results": rows}
 
 
-def _matmul_peak(device, dtype):
-    """FLOP/s of the best of several square products, measured."""
-    import torch
-
-    best = 0.0
-    for n in (4096, 8192, 16384):
-        a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-        times = []
-        for _ in range(10):
-            start = _now()
-            a @ a
-            times.append(_now() - start)
-        best = max(best, 2 * n**3 / statistics.median(times[2:]))
-    return best
-
-
 def print_table(result):
     base = next(row for row in result["results"] if row["variant"] == "plain" and row["compiled"])
     print(f"\n{json.dumps(result['setting'])}")
@@ -259,10 +217,10 @@ def print_table(result):
     print(f"{'variant':10}{'guidance':10}{'form':10}{numbers}")
     for row in result["results"]:
         spread = "{:.2f}-{:.2f}".format(*row["ratio_spread"])
-        saved, flops = row["saved_bytes"] / base["saved_bytes"], row["flops"] / base["flops"]
+        saved, peak, flops = (row[key] / base[key] for key in ("saved_bytes", "peak_bytes", "flops"))
         print(
             f"{row['variant']:10}{row['guidance'] or '-':10}{'compiled' if row['compiled'] else 'eager':10}"
-            f"{row['median_seconds']:9.3f}{row['ratio']:7.2f}{spread:>14}{saved:7.2f}{flops:7.2f}"
+            f"{row['median_seconds']:9.3f}{row['ratio']:7.2f}{spread:>14}{saved:7.2f}{peak:7.2f}{flops:7.2f}"
             f"{row['first_step_seconds']:8.1f}" + (f"{row['mfu']:6.2f}" if row["mfu"] else "")
         )
 

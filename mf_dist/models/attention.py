@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 from mf_dist.models.layers import Dual, Linear
 
+if torch.cuda.is_available():  # elsewhere triton may be missing
+    from mf_dist.models.fused_attention import fused_attention_with_tangent
+
+FUSED_FROM_TOKENS = 1024
+"""From here on a GPU in bf16 runs the fused kernel. An assumption: tools/bench_attention.py measures where it wins."""
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v by the fused kernels; q, k, v (B, H, N, K)."""
@@ -18,12 +24,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_with_tangent(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """o = P v with P = softmax(S), S = q k^T / sqrt(K); do = (P dS) v - rowsum(P dS) o + P dv."""
+    """o = P v with P = softmax(S), S = q k^T / sqrt(K); do = dP v + P dv, dP = P (dS - rowsum(P dS)).
+
+    Softmax's Jacobian is symmetric: its backward kernel gives dP."""
     scale = q.shape[-1] ** -0.5
     p = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
-    o = p @ v
-    p_ds = p * ((dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * scale)
-    return o, p_ds @ v - p_ds.sum(-1, keepdim=True) * o + p @ dv
+    ds = (dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * scale
+    dp = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
+    return p @ v, dp @ v + p @ dv
 
 
 class SelfAttention(nn.Module):
@@ -40,6 +48,8 @@ class SelfAttention(nn.Module):
         qkv, dqkv = self.qkv(x, dx)
         if dqkv is None:
             return self.proj(_merge_heads(attention(*self._split_heads(qkv))))
+        if qkv.is_cuda and qkv.dtype == torch.bfloat16 and qkv.shape[1] >= FUSED_FROM_TOKENS:
+            return self.proj(*fused_attention_with_tangent(qkv, dqkv, self.num_heads))
         o, do = attention_with_tangent(*self._split_heads(qkv), *self._split_heads(dqkv))
         return self.proj(_merge_heads(o), _merge_heads(do))
 

@@ -28,32 +28,30 @@ class Linear(nn.Linear):
         return y, None if dx is None else dx @ weight.t()
 
 
+# The Jacobians of silu, gelu and layer_norm are symmetric (two are diagonal), so J dx is what torch's backward kernel
+# computes, in one pass and rounded once.
+
+
 def silu(x: Tensor, dx: Tensor | None = None) -> Dual:
     """y = x s(x) with the logistic s; y' = s (1 + x (1 - s))."""
-    if dx is None:
-        return F.silu(x), None
-    s = torch.sigmoid(x)
-    return F.silu(x), s * (1 + x * (1 - s)) * dx
+    return F.silu(x), None if dx is None else torch.ops.aten.silu_backward(dx, x)
 
 
 def gelu(x: Tensor, dx: Tensor | None = None) -> Dual:
-    """The tanh form, y = x (1 + h)/2 with h = tanh(g), g = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """The tanh form, y = x (1 + h)/2 with h = tanh(g), g = sqrt(2/pi) (x + 0.044715 x^3); y' = (1 + h)/2 +
+    x (1 - h^2) g'/2."""
     y = F.gelu(x, approximate="tanh")
-    if dx is None:
-        return y, None
-    c = math.sqrt(2 / math.pi)
-    h = torch.tanh(c * (x + 0.044715 * x**3))
-    return y, (0.5 * (1 + h) + 0.5 * x * (1 - h * h) * c * (1 + 3 * 0.044715 * x * x)) * dx
+    return y, None if dx is None else torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
 
 
 def layer_norm(x: Tensor, dx: Tensor | None = None, eps: float = 1e-6) -> Dual:
     """Over the last dimension, without affine: y = (x - m)/s, dy = (dx - mean(dx) - y mean(y dx))/s."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    shape = x.shape[-1:]
     if dx is None:
-        return y, None
-    centred = dx - dx.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
-    return y, (centred - y * (y * dx).mean(-1, keepdim=True)) * inverse
+        return F.layer_norm(x, shape, eps=eps), None
+    y, mean, inverse = torch.native_layer_norm(x, shape, None, None, eps)
+    needed = [True, False, False]  # of the gradients to x, weight, bias
+    return y, torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, inverse, None, None, needed)[0]
 
 
 def modulate(
@@ -64,7 +62,7 @@ def modulate(
     y = x * (1 + scale) + shift
     if dx is None or dshift is None or dscale is None:
         return y, None
-    return y, dx * (1 + scale) + x * dscale.unsqueeze(1) + dshift.unsqueeze(1)
+    return y, dx * (1 + scale) + (x * dscale.unsqueeze(1) + dshift.unsqueeze(1))
 
 
 def gated_add(x: Tensor, gate: Tensor, h: Tensor, dx: Tensor | None, dgate: Tensor | None, dh: Tensor | None) -> Dual:
@@ -72,7 +70,8 @@ def gated_add(x: Tensor, gate: Tensor, h: Tensor, dx: Tensor | None, dgate: Tens
     y = x + gate.unsqueeze(1) * h
     if dx is None or dgate is None or dh is None:
         return y, None
-    return y, dx + dgate.unsqueeze(1) * h + gate.unsqueeze(1) * dh
+    # the small terms first: each sum onto the large dx rounds it once more
+    return y, dx + (dgate.unsqueeze(1) * h + gate.unsqueeze(1) * dh)
 
 
 class Mlp(nn.Module):

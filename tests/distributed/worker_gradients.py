@@ -1,4 +1,4 @@
-"""Run under torchrun: one optimizer step's full gradient on real batches, written by rank 0.
+"""Run under torchrun: one optimizer step's full gradient and first moment on real batches, written by rank 0.
 
     worker_gradients.py CONFIG OUT [section.key=value ...]
 
@@ -20,6 +20,7 @@ from mf_dist.distributed import process_group
 from mf_dist.engine import Engine
 from mf_dist.generate import new_net
 from mf_dist.latents import sample_posterior
+from mf_dist.launch import leave
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 
 
@@ -30,33 +31,40 @@ def main():
         shards = LatentShards(config.data.path)
         config = resolve(config, shards.manifest, ranks.world_size)
         net = new_net(config.model, 0)
-        g = torch.Generator().manual_seed(1)
+        g, scale = torch.Generator().manual_seed(1), 1.1 / config.model.hidden_size**0.5
         for p in net.parameters():  # at its initial weights most gradients are 0
-            p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim > 1 else 0.05))
+            p.data.copy_(torch.randn(p.shape, generator=g) * (scale if p.ndim > 1 else 0.05))
         engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
         inner = engine._engine
-        scale = shards.manifest["vae"]["scaling_factor"]
+        vae_scale = shards.manifest["vae"]["scaling_factor"]
 
         def inputs(b: Batch):
-            x = sample_posterior(b.moments, b.posterior_noise, scale)
+            x = sample_posterior(b.moments, b.posterior_noise, vae_scale)
             return x, b.labels, Draws(b.e, b.time_normals, b.drop_uniforms)
 
+        step, gradient = inner.step, {}
+
+        def step_after_a_look():
+            if inner.is_gradient_accumulation_boundary() and not gradient:
+                gradient.update((name, safe_get_full_grad(p).float().clone()) for name, p in net.named_parameters())
+            step()
+
+        inner.step = step_after_a_look
         for _ in range(engine.accumulation):
-            loss, _ = inner(*inputs(next(batches)))
-            inner.backward(loss)
-            if inner.is_gradient_accumulation_boundary():
-                gradient = {name: safe_get_full_grad(p).float().clone() for name, p in net.named_parameters()}
-            inner.step()
+            engine.train_micro_batch(*inputs(next(batches)))
+        moments = {f"exp_avg/{name}": a.contiguous() for kind, name, a in engine.state() if kind == "exp_avg"}
         if ranks.is_first:
-            save_file(gradient, out)
+            save_file(gradient | moments, out)
+        norm = engine.grad_norm()
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
         for _ in range(2 * engine.accumulation):
             engine.train_micro_batch(*inputs(next(batches)))
         if ranks.is_first:
             later = counters["stats"]["unique_graphs"] - graphs
-            print(json.dumps({"graphs": graphs, "breaks": breaks, "compiled_later": later}))
+            print(json.dumps({"graphs": graphs, "breaks": breaks, "compiled_later": later, "norm": norm}))
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

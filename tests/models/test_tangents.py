@@ -21,6 +21,10 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
+def plain_attention(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
 LAYERS = {
     "linear": randomised(Linear(6, 5)),
     "silu": silu,
@@ -88,13 +92,18 @@ def test_dit(patch_size):
 
 
 @torch.no_grad()
-def test_bf16_layers_leave_u_and_du_in_the_type_of_z():
-    net = small_dit().bfloat16()
-    z, r, t, y = randn(2, 3, 4, 4).float(), torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.9]), torch.tensor([0, 3])
-    u, du = net(z, r, t, y, tangent=(z, torch.zeros(2), torch.ones(2)))
-    assert u.dtype == du.dtype == torch.float32
-    exact = small_dit()
-    u64, du64 = exact(
-        z.double(), r.double(), t.double(), y, tangent=(z.double(), torch.zeros(2).double(), torch.ones(2).double())
-    )
-    assert (u - u64).norm() / u64.norm() < 0.03 and (du - du64).norm() / du64.norm() < 0.06
+def test_bf16_tangents_are_as_exact_as_those_of_func_jvp():
+    """Mean relative error of du against float64 over 20 networks; u and du leave in the type of z."""
+    y, ours, func = torch.tensor([0, 3] * 4), 0.0, 0.0
+    for seed in range(20):
+        net, exact = small_dit(seed).bfloat16(), small_dit(seed).bfloat16().double()
+        z, dz = randn(2, 8, 3, 4, 4, seed=seed).float()
+        r = 0.1 + 0.02 * torch.arange(8)
+        primals, tangents = (z, r, r + 0.4), (dz, torch.zeros(8), torch.ones(8))
+        u, du = net(*primals, y, tangent=tangents)
+        assert u.dtype == du.dtype == torch.float32
+        _, reference = exact(*(a.double() for a in primals), y, tangent=tuple(a.double() for a in tangents))
+        _, other = func_jvp(lambda *a, net=net: net(*a, y), primals, tangents)
+        ours += (du - reference).norm() / reference.norm() / 20
+        func += (other - reference).norm() / reference.norm() / 20
+    assert 0.01 < ours < 1.1 * func, (ours, func)

@@ -1,0 +1,42 @@
+"""Run under torchrun: a step with one thing broken, which the engine's start-up checks must see.
+
+worker_faults.py CONFIG weights|gradients|nothing [section.key=value ...]
+"""
+
+import sys
+
+import deepspeed.comm
+import torch
+
+from mf_dist.config import load_config, resolve
+from mf_dist.data.shards import LatentShards
+from mf_dist.distributed import process_group
+from mf_dist.engine import Engine
+from mf_dist.errors import command_line
+from mf_dist.generate import new_net
+from mf_dist.launch import leave
+from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+
+
+@command_line
+def main():
+    path, fault, *overrides = sys.argv[1:]
+    with process_group() as ranks:
+        config = load_config(path, overrides)
+        config = resolve(config, LatentShards(config.data.path).manifest, ranks.world_size)
+        net = new_net(config.model, 0)
+        if fault == "weights" and ranks.rank == 1:
+            net.blocks[1].mlp.fc1.bias.data[3] = 1e-6
+        engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        if fault == "gradients":  # as a reduction that never happens
+            for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_fn"):
+                setattr(deepspeed.comm, name, lambda *a, **k: None)
+        g = torch.Generator().manual_seed(ranks.rank)
+        shape = (config.train.micro_batch, config.model.latent_channels, *[config.model.latent_size] * 2)
+        for _ in range(engine.accumulation):
+            draws = Draws(torch.randn(shape, generator=g), torch.randn(shape[0], 2, generator=g), torch.ones(shape[0]))
+            engine.train_micro_batch(torch.randn(shape, generator=g), torch.zeros(shape[0], dtype=torch.long), draws)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,48 @@
+"""The fused kernel: its numbers, its shape and FLOPs as an operator, and that it compiles for real GPUs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+triton = pytest.importorskip("triton", reason="triton is made for Linux alone")
+TOLERANCE = {"torch.float32": 3e-6, "torch.float16": 1e-3, "torch.bfloat16": 8e-3, "large scores": 3e-5}
+
+
+def test_value_and_tangent_against_float64():
+    lines = run_python(Path(__file__).with_name("fused_cases.py")).stdout.splitlines()
+    assert len(lines) == 2 * 6 * 3 + 1
+    for dtype, case, error, tangent_error in map(json.loads, lines):
+        assert error < TOLERANCE[dtype] and tangent_error < TOLERANCE[dtype], (dtype, case, error, tangent_error)
+
+
+def test_operator_has_shapes_and_flops_without_running():
+    from mf_dist.models.fused_attention import fused_attention_with_tangent
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        qkv = torch.empty(2, 100, 3 * 144, dtype=torch.bfloat16, device="cuda")
+        o, do = fused_attention_with_tangent(qkv, qkv, 2)
+    assert o.shape == do.shape == (2, 100, 144) and o.dtype == torch.bfloat16
+    assert counter.get_total_flops() == 6 * 2 * 2 * 100 * 100 * 144
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_gpus_that_are_not_here(capability, tmp_path, monkeypatch):
+    """What the interpreter lets pass, a compiler may not; the shared memory of a block must fit an A100's 164 KiB."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mf_dist.models import fused_attention as fused
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = fused._attend.arg_names
+    sizes = (72, *fused._cut(72), fused.BLOCK_QUERIES, fused.BLOCK_KEYS)
+    signature = dict.fromkeys(names[:4], "*bf16") | dict.fromkeys(names[4:6], "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(names[7:], "constexpr")
+    source = ASTSource(fused._attend, signature, dict(zip(names[7:], sizes, strict=True)))
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": fused.WARPS})
+    assert len(made.asm["cubin"]) > 1000 and 0 < made.metadata.shared <= 164 * 1024

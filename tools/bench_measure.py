@@ -1,0 +1,85 @@
+"""What tools/bench_step.py measures of a case (a loss to call, and its network) besides its time."""
+
+import os
+import statistics
+import time
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints lines of its own
+
+
+def now():
+    """Seconds, after the GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def saved_bytes(case):
+    """Of the tensors kept for the backward, weights excluded."""
+    import torch
+
+    weights = {p.untyped_storage().data_ptr() for p in case.net.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        case.call()
+    return sum(nbytes for nbytes, _ in saved.values())
+
+
+def peak_bytes(case):
+    """The most that a forward and backward hold at once beyond what was there before, gradients included."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        case.step()
+    held = peak = 0
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # negative where memory is given back
+        peak = max(peak, held)
+    return peak
+
+
+def counted_flops(case):
+    """Counted on the eager form with plain attention: the counter does not know every fused kernel."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        case.value().backward()
+    case.net.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of the best of several square products, measured."""
+    import torch
+
+    best = 0.0
+    for n in (4096, 8192, 16384):
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        times = []
+        for _ in range(10):
+            start = now()
+            a @ a
+            times.append(now() - start)
+        best = max(best, 2 * n**3 / statistics.median(times[2:]))
+    return best
