@@ -3,25 +3,23 @@
     RUN/checkpoints/step-00001000/
         master.safetensors exp_avg.safetensors exp_avg_sq.safetensors   to go on training
         ema-0.9999.safetensors                                          alone the model to sample from
-        state.json       step, samples_seen, config, latent shape, classes, VAE, versions
+        state.json       step, samples_seen, config, latent shape, classes, VAE, versions, guard
         manifest.json    size and sha256 of the others, written last
 
-A folder is written as NAME.tmp, synced, then renamed: one without a valid manifest does not exist.
+A folder is written as NAME.tmp, synced, then renamed (saver.py): one without a valid manifest does not exist.
 """
 
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_dist.data.shard_writer import sha256_of, sync_folder, write_json
+from mf_dist.data.shard_writer import sha256_of
 from mf_dist.errors import UserError
 
 
@@ -41,45 +39,26 @@ class Checkpoint:
     def ema_decays(self) -> list[str]:
         return sorted(path.stem.removeprefix("ema-") for path in self.folder.glob("ema-*.safetensors"))
 
+    def kinds(self) -> list[str]:
+        return sorted(path.stem for path in self.folder.glob("*.safetensors"))
+
     def load(self, kind: str) -> dict[str, Tensor]:
         """Tensors by parameter name: kind master, exp_avg, exp_avg_sq, or ema-DECAY."""
-        return load_file(self.folder / f"{kind}.safetensors")
+        return load_tensors(self.folder / f"{kind}.safetensors")
 
 
-def save_checkpoint(root: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Commits tensors[kind][name] and state as root/step-N, then removes older ones until `keep` are left.
-
-    Raises UserError where the disk refuses; earlier checkpoints are untouched then."""
-    folder = step_folder(root, state["step"])
-    partial = folder.with_suffix(".tmp")
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file; UserError where it is none."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for kind, by_name in tensors.items():
-            save_file(by_name, partial / f"{kind}.safetensors")
-        write_json(partial / "state.json", state)
-        files = {path.name: path for path in sorted(partial.iterdir())}
-        for path in files.values():
-            _sync_file(path)
-        entries = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()}
-        write_json(partial / "manifest.json", {"files": entries})
-        shutil.rmtree(folder, ignore_errors=True)  # only an invalid one can stand there
-        os.replace(partial, folder)
-        sync_folder(root)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(root).free >> 20 if root.is_dir() else 0
-        raise UserError(f"cannot write checkpoint {folder}: {error}; {free} MiB free there") from None
-    older = [path for path in _folders(root) if path.name < folder.name]
-    for old in older[: max(0, len(older) + 1 - keep)]:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+        raise UserError(f"cannot read {path} as safetensors: {error}") from None
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over."""
     warnings: list[str] = []
-    for folder in reversed(_folders(root)):
+    for folder in reversed(step_folders(root)):
         try:
             return open_checkpoint(folder), warnings
         except UserError as error:
@@ -124,30 +103,15 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def newest_run(root: Path) -> Path:
     """The run folder under `root` whose training command ended last."""
-    found = [folder for folder in root.glob("**/checkpoints") if _folders(folder)]
+    found = [folder for folder in root.glob("**/checkpoints") if step_folders(folder)]
     if not found:
         raise UserError(f"no trained run under {str(root)!r}; train one, or give --checkpoint DIR")
     return max(found, key=lambda folder: folder.stat().st_mtime).parent
 
 
-def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "deepspeed", "diffusers", "numpy", "safetensors")}
-
-
-def _folders(root: Path) -> list[Path]:
+def step_folders(root: Path) -> list[Path]:
     """step-N folders in order of N; half-written .tmp ones do not count."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if path.is_dir() and path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

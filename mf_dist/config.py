@@ -19,6 +19,10 @@ Share = Annotated[float, Check("a number in [0, 1]", lambda a: 0 <= a <= 1)]
 Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
 RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
 Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
+Decays = Annotated[
+    tuple[float, ...],
+    Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
+]
 Text = Annotated[str, Check("a text that is not empty", lambda text: bool(text.strip()))]
 
 
@@ -85,9 +89,14 @@ class OptimConfig:
     """Decoupled (AdamW)."""
     grad_clip: NotNegative = 0.0
     """Largest norm of the whole gradient; 0: not clipped, as in the paper."""
-    ema_decay: Decay = 0.9999
+    ema_decay: Decays = (0.9999,)
+    """Of each EMA that is kept, such as [0.9999, 0.999]; samples are drawn from the first."""
     ema_warmup: bool = False
     """True: the decay after n steps is min(ema_decay, (1 + n) / (10 + n)); short runs need it."""
+    spike_factor: NotNegative = 0.0
+    """A gradient norm above this many times its running mean is a spike; 0: no guard."""
+    spike_action: Literal["clip", "skip"] = "clip"
+    """What a spike meets: its gradient shrinks to the limit, or its step is left out."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,15 @@ class TrainConfig:
     """Images per rank and forward pass; None: batch_size / ranks. Smaller accumulates gradients."""
     seed: Seed = 0
     """Together with the sample's index it decides everything random."""
+    init_from: Text | None = None
+    """Weights of a run that starts from scratch: a run or step-N folder (its EMA), or a .safetensors file."""
+    max_skipped: Count = 5
+    """Steps in a row that may be left out (gradients not finite, or spikes) before the run stops."""
+    hang_seconds: Count = 600
+    """A rank that ends no step for so long dumps its stacks and ends; ten times as long where it compiles, draws or
+    loads."""
+    max_hours: NotNegative = 0.0
+    """Stop, saved and resumable, before this process has run so long; 0: no limit but SLURM's own."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,10 @@ class CheckpointConfig:
     """Images between checkpoints; one more is written at the end."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
+    keep_every_images: Whole = 0
+    """Checkpoints that first passed a multiple of this stay for ever; 0: none."""
+    keep_best: Text | None = None
+    """Metric of eval/metrics.json, such as fd_digits: the checkpoint with its lowest value stays."""
 
 
 @dataclass(frozen=True)

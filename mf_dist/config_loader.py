@@ -141,9 +141,9 @@ def _convert_plain(value: Any, kind: Any) -> Any:
         except (ValueError, ZeroDivisionError, OverflowError):
             return None
     if get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        whole = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
-        return tuple(items) if whole else None
+        item_kind = get_args(kind)[0]
+        items = [_convert_plain(item, item_kind) for item in (value if isinstance(value, list | tuple) else [value])]
+        return None if None in items else tuple(items)
     return value if kind in (bool, str) and isinstance(value, kind) else None
 
 

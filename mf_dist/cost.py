@@ -48,7 +48,7 @@ def forwards_per_image(config: Config) -> float:
 
 def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
     """Bytes a rank holds through a step, by what they are for: weights, gradients (added up in fp32), optimizer (fp32
-    weights, two moments, EMA), activations kept for the backward."""
+    weights, two moments, EMAs), activations kept for the backward."""
     model, stage, rows = config.model, config.engine.zero_stage, config.train.micro_batch
     assert rows is not None
     count, width = parameters(model), 2 if config.engine.precision == "bf16" else 4
@@ -57,9 +57,14 @@ def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
     return {
         "weights": width * count / (world_size if stage == 3 else 1),
         "gradients": 4 * count / (world_size if stage >= 2 else 1),
-        "optimizer": 16 * count / world_size,
+        "optimizer": checkpoint_bytes(config) / world_size,
         "activations": kept * blocks,
     }
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """fp32 weights, two moments and the EMAs."""
+    return 4 * parameters(config.model) * (3 + len(config.optim.ema_decay))
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -84,7 +89,7 @@ def describe(config: Config, world_size: int) -> str:
         f"time            {hours:,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s a rank, no overheads",
         f"memory a rank   {sum(memory.values()):,.2f} GiB: "
         + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
-        f"checkpoint      {count * 16 / 2**30:,.2f} GiB each (fp32 weights, two moments, EMA)",
+        f"checkpoint      {checkpoint_bytes(config) / 2**30:,.2f} GiB each (fp32 weights, two moments, EMAs)",
     ]
     if config.engine.zero_stage == 3:
         gathers = 4 if config.meanflow.guided else 3

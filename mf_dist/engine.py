@@ -5,6 +5,7 @@ What is used of DeepSpeed's insides for that (0.19.8) stands in `_create_states`
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from torch._dynamo.utils import counters
 from mf_dist.config import Config
 from mf_dist.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.errors import UserError
+from mf_dist.guard import GradientGuard
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
-from mf_dist.optim import STATES, AdamWEma
+from mf_dist.optim import AdamWEma, ema_name
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
@@ -35,7 +37,7 @@ from deepspeed.utils import (  # noqa: E402
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 MASTER = "master"
-"""Beside optim.STATES: the fp32 weights."""
+"""Beside the optimizer's states: the fp32 weights."""
 
 
 def _forbid_shared_memory_build() -> None:
@@ -92,7 +94,13 @@ class Engine:
         _forbid_shared_memory_build()
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
-        self._optimizer = AdamWEma(loss.parameters(), config.optim)
+        self.guard = GradientGuard(config.optim)
+        self.steps = 0
+        """Optimizer steps begun since this engine was made."""
+        self._judged, self._factor = -1, 1.0
+        self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor)
+        self.kinds = (MASTER, *self._optimizer.states)
+        """What a checkpoint holds of each parameter."""
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
@@ -109,23 +117,35 @@ class Engine:
                 "gradient_accumulation_steps": self.accumulation,
                 "zero_optimization": {"stage": self.stage},
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": self.is_bf16},
+                "bf16": {"enabled": self.is_bf16, "check_grad_overflow": True},
                 "communication_data_type": "fp32",
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "gradient_clipping": config.optim.grad_clip,
                 "steps_per_print": 10**9,
             },
         )
+        self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Forward and backward; the last of a batch's calls also steps. Returns the loss's log sums."""
         loss, sums = self._engine(x, y, draws)
         self._engine.backward(loss)
-        if self._first_gradient and self._engine.is_gradient_accumulation_boundary():
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        if self._first_gradient and is_last:
             self._first_gradient.check()
             self._first_gradient = None
         self._engine.step()
+        if is_last:
+            if self._engine.optimizer.overflow:  # DeepSpeed left the step out before our optimizer was asked
+                self.guard.judge(math.nan)
+            self.steps += 1
         return sums  # type: ignore[no-any-return]
+
+    def _gradient_factor(self) -> float:
+        """Of this step. DeepSpeed asks once for each partition; the norm over all ranks is known before the first."""
+        if self._judged != self.steps:
+            self._judged, self._factor = self.steps, self.guard.judge(float(self._engine.optimizer._global_grad_norm))
+        return self._factor
 
     def grad_norm(self) -> float:
         """Of the last optimizer step's whole gradient."""
@@ -137,37 +157,38 @@ class Engine:
         return f"{graphs} compiled graphs, {breaks} graph breaks" if graphs else "not compiled"
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, parameter name, full fp32 tensor on the CPU), kind MASTER or one of optim.STATES. Every rank
-        must run through it: the tensors are gathered. Needs a step, or load_state, before it."""
+        """(kind, parameter name, full fp32 tensor on the CPU) for all of `kinds`. Every rank must run through it: the
+        tensors are gathered."""
         for name, p in self._parameters():
             yield MASTER, name, safe_get_full_fp32_param(p).float().cpu()
-            for kind in STATES:
+            for kind in self._optimizer.states:
                 yield kind, name, safe_get_full_optimizer_state(p, kind).float().cpu()
 
-    def ema(self) -> dict[str, Tensor]:
+    def ema(self, decay: float) -> dict[str, Tensor]:
         """Full EMA weights on the CPU; every rank must call it."""
-        return {name: safe_get_full_optimizer_state(p, "ema").float().cpu() for name, p in self._parameters()}
+        kind = ema_name(decay)
+        return {name: safe_get_full_optimizer_state(p, kind).float().cpu() for name, p in self._parameters()}
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]."""
-        inner = self._create_states()
+        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]. `step`: how many
+        steps the optimizer has made, those left out not counted."""
         for name, p in self._parameters():
             safe_set_full_fp32_param(p, tensors[MASTER][name])
-            for kind in STATES:
+            for kind in self._optimizer.states:
                 safe_set_full_optimizer_state(p, tensors[kind][name], kind)
             # the network computes with low-precision copies: without this one step would run on fresh weights
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
                 if self.stage < 3 or torch.distributed.get_rank() == 0:
                     p.data.copy_(tensors[MASTER][name])
-        for state in inner.state.values():
+        for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(step))
         if self.stage < 3:  # there each weight exists once
             check_same_on_all_ranks(self._parameters(), "resumed weights")
 
-    def _create_states(self) -> AdamWEma:
-        """Creates the optimizer states on the flat partitions, as the first step would."""
+    def _create_states(self) -> None:
+        """Creates the optimizer states on the flat partitions, as the first step would: memory that a run needs it
+        takes at once, and a checkpoint can be written and read at any time."""
         zero = self._engine.optimizer
-        inner: AdamWEma = zero.optimizer
         if self.stage == 3:
             partitions = zero.fp32_partitioned_groups_flat
         elif self.stage == 1 and self.is_bf16:  # with fp32 accumulation DeepSpeed takes another optimizer class here
@@ -175,10 +196,9 @@ class Engine:
         else:
             partitions = zero.single_partition_of_fp32_groups
         for partition in partitions:
-            inner.init_state(partition)
+            self._optimizer.init_state(partition)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        return inner
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         module: nn.Module = self._engine.module.net

@@ -10,16 +10,20 @@ class UserError(Exception):
     """A mistake the user can mend: the text says what, where, what was expected and how to fix it."""
 
 
-def command_line(main: Callable[[], None]) -> Callable[[], int]:
-    """Makes `main` a program: a UserError, or a file that cannot be used, is one line on stderr and exit code 2."""
+def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
+    """Makes `main` a program whose exit code is what main returns, or 0: a UserError, or a file that cannot be used, is
+    one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run() -> int:
         try:
-            main()
+            return main() or 0
         except UserError as error:
             _complain(str(error))
             return 2
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except OSError as error:
             if error.filename is None:
                 raise
@@ -28,7 +32,6 @@ def command_line(main: Callable[[], None]) -> Callable[[], int]:
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
-        return 0
 
     return run
 

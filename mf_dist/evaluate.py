@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mf_dist.checkpoint import versions
 from mf_dist.data.images import Pixels, list_images, load_image
 from mf_dist.data.shard_writer import write_json
 from mf_dist.errors import UserError
 from mf_dist.features import FeatureNetwork
 from mf_dist.generate import BLOCK, Trained
 from mf_dist.metrics import FeatureStatistics, Gaussian, frechet_distance, read_statistics
+from mf_dist.origin import versions
 from mf_dist.progress import progress
 
 Labels = npt.NDArray[np.int64]

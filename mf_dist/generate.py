@@ -110,7 +110,7 @@ def load_trained(checkpoint: Checkpoint, ema_decay: str | None, vae: str | None,
             raise UserError(f"{checkpoint.folder}/state.json has no {key!r}: not a checkpoint of this program")
     config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
     decays = checkpoint.ema_decays()
-    wanted = ema_decay or str(config.optim.ema_decay)
+    wanted = ema_decay or str(config.optim.ema_decay[0])
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
     net = new_net(config.model, seed=0)

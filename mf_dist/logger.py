@@ -12,7 +12,12 @@ from tqdm import tqdm
 from mf_dist.config import Config
 from mf_dist.config_loader import to_tree
 
-SHOWN = {"raw r=t": "raw_loss_r_equals_t", "raw r<t": "raw_loss_r_below_t", "|du/dt|": "du_dt_norm"}
+SHOWN = {
+    "raw r=t": "raw_loss_r_equals_t",
+    "raw r<t": "raw_loss_r_below_t",
+    "|du/dt|": "du_dt_norm",
+    "grad": "grad_norm",
+}
 
 
 class Logger:
@@ -91,7 +96,7 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
         if m[key] is not None
     )  # fmt: skip
     return (
-        f"step {m['step']}/{total_steps} {raw} grad {m['grad_norm']:.3g} "
+        f"step {m['step']}/{total_steps} {raw} "
         f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"
     )
 

@@ -1,14 +1,18 @@
-"""AdamW that keeps the EMA of the weights as one more optimizer state, so that ZeRO shards it like any other."""
+"""AdamW that keeps the EMAs of the weights as further optimizer states, so that ZeRO shards them like any other."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from mf_dist.config import OptimConfig
 
-STATES = ("exp_avg", "exp_avg_sq", "ema")
-"""The states shaped like their parameter; `step` counts beside them."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def ema_name(decay: float) -> str:
+    """Of the state, and of its file in a checkpoint."""
+    return f"ema-{decay}"
 
 
 def ema_decay_after(step: int, decay: float, warmup: bool) -> float:
@@ -17,20 +21,22 @@ def ema_decay_after(step: int, decay: float, warmup: bool) -> float:
 
 
 class AdamWEma(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (arXiv 1711.05101), then ema <- decay ema + (1 - decay) weights."""
+    """Adam with decoupled weight decay (arXiv 1711.05101), then ema <- decay ema + (1 - decay) weights for each EMA."""
 
-    def __init__(self, params: Iterable[nn.Parameter], config: OptimConfig) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], config: OptimConfig, gradient_factor: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        """`gradient_factor` is asked in each step what to multiply gradients by; 0 leaves the step out."""
         super().__init__(params, {"lr": config.lr})
-        self.config = config
+        self.config, self.gradient_factor = config, gradient_factor
+        self.states = (*MOMENTS, *map(ema_name, config.ema_decay))
+        """Names of the states shaped like their parameter; `step` counts beside them."""
 
     def init_state(self, p: Tensor) -> None:
-        """Zero moments and an EMA equal to the weights."""
-        self.state[p].update(
-            step=torch.tensor(0.0),
-            exp_avg=torch.zeros_like(p),
-            exp_avg_sq=torch.zeros_like(p),
-            ema=p.detach().clone(),
-        )
+        """Zero moments and EMAs equal to the weights."""
+        self.state[p]["step"] = torch.tensor(0.0)
+        for name in self.states:
+            self.state[p][name] = torch.zeros_like(p) if name in MOMENTS else p.detach().clone()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,11 +46,12 @@ class AdamWEma(torch.optim.Optimizer):
                     continue
                 if not self.state[p]:
                     self.init_state(p)
-                self._update(p, self.state[p], group["lr"])
+                factor = self.gradient_factor()
+                if factor:
+                    self._update(p, p.grad if factor == 1 else p.grad * factor, self.state[p], group["lr"])
 
-    def _update(self, p: Tensor, state: dict[str, Tensor], lr: float) -> None:
-        config, grad = self.config, p.grad
-        assert grad is not None
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
+        config = self.config
         state["step"] += 1
         n = int(state["step"])
         state["exp_avg"].lerp_(grad, 1 - config.beta1)
@@ -53,4 +60,5 @@ class AdamWEma(torch.optim.Optimizer):
         if config.weight_decay:
             p.mul_(1 - lr * config.weight_decay)
         p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - config.beta1**n))
-        state["ema"].lerp_(p, 1 - ema_decay_after(n, config.ema_decay, config.ema_warmup))
+        for decay in config.ema_decay:
+            state[ema_name(decay)].lerp_(p, 1 - ema_decay_after(n, decay, config.ema_warmup))

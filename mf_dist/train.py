@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, such as configs/digits_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as optim.lr=2e-4")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, and stop")
+    parser.add_argument(
+        "--allow-config-change", action="store_true", help="resume although what is trained changed (it says what)"
+    )
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     manifest = read_manifest(config.data.path)
@@ -39,7 +42,7 @@ def main() -> None:
     from mf_dist.trainer import Trainer
 
     with process_group() as ranks:
-        Trainer(config, ranks).run()
+        Trainer(config, ranks, args.allow_config_change).run()
 
 
 if __name__ == "__main__":

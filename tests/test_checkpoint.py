@@ -3,21 +3,38 @@
 import json
 import os
 import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint, save_checkpoint
+from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
 from mf_dist.errors import UserError
+from mf_dist.saver import Retention, Saver, Share, check_room, write_tensors
+
+KINDS = ["master", "ema-0.9"]
 
 
-def save(root, step, keep=2):
+def random_tensors(step):
     g = torch.Generator().manual_seed(step)
-    tensors = {
-        kind: {"a.weight": torch.randn(3, 4, generator=g), "b": torch.randn(5, generator=g)}
-        for kind in ("master", "ema-0.9")
-    }
-    return save_checkpoint(root, tensors, {"step": step}, keep), tensors
+    shapes = {"a.weight": (3, 4), "b": (5,), "empty": (0, 2), "scalar": ()}
+    return {kind: {name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for kind in KINDS}
+
+
+def begin(saver, tensors, step, **state):
+    assert saver.share.rank or saver.prepare(step) is None
+    gathered = ((kind, name, a) for kind, by_name in tensors.items() for name, a in by_name.items())
+    saver.begin(gathered, KINDS, {"step": step, **state})
+
+
+def save(root, step, keep=2, **state):
+    tensors, saver = random_tensors(step), Saver(root, Share(0, 1), Retention(keep))
+    begin(saver, tensors, step, **state)
+    saver.wait()
+    assert saver.error is None
+    return saver.committed, tensors
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -93,12 +110,104 @@ def test_finding(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_a_full_or_missing_disk_is_one_line_and_harms_nothing(tmp_path):
+def test_files_are_those_of_the_library(tmp_path):
+    tensors = random_tensors(1)["master"]
+    entry = write_tensors(tmp_path / "ours.safetensors", tensors)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    ours = open_and_read(tmp_path / "ours.safetensors")
+    theirs = open_and_read(tmp_path / "theirs.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert entry["bytes"] == (tmp_path / "ours.safetensors").stat().st_size
+
+
+def open_and_read(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_two_ranks_write_shares_of_one_checkpoint(tmp_path):
+    """Whoever is first: rank 0 commits when the files of both are on the disk. The bytes are those of one writer."""
+    alone, tensors = save(tmp_path / "alone", 5)
+    savers = [Saver(tmp_path / "both", Share(rank, 2), Retention(2)) for rank in (0, 1)]
+    for saver in savers:
+        begin(saver, tensors, 5)
+    for saver in savers:
+        saver.wait()
+    both = savers[0].committed
+    assert savers[1].committed is None and all(saver.error is None for saver in savers)
+    assert sorted(p.name for p in both.iterdir()) == sorted(p.name for p in alone.iterdir())
+    assert all((both / p.name).read_bytes() == p.read_bytes() for p in alone.iterdir())
+
+
+def test_a_rank_that_fails_leaves_no_checkpoint_and_nobody_waiting(tmp_path):
+    first, second = (Saver(tmp_path, Share(rank, 2), Retention(2)) for rank in (0, 1))
+    begin(first, random_tensors(1), 1)
+    (tmp_path / "step-00000001.tmp/ema-0.9.safetensors").mkdir()  # in the way of rank 1
+    begin(second, random_tensors(1), 1)
+    second.wait()
+    assert "cannot write a checkpoint" in second.error and first.is_running
+    first.give_up()
+    first.wait()
+    assert first.committed is None and first.error is None and list(tmp_path.iterdir()) == []
+
+
+def test_saving_does_not_hold_up_the_caller(tmp_path, monkeypatch):
+    """begin returns while the writer is still held up by the disk; later changes of the weights do not reach it."""
+    gate = threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr("mf_dist.saver.os.fsync", lambda number: (gate.wait(20), fsync(number)))
+    tensors, saver = random_tensors(3), Saver(tmp_path, Share(0, 1), Retention(2))
+    begin(saver, {kind: {n: a.clone() for n, a in by_name.items()} for kind, by_name in tensors.items()}, 3)
+    assert saver.is_running and saver.committed is None
+    gate.set()
+    saver.wait()
+    loaded = open_checkpoint(saver.committed).load("master")
+    assert all(torch.equal(loaded[name], a) for name, a in tensors["master"].items())
+
+
+def test_a_disk_that_refuses_is_one_line_and_harms_nothing(tmp_path):
     save(tmp_path / "run", 1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write checkpoint"):
-        save(tmp_path / "file" / "run", 2)
+    assert "cannot write a checkpoint" in Saver(tmp_path / "file" / "run", Share(0, 1), Retention(2)).prepare(2)
+    saver = Saver(tmp_path / "run", Share(0, 1), Retention(2))
     (tmp_path / "run" / "step-00000002.tmp").write_text("in the way")
-    with pytest.raises(UserError, match="MiB free"):
-        save(tmp_path / "run", 2)
+    assert "MiB free" in saver.prepare(2)
     assert newest_checkpoint(tmp_path / "run")[0].step == 1
+    with pytest.raises(UserError, match="GiB free, checkpoints need"):
+        check_room(tmp_path / "new" / "run", 2**60)
+
+
+def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
+    save(tmp_path, 1)
+    folder, _ = save(tmp_path, 2)
+    names = sorted(path.name for path in folder.iterdir())
+    g = np.random.default_rng(0)
+    for trial in range(200):
+        path = folder / names[trial % len(names)]
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[g.integers(len(bad))] ^= 1 << int(g.integers(8))
+        path.write_bytes(bad)
+        checkpoint, warnings = newest_checkpoint(tmp_path)
+        assert checkpoint.step == 1 and len(warnings) == 1, (path.name, trial)
+        path.write_bytes(good)
+    assert newest_checkpoint(tmp_path)[0].step == 2
+
+
+def test_retention_over_a_thousand_saves(tmp_path):
+    """The newest 3, every 100th by images, the best by a metric; the newest always stays."""
+    (tmp_path / "metrics.json").write_text(json.dumps([
+        {"metric": "fd", "value": 9.0, "step": 10}, {"metric": "fd", "value": 3.0, "step": 37},
+        {"metric": "other", "value": 0.0, "step": 5}, {"metric": "fd", "value": 3.5, "step": 990},
+    ]))  # fmt: skip
+    keep = Retention(3, 1000, "fd", tmp_path / "metrics.json")
+    root = tmp_path / "checkpoints"
+    for step in range(1, 1001):
+        folder = root / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"samples_seen": 10 * step, "saved_images_ago": 10}))
+        keep.apply(root, folder)
+    left = {int(path.name[5:]) for path in root.iterdir()}
+    assert left == {37, *range(100, 1001, 100), 998, 999, 1000}
+    assert Retention(1).superfluous([root / "step-00001000"]) == []

@@ -176,7 +176,7 @@ def test_presets_are_the_papers(name):
         0.95,
         1e-8,
         0.0,
-        0.9999,
+        (0.9999,),
         False,
     )
     assert config.train.batch_size == 256

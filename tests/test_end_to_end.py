@@ -170,8 +170,8 @@ def test_mistakes_are_one_line(arguments, message):
 def test_another_model_or_recipe_is_refused_where_a_run_stands(runs):
     root, _ = runs
     for change, text in {
-        "model.depth=3": "model.depth=2, now it is 3",
-        "optim.ema_decay=0.5": "optim.ema_decay=0.99",
+        "model.depth=3": "has model.depth=2, now it is 3: choose another run_dir",
+        "optim.ema_decay=0.5": "trained with optim.ema_decay=[0.99], now it is [0.5]",
     }.items():
         done = run_python("-m", "mf_dist.train", root / "whole.yaml", change, expect=2)
         (line,) = done.stderr.splitlines()

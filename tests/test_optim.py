@@ -24,25 +24,39 @@ def test_equals_torch_adamw(weight_decay):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_ema_is_the_weighted_sum_of_all_weights(warmup):
+@pytest.mark.parametrize("which", [0.6, 0.3])
+def test_each_ema_is_the_weighted_sum_of_all_weights(warmup, which):
     g = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(20, generator=g, dtype=torch.float64))
-    optimizer = AdamWEma([p], OptimConfig(lr=0.1, ema_decay=0.6, ema_warmup=warmup))
+    optimizer = AdamWEma([p], OptimConfig(lr=0.1, ema_decay=(0.6, 0.3), ema_warmup=warmup))
     history = [p.detach().clone()]
     for _ in range(12):
         p.grad = torch.randn(20, generator=g, dtype=torch.float64)
         optimizer.step()
         history.append(p.detach().clone())
-    decays = [min(0.6, (1 + n) / (10 + n)) if warmup else 0.6 for n in range(1, 13)]
+    decays = [min(which, (1 + n) / (10 + n)) if warmup else which for n in range(1, 13)]
     expected, weight = torch.zeros(20, dtype=torch.float64), 1.0
     for decay, weights in zip(reversed(decays), reversed(history[1:]), strict=True):
         expected += weight * (1 - decay) * weights
         weight *= decay
     expected += weight * history[0]
-    torch.testing.assert_close(optimizer.state[p]["ema"], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(optimizer.state[p][f"ema-{which}"], expected, atol=1e-12, rtol=1e-12)
 
 
 def test_warmup_reaches_the_decay():
     assert ema_decay_after(1, 0.999, True) == 2 / 11
     assert ema_decay_after(10_000, 0.999, True) == 0.999
     assert ema_decay_after(1, 0.999, False) == 0.999
+
+
+def test_a_step_left_out_changes_nothing_and_a_factor_scales_the_gradient():
+    factors = iter([1.0, 0.0, 0.5])
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, scaled = AdamWEma([p], OptimConfig(), lambda: next(factors)), AdamWEma([q], OptimConfig())
+    for grad in (1.0, 7.0, 2.0):
+        p.grad = torch.full((3,), grad)
+        ours.step()
+    for grad in (1.0, 1.0):
+        q.grad = torch.full((3,), grad)
+        scaled.step()
+    assert torch.equal(p, q) and all(torch.equal(a, scaled.state[q][name]) for name, a in ours.state[p].items())

@@ -24,9 +24,14 @@ def saved_bytes(case):
     saved = {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
+        bare = tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(bare):  # of torch.func.jvp: the numbers are inside
+            bare = torch._C._functorch.get_unwrapped(bare)
+        if bare._is_zerotensor():  # stands for zeros, holds nothing
+            return tensor
+        storage = bare.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+            saved[storage.data_ptr()] = (storage.nbytes(), bare)  # kept alive, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

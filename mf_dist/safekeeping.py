@@ -1,0 +1,107 @@
+"""Nothing is lost: what happens between steps to save the run, to notice requests to stop, and to say why it ended.
+
+All methods are called by every rank, at the same steps.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mf_dist.border import MARGIN, Border, Stop
+from mf_dist.config import Config
+from mf_dist.distributed import Ranks, first_ranks_number, neighbours
+from mf_dist.engine import Engine
+from mf_dist.errors import UserError
+from mf_dist.saver import Retention, Saver, Share
+from mf_dist.status import Status
+from mf_dist.watchdog import Watchdog
+
+MAX_FAILED_SAVES = 3
+"""Saves in a row that may fail before the run stops: a disk may come back, but training for nothing must end."""
+
+
+class Safekeeping:
+    def __init__(self, config: Config, ranks: Ranks, status: Status, say: Callable[[str], None]) -> None:
+        """From here on SIGTERM and SIGUSR1 wait for the next border. `say` is heard on rank 0."""
+        self.ranks, self.status, self._say = ranks, status, say
+        self.step = 0
+        """Where the run stands."""
+        self.saved_step = 0
+        """The step of the last save begun or found; -1 after a save that failed."""
+        self.border = Border(Path(config.run_dir), ranks.is_first, config.train.max_hours)
+        self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, neighbours(ranks.device), self.fail)
+        keep, self.root = config.checkpoint, Path(config.run_dir) / "checkpoints"
+        metrics = Path(config.run_dir) / "eval/metrics.json"
+        retention = Retention(keep.keep, keep.keep_every_images, keep.keep_best, metrics)
+        self.saver = Saver(self.root, Share(ranks.rank, ranks.world_size), retention)
+        self._is_saving, self._began, self._failures, self._problem = False, 0.0, 0, ""
+
+    def begin_save(self, engine: Engine, state: dict[str, Any]) -> None:
+        """Gathers step self.step and starts writing it in the background, after the save before has ended."""
+        if self.step == self.saved_step:
+            return
+        with self.watchdog.patient():
+            self.finish_save()
+            problem = self.saver.prepare(self.step) if self.ranks.is_first else None
+            if first_ranks_number(int(problem is not None), self.ranks.device):
+                self._note_failure(problem)
+                return
+            self._began = time.perf_counter()
+            self.saver.begin(engine.state(), list(engine.kinds), state)
+            self._say(f"saving step {self.step}: training waited {time.perf_counter() - self._began:.2f} s for it")
+            self.saved_step, self._is_saving = self.step, True
+
+    def meet_others(self) -> Stop:
+        """The border after a step: hears of saves that ended and of requests to stop."""
+        stop, has_failed, is_running = self.border.agree(self.saver.error is not None, self.saver.is_running)
+        if has_failed:
+            self.saver.give_up()
+            self.saver.wait()
+            self._note_failure(self.saver.error)
+        elif self._is_saving and not is_running:
+            self._is_saving, self._failures = False, 0
+            if self.saver.committed:
+                seconds = time.perf_counter() - self._began
+                self.border.margin = MARGIN + 2 * seconds
+                self.status.committed(self.saved_step)
+                self._say(f"saved {self.saver.committed} in {seconds:.1f} s")
+        return stop
+
+    def finish_save(self) -> None:
+        """Waits for the save in the background."""
+        while self._is_saving:
+            self.meet_others()
+            self.watchdog.beat()
+            time.sleep(0.02)
+
+    def _note_failure(self, problem: str | None) -> None:
+        """Training goes on: the checkpoint before is untouched, and the next save may succeed."""
+        self.saver.error, self._is_saving, self.saved_step = None, False, -1
+        self._failures += 1
+        self._problem = problem or "another rank failed to write"
+        if problem:
+            print(f"warning: {problem}; earlier checkpoints are untouched", file=sys.stderr, flush=True)
+        if self._failures >= MAX_FAILED_SAVES:
+            raise UserError(f"{self._failures} saves in a row failed; the last: {self._problem}")
+
+    def end(self, engine: Engine, state: dict[str, Any], stop: Stop, images: int) -> None:
+        """The last save, and why the run ended."""
+        self.begin_save(engine, state)
+        with self.watchdog.patient():
+            self.finish_save()
+        if self.saved_step != self.step:
+            raise UserError(f"the last step, {self.step}, is not saved: {self._problem}")
+        if self.ranks.is_first:
+            self.root.touch()  # the run that tools/fid_eval.py takes is the one that ended last
+            where, why = f"step {self.step} ({images} images)", stop.words(self.border.stop_file)
+            self.status.end("stopped" if stop else "finished", self.step, why)
+            self._say(f"stopped at {where}: {why}. The same command goes on" if stop else f"finished at {where}")
+
+    def fail(self, reason: str) -> None:
+        self.status.end("failed", self.step, reason)
+
+    def close(self) -> None:
+        self.watchdog.stop()
+        self.border.close()

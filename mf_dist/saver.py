@@ -1,0 +1,227 @@
+"""Writes checkpoints behind training's back: only gathering the tensors into host memory holds it up.
+
+Each rank writes the kinds that fall to it into step-N.tmp/ and leaves KIND.json (size, sha256) beside each when it is
+on the disk; rank 0 waits for all of them, then commits: state.json, manifest.json, sync, rename, sync, retention. The
+folder is the only thing the ranks' writers share, so no collective runs beside those of training.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mf_dist.checkpoint import step_folder, step_folders
+from mf_dist.data.shard_writer import sync_folder, write_json
+from mf_dist.errors import UserError
+
+CHUNK = 64 << 20
+"""Bytes per write: the interpreter runs other threads meanwhile."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the writing is whose."""
+
+    rank: int
+    world_size: int
+
+    def has(self, number: int) -> bool:
+        """Whether file `number` of a checkpoint is this rank's."""
+        return number % self.world_size == self.rank
+
+
+class Saver:
+    """One save at a time. All of it on every rank: begin, then is_running and error until it has ended."""
+
+    def __init__(self, root: Path, share: Share, keep: "Retention") -> None:
+        self.root, self.share, self.keep = root, share, keep
+        self.error: str | None = None
+        """Why the last save failed here; None while it runs and where it succeeded."""
+        self.committed: Path | None = None
+        """What the last save left, on rank 0."""
+        self._thread: threading.Thread | None = None
+        self._given_up = threading.Event()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def prepare(self, step: int) -> str | None:
+        """Rank 0, before any rank begins: an empty step-N.tmp. Returns what went wrong."""
+        try:
+            for stale in self.root.glob("step-*.tmp"):
+                shutil.rmtree(stale)
+            step_folder(self.root, step).with_suffix(".tmp").mkdir(parents=True)
+        except OSError as error:
+            return self._explain(error)
+        return None
+
+    def begin(self, gathered: Iterator[tuple[str, str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
+        """Takes (kind, name, tensor) in, which every rank must run through, and writes in the background."""
+        assert not self.is_running
+        mine: dict[str, dict[str, Tensor]] = {k: {} for n, k in enumerate(kinds) if self.share.has(n)}
+        for kind, name, tensor in gathered:
+            if kind in mine:
+                mine[kind][name] = tensor.contiguous()
+        self.error, self.committed = None, None
+        self._given_up.clear()
+        self._thread = threading.Thread(target=self._run, args=(mine, kinds, state), name="saver", daemon=True)
+        self._thread.start()
+
+    def give_up(self) -> None:
+        """Another rank failed: wait for nobody, remove what was written."""
+        self._given_up.set()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, mine: dict[str, dict[str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
+        folder = step_folder(self.root, state["step"])
+        partial = folder.with_suffix(".tmp")
+        try:
+            for kind in list(mine):
+                broken = [name for name, tensor in mine[kind].items() if not tensor.isfinite().all()]
+                if broken:
+                    raise ValueError(f"{kind} of {broken[0]} is not finite")
+                entry = write_tensors(partial / f"{kind}.safetensors", mine.pop(kind))
+                write_json(partial / f"{kind}.json", entry)
+            if self.share.rank == 0 and self._all_written(partial, kinds):
+                commit(partial, folder, kinds, state)
+                self.committed = folder
+                self.keep.apply(self.root, folder)
+        except Exception as error:
+            self.error = self._explain(error)
+        if self.share.rank == 0 and self.committed is None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _all_written(self, partial: Path, kinds: list[str]) -> bool:
+        while not self._given_up.is_set():
+            if all((partial / f"{kind}.json").is_file() for kind in kinds):
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _explain(self, error: Exception) -> str:
+        here = self.root if self.root.is_dir() else self.root.parent
+        free = f"{shutil.disk_usage(here).free >> 20} MiB free there" if here.is_dir() else "no such folder"
+        return f"cannot write a checkpoint to {self.root}: {error}; {free}"
+
+
+def check_room(root: Path, checkpoint_bytes: int) -> None:
+    """UserError unless there is room for two checkpoints, those that are there counted: the newest stays until the
+    next is whole."""
+    here = root
+    while not here.is_dir():
+        here = here.parent
+    needed = checkpoint_bytes * max(1, 2 - len(step_folders(root)))
+    free = shutil.disk_usage(here).free
+    if free < needed:
+        raise UserError(
+            f"{here} has {free / 2**30:.2f} GiB free, checkpoints need {needed / 2**30:.2f} GiB: make room, or choose "
+            "another run_dir"
+        )
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A safetensors file, on the disk when this returns, and its manifest entry: bytes, sha256. (The library's own
+    writer holds the interpreter while it writes.)"""
+    header, offset = {}, 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        size = tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers start at a multiple of 8
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for name in ["", *sorted(tensors)]:
+            numbers = tensors[name].reshape(-1).view(torch.uint8).numpy() if name else None
+            data = len(text).to_bytes(8, "little") + text if numbers is None else numbers.data
+            for start in range(0, len(data), CHUNK):
+                file.write(data[start : start + CHUNK])
+                digest.update(data[start : start + CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any]) -> None:
+    """Makes a complete step-N.tmp the checkpoint step-N: all or nothing."""
+    write_json(partial / "state.json", state)
+    text = (partial / "state.json").read_bytes()
+    files = {"state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+    for kind in kinds:
+        files[f"{kind}.safetensors"] = json.loads((partial / f"{kind}.json").read_text(encoding="utf-8"))
+        (partial / f"{kind}.json").unlink()
+    for name, entry in files.items():
+        if (partial / name).stat().st_size != entry["bytes"]:
+            raise OSError(f"{name} is shorter than what was written to it")
+    write_json(partial / "manifest.json", {"files": files})
+    if folder.exists():  # only an invalid one can stand there
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `newest`, those that first passed a multiple of `every_images` (0: none),
+    the one whose step is named best in `metrics` (a metrics.json of tools/fid_eval.py) by the lowest `best`."""
+
+    newest: int
+    every_images: int = 0
+    best: str | None = None
+    metrics: Path | None = None
+
+    def superfluous(self, folders: list[Path]) -> list[Path]:
+        """Of step-N folders, oldest first, those that no rule keeps; never the last."""
+        best = self._best_step()
+        candidates = folders[: -max(1, self.newest)]
+        return [path for path in candidates if not self._is_milestone(path) and int(path.name[5:]) != best]
+
+    def apply(self, root: Path, latest: Path) -> None:
+        """After `latest` was committed. A folder that cannot be removed is tried again after the next save."""
+        for old in self.superfluous([path for path in step_folders(root) if path.name <= latest.name]):
+            remove(old)
+
+    def _is_milestone(self, folder: Path) -> bool:
+        if not self.every_images:
+            return False
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            seen, since = state["samples_seen"], state["samples_seen"] - state["saved_images_ago"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return bool(seen // self.every_images > since // self.every_images)
+
+    def _best_step(self) -> int | None:
+        if self.best is None or self.metrics is None or not self.metrics.is_file():
+            return None
+        try:
+            entries = json.loads(self.metrics.read_text(encoding="utf-8"))
+            scores = [(e["value"], e["step"]) for e in entries if e["metric"] == self.best and "step" in e]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return int(min(scores)[1]) if scores else None
+
+
+def remove(folder: Path) -> None:
+    """In one rename, so that no half of a checkpoint keeps its name; a failure leaves it for another time."""
+    gone = folder.with_suffix(".tmp")
+    try:
+        os.replace(folder, gone)
+    except OSError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Ends a rank that hangs: without it one stuck rank holds a whole cluster in a collective for ever.
+
+Whoever works calls beat() at least every `seconds`. When the beats stop, all threads' stacks go to stderr, status.json
+says why, and the process ends with code 1. Ranks that wait for the stuck one stop beating too, so all that can run do
+the same; one that cannot, such as a stopped process, is killed by its neighbours on the machine. A second timer inside
+faulthandler needs no interpreter lock: it ends even a rank whose C code keeps it.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+PATIENCE = 10
+"""How many times longer a phase may take that is not a plain step: compiling, drawing, loading."""
+GRACE = 4.0
+"""Seconds that a neighbour gets to end by itself, and after which the second timer fires."""
+
+
+class Watchdog:
+    def __init__(self, seconds: float, rank: int, neighbours: list[int], on_hang: Callable[[str], None]) -> None:
+        """`neighbours`: process numbers of the other ranks here. on_hang(text) is called once, before the end."""
+        self.seconds, self.rank, self._neighbours, self._on_hang = seconds, rank, neighbours, on_hang
+        self._limit = seconds * PATIENCE  # loading and the first step, which compiles
+        self.beat()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+        faulthandler.dump_traceback_later(self._limit + GRACE, exit=True)
+
+    def plain_steps_from_here(self) -> None:
+        """The first step is done: from now on `seconds` hold."""
+        self._limit = self.seconds
+        self.beat()
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """For phases that rightly take long. All ranks must leave them together."""
+        before, self._limit = self._limit, self.seconds * PATIENCE
+        self.beat()
+        try:
+            yield
+        finally:
+            self._limit = before
+            self.beat()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self.seconds / 10)):
+            waited = time.monotonic() - self._last
+            if waited > self._limit:
+                text = (
+                    f"rank {self.rank} made no progress for {waited:.0f} s (limit {self._limit:.0f} s); stacks follow"
+                )
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                self._on_hang(text.removesuffix("; stacks follow"))
+                self._kill_neighbours()
+                os._exit(1)
+
+    def _kill_neighbours(self) -> None:
+        """After the time they need to do all this themselves."""
+        faulthandler.cancel_dump_traceback_later()
+        time.sleep(GRACE)
+        for pid in self._neighbours:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

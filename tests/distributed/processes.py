@@ -1,0 +1,108 @@
+"""Runs of the real training command under faults, started through the zygote; and what they left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+from safetensors.numpy import load_file
+
+from mf_dist.checkpoint import open_checkpoint, step_folders
+from mf_dist.errors import UserError
+
+FULL = os.environ.get("TORTURE") == "1"
+"""make torture: all trials; else a seeded sample of them."""
+
+
+class Zygote:
+    def __init__(self):
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("zygote.py"))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, out, argv, ranks=1, faults=()):
+        """The command on `ranks` processes; a fault with a `rank` holds there, others on rank 0. Returns the pids."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        pids = []
+        for rank in range(ranks):
+            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            mine = [fault for fault in faults if fault.get("rank", 0) == rank]
+            pids.append(self.ask(argv=[str(a) for a in argv], env=env, out=str(out), faults=mine)["pid"])
+        return pids
+
+    def wait(self, pids, seconds=120):
+        """Exit codes. Once one rank is gone badly the others get 5 s, then SIGKILL, as from a launcher."""
+        codes, deadline = {}, time.monotonic() + seconds
+        while len(codes) < len(pids):
+            for pid in pids:
+                if pid not in codes and self.has_ended(pid):
+                    codes[pid] = self.ask(wait=pid)["code"]
+                    if codes[pid] != 0:
+                        deadline = min(deadline, time.monotonic() + 5)
+            if time.monotonic() > deadline:
+                for pid in pids:
+                    if pid not in codes:
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return [codes[pid] for pid in pids]
+
+    def run(self, out, argv, ranks=1, faults=()):
+        return self.wait(self.start(out, argv, ranks, faults))
+
+    def has_ended(self, pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def valid_steps(run):
+    found = []
+    for folder in step_folders(run / "checkpoints"):
+        try:
+            found.append(open_checkpoint(folder).step)
+        except UserError:
+            continue
+    return found
+
+
+def losses(run):
+    """Per logged step everything but times and memory."""
+    unlike = {"images_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in unlike} for line in lines]
+
+
+def tensors(run, step):
+    """Everything in a checkpoint: kind/name -> array."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return {f"{p.stem}/{name}": a for p in folder.glob("*.safetensors") for name, a in load_file(p).items()}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name].astype(np.float64) - other[name]).max()) for name in one)

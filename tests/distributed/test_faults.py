@@ -1,0 +1,295 @@
+"""Whatever kills a run, the same command continues it to the same result. Real processes, real signals, real files.
+
+TORTURE=1 (make torture) runs every trial; otherwise a seeded sample.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FEATURES, ROOT
+from processes import FULL, Zygote, largest_difference, losses, status, tensors, valid_steps
+
+pytestmark = pytest.mark.dist
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+STEPS = 30
+FAULTY = """
+run_dir: {run}
+data: {{path: {latents}, num_workers: 0}}
+model: {{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}}
+meanflow: {{kappa: 0.5}}
+optim: {{lr: 1e-3, ema_decay: [0.99, 0.9]}}
+train: {{total_images: 480, batch_size: 16, hang_seconds: 20}}
+engine: {{precision: fp32, compile: false}}
+checkpoint: {{every_images: 80}}
+log: {{every_steps: 1, sample_every_images: 0}}
+eval: {{features: {features}, reference: {images}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def config(tmp_path, latents, images):
+    return write_config(tmp_path, "run", latents, images)
+
+
+def write_config(root, name, latents, images):
+    path = root / f"{name}.yaml"
+    path.write_text(FAULTY.format(run=root / name, latents=latents, features=FEATURES, images=images))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, tmp_path_factory, latents, images):
+    """ranks -> the run folder of an uninterrupted run."""
+    root, runs = tmp_path_factory.mktemp("whole"), {}
+
+    def run(ranks=1, *options):
+        key = (ranks, *options)
+        if key not in runs:
+            path = write_config(root, f"run{len(runs)}", latents, images)
+            assert set(zygote.run(root / "log", [path, *options], ranks)) == {0}, (root / "log").read_text()
+            runs[key] = path.with_suffix("")
+        return runs[key]
+
+    return run
+
+
+def assert_same_end(run, reference, ranks=1):
+    assert status(run)["status"] == "finished" and status(run)["step"] == STEPS
+    assert largest_difference(tensors(run, STEPS), tensors(reference, STEPS)) == 0
+    assert losses(run) == losses(reference)
+
+
+@pytest.mark.parametrize("trial", range(100 if FULL else 8))
+def test_kill_9_at_a_random_moment(zygote, whole, config, tmp_path, trial):
+    """Even trials anywhere in time, odd ones in the midst of a save: before or after a write, fsync or rename."""
+    g = np.random.default_rng(trial)
+    ranks, run, log = 1 + trial // 2 % 2, tmp_path / "run", tmp_path / "log"
+    reference = whole(ranks)
+    moment = {"io": int(g.integers(8, 200))} if trial % 2 else {"seconds": float(g.uniform(0.05, 2.0))}
+    codes = zygote.run(log, [config], ranks, [{"do": "kill", "rank": int(g.integers(ranks)), **moment}])
+    assert -9 in codes or set(codes) == {0}, log.read_text()
+    was_saving = bool(list((run / "checkpoints").glob("*.tmp"))) if run.exists() else False
+    committed = valid_steps(run)[-1:] or [0]
+    claimed = [int(line.split("step-")[1][:8]) for line in log.read_text().splitlines() if line.startswith("saved")]
+    assert committed >= claimed[-1:], "what was said to be saved must be there"
+    before = len(log.read_text())
+    assert set(zygote.run(log, [config], ranks)) == {0}, log.read_text()
+    origin = f"from step-{committed[0]:08d}" if committed[0] else "from scratch"
+    assert origin in log.read_text()[before:]
+    assert_same_end(run, reference)
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    print(f"trial {trial}: {moment}, exit codes {codes}, {'in a save' if was_saving else 'between saves'}")
+
+
+BORDERS = {"first step": 1, "next to a save": 5, "after a save": 6, "end of an epoch": 150 // 16, "in an epoch": 22}
+COMBINATIONS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+SAMPLE = {(1, "bf16", "first step"), (2, "fp32", "end of an epoch"), (3, "bf16", "next to a save")}
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_stopped_at_any_border_and_resumed(zygote, whole, config, tmp_path, stage, precision, border):
+    """Two ranks, accumulation 2; SIGTERM reaches one of them before the border, and both leave with code 0."""
+    if not FULL and (stage, precision, border) not in SAMPLE:
+        pytest.skip("make torture")
+    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.micro_batch=4"]
+    reference, step = whole(2, *options), BORDERS[border]
+    fault = {"do": ["term", "usr1"][step % 2], "step": step, "rank": step % 2}
+    assert zygote.run(tmp_path / "log", [config, *options], 2, [fault]) == [0, 0], (tmp_path / "log").read_text()
+    run = tmp_path / "run"
+    assert status(run)["status"] == "stopped" and status(run)["step"] == step and valid_steps(run)[-1] == step
+    assert "SIG" in status(run)["reason"]
+    assert zygote.run(tmp_path / "log", [config, *options], 2) == [0, 0]
+    assert_same_end(run, reference)
+
+
+def test_other_worlds_and_stages_go_on_with_the_same_batches(zygote, whole, config, tmp_path):
+    """World 4 -> 2 -> 1 and stage 1 -> 3 -> 2; 3 ranks are refused with the divisors. Rounding alone differs."""
+    reference, run, log = whole(1), tmp_path / "run", tmp_path / "log"
+    for images, ranks, stage in ((160, 4, 1), (320, 2, 3), (480, 1, 2)):
+        options = [f"train.total_images={images}", f"engine.zero_stage={stage}"]
+        assert set(zygote.run(log, [config, *options], ranks)) == {0}, log.read_text()
+    ours, theirs = losses(run), losses(reference)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
+    for a, b in zip(ours, theirs, strict=True):
+        tolerance = 1e-6 if a["step"] in (1, 11, 21) else 1e-4
+        assert a["raw_loss_r_equals_t"] == pytest.approx(b["raw_loss_r_equals_t"], rel=tolerance), a["step"]
+        assert a["raw_loss_r_below_t"] == pytest.approx(b["raw_loss_r_below_t"], rel=tolerance), a["step"]
+    assert 0 < largest_difference(tensors(run, STEPS), tensors(reference, STEPS)) < 1e-4
+    assert set(zygote.run(tmp_path / "log3", [config], 3)) == {2}
+    assert (
+        "train.batch_size 16 is not a multiple of 3 ranks x train.micro_batch 5 = 15" in (tmp_path / "log3").read_text()
+    )
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "tangent"])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_numbers_that_are_not_finite_on_one_rank_leave_the_step_out(zygote, config, tmp_path, where, stage, precision):
+    if not FULL and (stage, where) not in {(1, "loss"), (2, "gradient"), (3, "tangent")}:
+        pytest.skip("make torture")
+    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.total_images=96",
+               "checkpoint.every_images=16", "checkpoint.keep=9"]  # fmt: skip
+    poison = {"poison": where, "step": 4, "rank": 1}
+    assert zygote.run(tmp_path / "log", [config, *options], 2, [poison]) == [0, 0], (tmp_path / "log").read_text()
+    run = tmp_path / "run"
+    before, after, later = (tensors(run, step) for step in (3, 4, 5))
+    assert largest_difference(before, after) == 0 and largest_difference(after, later) > 0
+    assert [line["skipped_steps"] for line in losses(run)] == [0, 0, 0, 1, 1, 1]
+    assert "step 4: step left out: the gradient is not finite (1 left out in a row)" in (tmp_path / "log").read_text()
+    assert all(np.isfinite(array).all() for array in tensors(run, 6).values())
+    assert losses(run)[3]["loss"] is None and losses(run)[4]["loss"] is not None
+
+
+def test_too_many_steps_left_out_in_a_row_end_the_run(zygote, config, tmp_path):
+    poisons = [{"poison": "loss", "step": step} for step in range(7, 12)]
+    assert zygote.run(tmp_path / "log", [config], 1, poisons) == [2]
+    run, last_line = tmp_path / "run", (tmp_path / "log").read_text().splitlines()[-1]
+    assert last_line.startswith("error: training diverged: 5 steps in a row were left out, the last at step 11")
+    assert status(run)["status"] == "failed" and "diverged" in status(run)["reason"] and valid_steps(run) == [5]
+
+
+@pytest.mark.parametrize("action", ["clip", "skip"])
+def test_a_spike_is_clipped_or_left_out_and_a_resumed_run_judges_alike(zygote, config, tmp_path, action):
+    """With a factor just above 1 ordinary noise is a spike, from the 21st step on."""
+    options = ["optim.spike_factor=1.05", f"optim.spike_action={action}", "train.max_skipped=30"]
+    assert zygote.run(tmp_path / "log", [config, *options]) == [0], (tmp_path / "log").read_text()
+    name = {"clip": "clipped_steps", "skip": "skipped_steps"}[action]
+    counts = [line[name] for line in losses(tmp_path / "run")]
+    assert counts[19] == 0 and 0 < counts[-1] <= 10
+    reference = (tmp_path / "run").rename(tmp_path / "reference")
+    for _ in range(2):
+        assert zygote.run(tmp_path / "log", [config, *options], 1, [{"do": "term", "step": 23}]) == [0]
+    assert_same_end(tmp_path / "run", reference)
+
+
+DISK_FAULTS = [
+    {"do": do, "call": call, "nth": nth}
+    for do, call in (("ENOSPC", "write"), ("EIO", "write"), ("EIO", "fsync"), ("EIO", "rename"), ("short", "write"))
+    for nth in (range(6, 26) if call == "write" else range(8, 28))
+]
+
+
+@pytest.mark.parametrize(
+    "fault", DISK_FAULTS if FULL else DISK_FAULTS[3::20], ids=lambda f: "-".join(map(str, f.values()))
+)
+def test_a_failed_save_leaves_training_and_the_checkpoint_before(zygote, whole, config, tmp_path, fault):
+    """The disk refuses once: that save is lost with a warning, training goes on, the next save holds."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    assert zygote.run(log, [config], 1, [fault]) == [0], log.read_text()
+    assert_same_end(run, whole(1))
+    text = log.read_text()
+    if "warning: cannot write a checkpoint" in text:
+        assert "MiB free there; earlier checkpoints are untouched" in text
+    assert 25 in valid_steps(run) or 20 in valid_steps(run)
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_disk_that_stays_full_or_read_only(zygote, config, tmp_path, kind):
+    """A real small tmpfs, and a real read-only mount of it (root writes through permission bits)."""
+    mount, log = tmp_path / "mount", tmp_path / "log"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        argv = [config, f"run_dir={mount / 'run'}", "checkpoint.every_images=160"]
+        assert zygote.run(log, [*argv, "train.total_images=160"]) == [0]
+        if kind == "full":
+            free = shutil.disk_usage(mount).free
+            (mount / "filler").write_bytes(bytes(free - 300_000))
+            assert zygote.run(log, [*argv, "train.total_images=640"]) == [2]
+            assert "GiB free, checkpoints need" in log.read_text()
+            (mount / "filler").write_bytes(bytes(free - 1_300_000))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+        assert zygote.run(log, [*argv, "train.total_images=640"]) == [2], log.read_text()
+        error = log.read_text().splitlines()[-1]
+        assert str(mount) in error and error.startswith("error: ")
+        assert 10 in valid_steps(mount / "run")
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_a_crash_loop_stops_and_a_person_starts_again(zygote, config, tmp_path):
+    log, run = tmp_path / "log", tmp_path / "run"
+    for start in range(3):
+        assert zygote.run(log, [config], 1, [{"do": "raise", "step": 3}]) == [1]
+        assert status(run)["status"] == "failed" and status(run)["reason"] == "injected fault"
+        assert status(run)["starts_without_progress"] == start + 1
+    assert zygote.run(log, [config]) == [2]
+    assert status(run)["status"] == "crash_loop"
+    assert (
+        log.read_text()
+        .splitlines()[-1]
+        .startswith("error: crash loop: 3 starts brought no new checkpoint after step 0")
+    )
+    assert zygote.run(log, [config]) == [0] and status(run)["status"] == "finished"
+
+
+@pytest.mark.parametrize("how", ["file", "clock"])
+def test_a_stop_file_and_the_time_limit_stop_the_run(zygote, whole, config, tmp_path, how):
+    log, run, reference = tmp_path / "log", tmp_path / "run", whole(1)
+    if how == "file":
+        run.mkdir()
+        (run / "STOP").touch()
+    options = ["train.max_hours=0.01"] if how == "clock" else []  # less than the margin of two minutes
+    assert zygote.run(log, [config, *options]) == [0]
+    assert status(run)["status"] == "stopped" and status(run)["step"] == 1
+    assert ("STOP exists; remove it" if how == "file" else "the time limit is near") in status(run)["reason"]
+    (run / "STOP").unlink(missing_ok=True)
+    assert zygote.run(log, [config]) == [0]
+    assert_same_end(run, reference)
+
+
+def torchrun(config, log, faults, *options, launcher=()):
+    """Exit code and seconds of the run under the real launcher, and that nothing of it is left."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
+    command += [Path(__file__).with_name("zygote.py"), json.dumps(faults), config, *options]
+    start = time.monotonic()
+    with open(log, "w") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=ENV, timeout=200).returncode
+    seconds = time.monotonic() - start
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(config).encode() in p.read_bytes()]
+    assert not left, "orphans"
+    return code, seconds
+
+
+HANG = 6.0
+START_UP = 25.0
+"""Seconds that launching two processes may take on two cores."""
+
+
+@pytest.mark.parametrize("launcher", [["--shutdown-timeout=2"], []], ids=["short-shutdown", "plain"])
+@pytest.mark.parametrize("do", ["freeze", "sleep", "kill", "exit", "raise"])
+def test_a_rank_that_hangs_or_dies_ends_the_job(config, tmp_path, do, launcher):
+    if not FULL and (do, bool(launcher)) not in {("freeze", True), ("sleep", True), ("kill", False)}:
+        pytest.skip("make torture")
+    log, fault = tmp_path / "log", {"do": do, "step": 5, "rank": 1}
+    code, seconds = torchrun(config, log, [fault], f"train.hang_seconds={HANG:.0f}", launcher=launcher)
+    text, said = log.read_text(), status(tmp_path / "run")
+    assert code != 0 and said["status"] == "failed", text
+    assert seconds < START_UP + HANG + (10 if launcher else 40)
+    if do in ("freeze", "sleep"):
+        able = {"freeze": [0], "sleep": [0, 1]}[do]
+        assert "made no progress for" in said["reason"]
+        assert any(f"error: rank {rank} made no progress for" in text for rank in able) and "Current thread" in text
+        assert "in _one_step" in text or "in agree" in text  # where it hung
+
+
+def test_no_false_alarm_while_drawing_takes_long(config, tmp_path):
+    options = ["train.hang_seconds=2", "log.sample_every_images=160", "train.total_images=320"]
+    code, _ = torchrun(config, tmp_path / "log", [{"draw": 6}], *options)
+    assert code == 0 and status(tmp_path / "run")["status"] == "finished", (tmp_path / "log").read_text()

@@ -1,0 +1,189 @@
+"""Starts training processes fast: imports everything once, then forks a child for each request.
+
+Reads JSON lines {"argv": [...], "env": {...}, "out": FILE, "faults": [...]} and answers {"pid": N}; a line {"wait": N}
+is answered {"code": N} when that child is gone (negative: killed by that signal). Children run the real command line.
+
+A fault is a dict with `do` and a condition. do: kill (SIGKILL, which nothing can catch), term (SIGTERM), usr1, freeze
+(SIGSTOP), exit, raise, sleep, or the name of an errno to raise, short (a write that stops half-way in silence). When:
+{"step": n} before that step; {"seconds": s} after the child began; {"io": n} at the n-th of the saver's operations on
+the disk (each write, fsync and rename, once before and once after it); {"call": name, "nth": n} in place of the n-th
+write, fsync or rename; {"draw": s}: drawing samples takes s seconds more. {"poison": loss, gradient or tangent,
+"step": n} makes it not finite in that step.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import mf_dist.saver
+import mf_dist.trainer
+from mf_dist import train
+from mf_dist.data import shard_writer
+from mf_dist.launch import leave
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
+
+
+def do(action):
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
+    elif action == "exit":
+        os._exit(7)
+    elif action == "raise":
+        raise RuntimeError("injected fault")
+    elif action == "sleep":
+        time.sleep(10_000)
+    else:
+        raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)))
+
+
+class Disk:
+    """The saver's view of the disk, with faults: it counts operations from when a save begins."""
+
+    def __init__(self, faults):
+        self.faults, self.operations, self.calls = faults, 0, {"write": 0, "fsync": 0, "rename": 0}
+        module_os = mf_dist.saver.os
+        self.fsync, self.replace, self.real_open = module_os.fsync, module_os.replace, open
+        for module in (mf_dist.saver, shard_writer):
+            module.os = self
+        mf_dist.saver.open = self.opened
+
+    def __getattr__(self, name):  # all else is the real os
+        return getattr(os, name)
+
+    def border(self):
+        self.operations += 1
+        for fault in self.faults:
+            if fault.get("io") == self.operations:
+                do(fault["do"])
+
+    def around(self, name, call, *arguments):
+        self.border()
+        self.calls[name] += 1
+        for fault in self.faults:
+            if fault.get("call") == name and self.calls[name] in range(
+                fault["nth"], fault["nth"] + fault.get("for", 1)
+            ):
+                if fault["do"] == "short":
+                    return call(arguments[0][: len(arguments[0]) // 2])
+                do(fault["do"])
+        result = call(*arguments)
+        self.border()
+        return result
+
+    def opened(self, *arguments, **options):
+        return File(self, self.real_open(*arguments, **options))
+
+
+class File:
+    def __init__(self, disk, file):
+        self.disk, self.file = disk, file
+
+    def write(self, data):
+        return self.disk.around("write", self.file.write, data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def install(faults):
+    if any("io" in fault or "call" in fault for fault in faults):
+        disk = Disk(faults)
+        real_fsync, real_replace = disk.fsync, disk.replace
+        disk.fsync = lambda number: disk.around("fsync", real_fsync, number)
+        disk.replace = lambda *names: disk.around("rename", real_replace, *names)
+    for fault in faults:
+        if "seconds" in fault:
+            threading.Timer(fault["seconds"], do, [fault["do"]]).start()
+    if any("step" in fault and "do" in fault for fault in faults):
+        one_step = mf_dist.trainer.Trainer._one_step
+
+        def with_faults(self, batches):
+            for fault in faults:
+                if fault.get("step") == self.step + 1 and "do" in fault:
+                    do(fault["do"])
+            one_step(self, batches)
+
+        mf_dist.trainer.Trainer._one_step = with_faults
+    if any("draw" in fault for fault in faults):
+        draw = mf_dist.trainer.Trainer._draw_grids
+        mf_dist.trainer.Trainer._draw_grids = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
+    poisons = {fault["step"]: fault["poison"] for fault in faults if "poison" in fault}
+    if poisons:
+        poison(poisons)
+
+
+def poison(poisons):
+    """Makes the loss, one gradient or the JVP's tangent infinite in the given steps."""
+    train_micro_batch = mf_dist.trainer.Trainer._train_micro_batch
+
+    def poisoned(self, batch):
+        where, loss = poisons.get(self.step + 1), self.engine._engine.module
+        handles = []
+        if where == "loss":
+            handles.append(loss.register_forward_hook(lambda m, i, out: (out[0] * float("nan"), out[1])))
+        elif where == "gradient":
+            handles.append(loss.net.blocks[0].mlp.fc1.weight.register_hook(lambda g: g / 0))
+        elif where == "tangent":
+            spoil = lambda m, i, out: out if not isinstance(out, tuple) else (out[0], out[1] / 0)  # noqa: E731
+            handles.append(loss.net.register_forward_hook(spoil))
+        sums = train_micro_batch(self, batch)
+        for handle in handles:
+            handle.remove()
+        return sums
+
+    mf_dist.trainer.Trainer._train_micro_batch = poisoned
+
+
+def child(request):
+    os.environ.update(request.get("env", {}))
+    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(out, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["train", *request["argv"]]
+    install(request.get("faults", []))
+    try:
+        leave(train.main())
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        leave(1)
+
+
+def under_torchrun(faults, *argv):
+    """zygote.py FAULTS ARGUMENTS...: one process of a launcher, with the faults of its rank."""
+    mine = [fault for fault in json.loads(faults) if fault.get("rank", 0) == int(os.environ["RANK"])]
+    sys.argv = ["train", *argv]
+    install(mine)
+    leave(train.main())
+
+
+def main():
+    if len(sys.argv) > 1:
+        under_torchrun(*sys.argv[1:])
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            code = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            print(json.dumps({"code": code}), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""status.json: how a run ended, and when starting again is pointless."""
+
+import json
+
+import pytest
+
+from mf_dist.errors import UserError
+from mf_dist.status import Status
+
+
+def test_the_first_failure_is_the_reason(tmp_path):
+    status = Status(tmp_path / "run")
+    status.begin(0)
+    assert status.read()["status"] == "running"
+    status.end("failed", 3, "the cause")
+    status.end("failed", 3, "a consequence on another rank")
+    assert (status.read()["status"], status.read()["reason"]) == ("failed", "the cause")
+
+
+def test_three_starts_without_a_checkpoint_are_a_crash_loop(tmp_path):
+    status = Status(tmp_path)
+    for start in (1, 2, 3):
+        status.begin(5)
+        assert status.read()["starts_without_progress"] == start
+    with pytest.raises(UserError, match="crash loop: 3 starts brought no new checkpoint after step 5.*kill -9"):
+        status.begin(5)
+    status.end("failed", 5, "refused")
+    assert status.read()["status"] == "crash_loop"
+    status.begin(5)  # a person's
+    assert status.read()["starts_without_progress"] == 1
+
+
+@pytest.mark.parametrize("between", ["committed", "stopped", "newer"])
+def test_progress_or_a_request_to_stop_starts_the_count_anew(tmp_path, between):
+    status = Status(tmp_path)
+    for step in (5, 5, 5):
+        status.begin(step)
+    if between == "committed":
+        status.committed(6)
+    if between == "stopped":
+        status.end("stopped", 5, "SIGTERM")
+    status.begin(6 if between != "stopped" else 5)
+    assert status.read()["starts_without_progress"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+def test_a_damaged_file_counts_as_none(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
+    Status(tmp_path).begin(1)
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"

@@ -1,0 +1,165 @@
+"""Looks at checkpoints and tidies them.
+
+    python tools/checkpoint.py ls runs/digits                       # what there is, newest last
+    python tools/checkpoint.py verify runs/digits                   # check every byte; exit 1 if one is bad
+    python tools/checkpoint.py diff runs/a runs/b                   # config and tensors; exit 1 if they differ
+    python tools/checkpoint.py prune runs/digits --keep 1           # delete older ones; --dry-run only says which
+    python tools/checkpoint.py export runs/digits --out model.safetensors      # the EMA alone, to sample from
+
+A run folder stands for its newest valid checkpoint where one is asked for. Exit code 2: a mistake in the call.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="list a run's checkpoints").add_argument("run", type=Path)
+    verify = commands.add_parser("verify", help="check every byte against the manifest")
+    verify.add_argument("path", type=Path, help="run or step-N folder")
+    diff = commands.add_parser("diff", help="compare two checkpoints")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    prune = commands.add_parser("prune", help="delete older checkpoints")
+    prune.add_argument("run", type=Path)
+    prune.add_argument("--keep", type=int, required=True, help="how many of the newest valid ones stay, at least 1")
+    prune.add_argument("--keep-every-images", type=int, default=0, help="those that passed a multiple of this stay")
+    prune.add_argument("--keep-best", help="metric of eval/metrics.json: the lowest stays")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
+    export = commands.add_parser("export", help="write the EMA as one safetensors file")
+    export.add_argument("path", type=Path, help="run or step-N folder")
+    export.add_argument("--out", type=Path, required=True, help="file name ending in .safetensors")
+    export.add_argument("--ema", help="decay (default: the first of the run's)")
+    return parser.parse_args()
+
+
+def folders(path):
+    """A step-N folder, or all of a run's, oldest first."""
+    from mf_dist.checkpoint import step_folders
+
+    found = [path] if path.name.startswith("step-") else step_folders(path / "checkpoints")
+    if not found or not found[0].is_dir():
+        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder)")
+    return found
+
+
+def ls(args):
+    print(f"{'step':>10}{'images':>14}{'GiB':>9}  EMAs")
+    for folder in folders(args.run):
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            step, images = state["step"], state["samples_seen"]
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{folder.name}: damaged, see verify")
+            continue
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 2**30
+        emas = ", ".join(sorted(path.stem.removeprefix("ema-") for path in folder.glob("ema-*.safetensors")))
+        print(f"{step:10}{images:14,}{size:9.2f}  {emas}")
+    return 0
+
+
+def verify(args):
+    from mf_dist.checkpoint import open_checkpoint
+
+    bad = 0
+    for folder in folders(args.path):
+        try:
+            open_checkpoint(folder)
+            print(f"{folder}: valid")
+        except UserError as error:
+            bad += 1
+            print(f"{folder}: DAMAGED: {error}")
+    return 1 if bad else 0
+
+
+def difference(one, other):
+    """Of two sets of tensors, in words; empty where they are the same."""
+    import torch
+
+    strange = [n for n in sorted({*one, *other}) if n not in one or n not in other or one[n].shape != other[n].shape]
+    if strange:
+        return f"{strange[0]} is not in both with the same shape ({len(strange)} such tensors)"
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    if not differing:
+        return ""
+    largest = max((one[name] - other[name]).abs().max().item() for name in differing)
+    return f"{len(differing)} of {len(one)} tensors differ, by {largest:.3g} at most"
+
+
+def diff(args):
+    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.origin import differences
+
+    a, b = find_checkpoint(args.a), find_checkpoint(args.b)
+    lines = [f"{key}: {old} -> {new}" for key, (old, new) in differences(a.state, b.state).items()]
+    for kind in sorted({*a.kinds(), *b.kinds()}):
+        if kind not in a.kinds() or kind not in b.kinds():
+            lines.append(f"{kind}: only in {(a if kind in a.kinds() else b).folder}")
+            continue
+        line = difference(a.load(kind), b.load(kind))
+        lines += [f"{kind}: {line}"] if line else []
+    print("\n".join(lines) or "the same")
+    return 1 if lines else 0
+
+
+def prune(args):
+    from mf_dist.checkpoint import open_checkpoint
+    from mf_dist.saver import Retention, remove
+
+    if args.keep < 1:
+        raise UserError(f"--keep must be at least 1, got {args.keep}: one valid checkpoint always stays")
+    valid = []
+    for folder in folders(args.run):
+        try:
+            valid.append(open_checkpoint(folder).folder)
+        except UserError as error:
+            print(f"{folder}: left alone, DAMAGED: {error}")
+    if not valid:
+        raise UserError(f"{args.run} has no valid checkpoint: nothing is deleted")
+    rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json")
+    for folder in rules.superfluous(valid):
+        print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
+        if not args.dry_run:
+            remove(folder)
+    return 0
+
+
+def export(args):
+    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.origin import first_decay
+    from mf_dist.saver import write_tensors
+
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out {str(args.out)!r} must be a file name ending in .safetensors")
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; remove it, or choose another name")
+    checkpoint = find_checkpoint(args.path)
+    decay = args.ema or first_decay(checkpoint)
+    if decay not in checkpoint.ema_decays():
+        raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")
+    partial = args.out.with_suffix(".tmp")
+    try:
+        write_tensors(partial, checkpoint.load(f"ema-{decay}"))
+        partial.replace(args.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{args.out}: EMA of decay {decay} of {checkpoint.folder}")
+    return 0
+
+
+@command_line
+def main() -> int:
+    args = parse()
+    return {"ls": ls, "verify": verify, "diff": diff, "prune": prune, "export": export}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
