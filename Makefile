@@ -1,5 +1,6 @@
 # make demo   the main job on real digits, offline, about 5 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
+# make torture   every trial of kill -9 and the other faults (docs/reliability.md), about half an hour
 PYTHON ?= python3
 PY := .venv/bin/python
 IMAGES ?= 76_800
@@ -7,7 +8,7 @@ FLOW_IMAGES ?= 121_600
 MIN_SVC ?= 0.95
 FEATURES := mf_dist/assets/digits-features
 
-.PHONY: install demo test test-dist check format clean
+.PHONY: install demo test test-dist torture check format clean
 install: .venv/installed
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -32,6 +33,9 @@ test: install
 
 test-dist: install
 	$(PY) -m pytest -m dist
+
+torture: install
+	TORTURE=1 $(PY) -m pytest -m dist -s tests/distributed/test_faults.py tests/distributed/test_soak.py
 
 check: install
 	$(PY) -m ruff format --check .

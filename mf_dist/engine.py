@@ -4,6 +4,8 @@ State leaves and enters as full fp32 tensors by parameter name, so it belongs to
 What is used of DeepSpeed's insides for that (0.19.8) stands in `_create_states` and `load_state` alone.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -107,23 +109,24 @@ class Engine:
             _compile(loss, self.stage)
         check_same_on_all_ranks(loss.net.named_parameters(), "initial weights")
         self._first_gradient: FirstGradient | None = FirstGradient(loss.net.patch_out.weight, self.is_bf16)
-        self._engine, *_ = deepspeed.initialize(
-            model=loss,
-            optimizer=self._optimizer,
-            dist_init_required=False,
-            config={
-                "train_batch_size": config.train.batch_size,
-                "train_micro_batch_size_per_gpu": config.train.micro_batch,
-                "gradient_accumulation_steps": self.accumulation,
-                "zero_optimization": {"stage": self.stage},
-                "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": self.is_bf16, "check_grad_overflow": True},
-                "communication_data_type": "fp32",
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "gradient_clipping": config.optim.grad_clip,
-                "steps_per_print": 10**9,
-            },
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory, which say nothing here
+            self._engine, *_ = deepspeed.initialize(
+                model=loss,
+                optimizer=self._optimizer,
+                dist_init_required=False,
+                config={
+                    "train_batch_size": config.train.batch_size,
+                    "train_micro_batch_size_per_gpu": config.train.micro_batch,
+                    "gradient_accumulation_steps": self.accumulation,
+                    "zero_optimization": {"stage": self.stage},
+                    "zero_allow_untested_optimizer": True,
+                    "bf16": {"enabled": self.is_bf16, "check_grad_overflow": True},
+                    "communication_data_type": "fp32",
+                    "data_types": {"grad_accum_dtype": "fp32"},
+                    "gradient_clipping": config.optim.grad_clip,
+                    "steps_per_print": 10**9,
+                },
+            )
         self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:

@@ -245,7 +245,8 @@ class Trainer:
     def _out_of_memory(self) -> UserError:
         train, engine = self.config.train, self.config.engine
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
-        advice = [f"train.micro_batch={max(1, (train.micro_batch or 2) // 2)}"]
+        rows, unit = (train.micro_batch or 0) // 2, self.config.meanflow.share_r_equals_t.denominator
+        advice = [f"train.micro_batch={rows}"] if rows and rows % unit == 0 else []
         advice += [] if engine.checkpoint_activations else ["engine.checkpoint_activations=true"]
         advice += [] if engine.zero_stage == 3 else [f"engine.zero_stage={engine.zero_stage + 1}"]
         return UserError(

@@ -72,3 +72,39 @@ def tiny_config(tmp_path, latents, images) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(run=tmp_path / "run", latents=latents, features=FEATURES, images=images))
     return path
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Starts training processes fast, and with faults."""
+    from processes import Zygote
+
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def config(tmp_path, latents, images) -> Path:
+    """A config file of a run of processes.STEPS steps in tmp_path/run."""
+    from processes import write_config
+
+    return write_config(tmp_path, "run", latents, images)
+
+
+@pytest.fixture(scope="session")
+def whole(zygote, tmp_path_factory, latents, images):
+    """whole(ranks, *overrides) -> the folder of such a run that nothing disturbed."""
+    from processes import write_config
+
+    root, runs = tmp_path_factory.mktemp("whole"), {}
+
+    def run(ranks=1, *options):
+        key = (ranks, *options)
+        if key not in runs:
+            path = write_config(root, f"run{len(runs)}", latents, images)
+            assert set(zygote.run(root / "log", [path, *options], ranks)) == {0}, (root / "log").read_text()
+            runs[key] = path.with_suffix("")
+        return runs[key]
+
+    return run

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
+from conftest import FEATURES, ROOT
 from safetensors.numpy import load_file
 
 from mf_dist.checkpoint import open_checkpoint, step_folders
@@ -18,6 +18,27 @@ from mf_dist.errors import UserError
 
 FULL = os.environ.get("TORTURE") == "1"
 """make torture: all trials; else a seeded sample of them."""
+
+
+STEPS = 30
+FAULTY = """
+run_dir: {run}
+data: {{path: {latents}, num_workers: 0}}
+model: {{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}}
+meanflow: {{kappa: 0.5}}
+optim: {{lr: 1e-3, ema_decay: [0.99, 0.9]}}
+train: {{total_images: 480, batch_size: 16, hang_seconds: 20}}
+engine: {{precision: fp32, compile: false}}
+checkpoint: {{every_images: 80}}
+log: {{every_steps: 1, sample_every_images: 0}}
+eval: {{features: {features}, reference: {images}}}
+"""
+
+
+def write_config(root, name, latents, images):
+    path = root / f"{name}.yaml"
+    path.write_text(FAULTY.format(run=root / name, latents=latents, features=FEATURES, images=images))
+    return path
 
 
 class Zygote:
@@ -106,3 +127,10 @@ def tensors(run, step):
 def largest_difference(one, other):
     assert one.keys() == other.keys()
     return max(float(np.abs(one[name].astype(np.float64) - other[name]).max()) for name in one)
+
+
+def assert_same_end(run, reference):
+    """The same as of an uninterrupted run: every bit of weights, moments and EMAs, and the whole curve."""
+    assert status(run)["status"] == "finished" and status(run)["step"] == STEPS
+    assert largest_difference(tensors(run, STEPS), tensors(reference, STEPS)) == 0
+    assert losses(run) == losses(reference)

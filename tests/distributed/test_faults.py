@@ -13,64 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FEATURES, ROOT
-from processes import FULL, Zygote, largest_difference, losses, status, tensors, valid_steps
+from conftest import ROOT
+from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, tensors, valid_steps
 
 pytestmark = pytest.mark.dist
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-STEPS = 30
-FAULTY = """
-run_dir: {run}
-data: {{path: {latents}, num_workers: 0}}
-model: {{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}}
-meanflow: {{kappa: 0.5}}
-optim: {{lr: 1e-3, ema_decay: [0.99, 0.9]}}
-train: {{total_images: 480, batch_size: 16, hang_seconds: 20}}
-engine: {{precision: fp32, compile: false}}
-checkpoint: {{every_images: 80}}
-log: {{every_steps: 1, sample_every_images: 0}}
-eval: {{features: {features}, reference: {images}}}
-"""
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    process = Zygote()
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def config(tmp_path, latents, images):
-    return write_config(tmp_path, "run", latents, images)
-
-
-def write_config(root, name, latents, images):
-    path = root / f"{name}.yaml"
-    path.write_text(FAULTY.format(run=root / name, latents=latents, features=FEATURES, images=images))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(zygote, tmp_path_factory, latents, images):
-    """ranks -> the run folder of an uninterrupted run."""
-    root, runs = tmp_path_factory.mktemp("whole"), {}
-
-    def run(ranks=1, *options):
-        key = (ranks, *options)
-        if key not in runs:
-            path = write_config(root, f"run{len(runs)}", latents, images)
-            assert set(zygote.run(root / "log", [path, *options], ranks)) == {0}, (root / "log").read_text()
-            runs[key] = path.with_suffix("")
-        return runs[key]
-
-    return run
-
-
-def assert_same_end(run, reference, ranks=1):
-    assert status(run)["status"] == "finished" and status(run)["step"] == STEPS
-    assert largest_difference(tensors(run, STEPS), tensors(reference, STEPS)) == 0
-    assert losses(run) == losses(reference)
 
 
 @pytest.mark.parametrize("trial", range(100 if FULL else 8))

@@ -4,11 +4,16 @@ Reads JSON lines {"argv": [...], "env": {...}, "out": FILE, "faults": [...]} and
 is answered {"code": N} when that child is gone (negative: killed by that signal). Children run the real command line.
 
 A fault is a dict with `do` and a condition. do: kill (SIGKILL, which nothing can catch), term (SIGTERM), usr1, freeze
-(SIGSTOP), exit, raise, sleep, or the name of an errno to raise, short (a write that stops half-way in silence). When:
-{"step": n} before that step; {"seconds": s} after the child began; {"io": n} at the n-th of the saver's operations on
-the disk (each write, fsync and rename, once before and once after it); {"call": name, "nth": n} in place of the n-th
-write, fsync or rename; {"draw": s}: drawing samples takes s seconds more. {"poison": loss, gradient or tangent,
-"step": n} makes it not finite in that step.
+(SIGSTOP), exit, raise, memory (out of it), sleep, pause (a little), the name of an errno to raise, or short (a write
+that stops half-way in silence). When:
+    {"step": n}                  before that step
+    {"seconds": s}               so long after the child began
+    {"io": n}                    at the n-th of the saver's operations on the disk: each write, fsync and rename counts
+                                 once before and once after it
+    {"call": name, "nth": n}     in place of the n-th write, fsync or rename, and of the `for` after it
+    {"draws": 1}                 while samples are drawn
+Without `do`: {"draw": s} makes drawing take s seconds more; {"poison": loss, gradient or tangent, "step": n} makes it
+not finite in that step.
 """
 
 import errno
@@ -18,6 +23,8 @@ import signal
 import sys
 import threading
 import time
+
+import torch
 
 import mf_dist.saver
 import mf_dist.trainer
@@ -37,6 +44,10 @@ def do(action):
         raise RuntimeError("injected fault")
     elif action == "sleep":
         time.sleep(10_000)
+    elif action == "pause":
+        time.sleep(0.02)
+    elif action == "memory":
+        raise torch.OutOfMemoryError("injected")
     else:
         raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)))
 
@@ -118,6 +129,9 @@ def install(faults):
     if any("draw" in fault for fault in faults):
         draw = mf_dist.trainer.Trainer._draw_grids
         mf_dist.trainer.Trainer._draw_grids = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
+    if any("draws" in fault for fault in faults):
+        draws = mf_dist.trainer.Trainer._draw_grids
+        mf_dist.trainer.Trainer._draw_grids = lambda *a: (do(faults[0]["do"]), draws(*a))
     poisons = {fault["step"]: fault["poison"] for fault in faults if "poison" in fault}
     if poisons:
         poison(poisons)
@@ -147,6 +161,7 @@ def poison(poisons):
 
 def child(request):
     os.environ.update(request.get("env", {}))
+    os.makedirs(os.path.dirname(request["out"]), exist_ok=True)
     out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(out, number)
