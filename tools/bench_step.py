@@ -118,7 +118,8 @@ def build_cases(args, device):
         for guidance, kappa in KAPPA.items()
         if args.guidance in ("both", guidance)
         for name in args.variants
-        if name not in UNGUIDED or guidance == ("unguided" if args.guidance != "guided" else "guided")
+        if (compiled or name != "blocks")
+        and (name not in UNGUIDED or guidance == ("unguided" if args.guidance != "guided" else "guided"))
     ]
 
 
