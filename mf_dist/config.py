@@ -32,6 +32,8 @@ class DataConfig:
     """Folder of latent shards written by tools/encode_latents.py."""
     num_workers: Whole = 2
     """Loader processes per rank; 0 loads in the training process. Never changes what is trained on."""
+    flip: bool = False
+    """Mirror half of the images (the paper does not); the dataset must be encoded with --flip."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
         if said is not None and found is not None and said != found:
             raise UserError(f"model.{name} is {said}, but the dataset at {config.data.path!r} has {found}")
         taken[name] = found if said is None else said
+    if config.data.flip and manifest and not manifest["flip"]:
+        raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
     resolved = replace(config, model=replace(model, **taken), train=replace(config.train, micro_batch=micro_batch))
     _check_model(resolved.model)

@@ -1,17 +1,24 @@
-"""A folder of images into a dataset of latent shards."""
+"""Images into a dataset of latent shards, by one process or many.
+
+Shard i holds block i of the source list, whatever the number of tasks, and is made by task i mod n; each is complete or
+absent. The task that finds the last shard in place writes the manifest. Making a shard twice gives the same bytes.
+"""
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from mf_dist.data.images import ImageFolder, list_images, load_image
+from mf_dist.data.image_tars import ImageTars, open_images
+from mf_dist.data.images import ImageFolder, Pixels, decode_image
 from mf_dist.data.shard_writer import Record, is_whole, write_json, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, read_index, shard_name
 from mf_dist.errors import UserError
@@ -20,52 +27,80 @@ from mf_dist.progress import progress
 
 PLAN = "plan.json"
 """What the shards in a folder are made of; a folder with another plan is refused."""
+Source = ImageFolder | ImageTars
 
 
-def encode_folder(images: str, out: Path, vae_source: str, resolution: int, shard_size: int, batch: int) -> None:
-    """Writes the shards that are missing, then the manifest. Raises UserError on unreadable images and where `out`
-    holds shards of another plan."""
-    folder = list_images(images)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = Vae(vae_source, device)
-    if resolution % vae.reduction:
-        raise UserError(f"--resolution {resolution} is not a multiple of {vae.reduction}, this VAE's reduction")
-    plan = _plan(folder, vae, resolution, shard_size, batch)
+@dataclass(frozen=True)
+class Encoding:
+    """How images become latents; all of it is part of the plan."""
+
+    resolution: int
+    shard_size: int
+    batch: int
+    """Images encoded together, always of one shard, so that the bytes do not depend on who encodes."""
+    flip: bool = False
+    max_bad_share: float = 0.001
+    """Share of the images that may be unreadable; they are left out and listed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Task `number` of `count`."""
+
+    number: int = 0
+    count: int = 1
+
+
+def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Task) -> None:
+    """Writes this task's shards where they are missing, and the manifest once all are there. Raises UserError on too
+    many unreadable images and where `out` holds shards of another plan."""
+    source = open_images(images)
+    if encoding.resolution % vae.reduction:
+        raise UserError(
+            f"--resolution {encoding.resolution} is not a multiple of {vae.reduction}, this VAE's reduction"
+        )
+    plan = _plan(source, vae, encoding)
     _claim(out, plan)
-    starts = range(0, len(folder.paths), shard_size)
-    with progress(len(folder.paths), "img", "encode") as bar:
-        for number, first in enumerate(starts):
+    total = len(source.paths)
+    blocks = [range(first, min(first + encoding.shard_size, total)) for first in range(0, total, encoding.shard_size)]
+    mine = range(task.number, len(blocks), task.count)
+    with progress(sum(len(blocks[number]) for number in mine), "img", "encode") as bar:
+        for number in mine:
             tar = out / shard_name(number)
-            rows = range(first, min(first + shard_size, len(folder.paths)))
-            if not is_whole(tar):
-                moments = _encode_rows(folder, rows, vae, resolution, batch, bar)
-                records = [Record(m, folder.labels[i], folder.paths[i]) for i, m in zip(rows, moments, strict=True)]
-                write_shard(tar, first, records)
-            else:
-                bar.update(len(rows))
-    _finish(out, plan, len(starts))
+            if is_whole(tar):
+                bar.update(len(blocks[number]))
+                continue
+            bad: list[str] = []
+            records = list(_encode_block(source, blocks[number], vae, encoding, bar, bad))
+            _check_bad(bad, total, encoding)
+            if not records:
+                raise UserError(f"no image of {tar.name} can be read; the first: {bad[0]}")
+            write_shard(tar, records, bad)
+    _finish(out, plan, len(blocks), encoding)
 
 
-def _plan(folder: ImageFolder, vae: Vae, resolution: int, shard_size: int, batch: int) -> dict[str, Any]:
+def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "image_list_sha256": _list_sha256(folder),
-        "count": len(folder.paths),
-        "num_classes": len(folder.classes),
-        "classes": folder.classes,
-        "resolution": resolution,
+        "image_list_sha256": _list_sha256(source),
+        "count": len(source.paths),
+        "num_classes": len(source.classes),
+        "classes": source.classes,
+        "resolution": encoding.resolution,
         "crop": "ADM centre crop",
         "value_range": [-1, 1],
         "dtype": "float16",
-        "encode_batch": batch,
-        "shard_size": shard_size,
+        "flip": encoding.flip,
+        "encode_batch": encoding.batch,
+        "encode_precision": vae.precision,
+        "shard_size": encoding.shard_size,
         "vae": vae.identity,
     }
 
 
-def _list_sha256(folder: ImageFolder) -> str:
-    """Of the images' paths below the folder, and their sizes in bytes: another list is another dataset."""
-    lines = (f"{path} {(folder.root / path).stat().st_size}\n" for path in folder.paths)
+def _list_sha256(source: Source) -> str:
+    """Of the images' names below the source, and their sizes in bytes: another list is another dataset."""
+    lines = (f"{path} {size}\n" for path, size in zip(source.paths, source.sizes(), strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -88,42 +123,88 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def _encode_rows(
-    folder: ImageFolder, rows: range, vae: Vae, resolution: int, batch: int, bar: Any
-) -> Iterator[npt.NDArray[np.float16]]:
-    """Moments (2C, S, S) fp16 of each row; decoding runs in threads beside the VAE."""
+def _encode_block(
+    source: Source, block: range, vae: Vae, encoding: Encoding, bar: Any, bad: list[str]
+) -> Iterator[Record]:
+    """Records of the readable images of a block, in order; a line in `bad` for each other."""
+    images = _decoded(source, block, encoding, bar, bad)
+    while group := list(islice(images, encoding.batch)):
+        pixels = torch.from_numpy(np.stack([image for _, image, _ in group]))
+        views = [pixels, pixels.flip(3)] if encoding.flip else [pixels]
+        moments = [vae.encode(view).cpu().numpy().astype(np.float16) for view in views]
+        for row, (i, _, sha256) in enumerate(group):
+            flipped = moments[1][row] if encoding.flip else None
+            for numbers in (moments[0][row], flipped):
+                if numbers is not None and not np.isfinite(numbers).all():
+                    raise UserError(
+                        f"the VAE gives latents of {source.paths[i]!r} that fp16 cannot hold; encode with "
+                        "--precision fp32, or use another VAE"
+                    )
+            yield Record(i, moments[0][row], source.labels[i], source.paths[i], sha256, flipped)
 
-    def load(i: int) -> npt.NDArray[np.uint8]:
-        return load_image(folder.root / folder.paths[i], resolution)
 
+def _decoded(
+    source: Source, block: range, encoding: Encoding, bar: Any, bad: list[str]
+) -> Iterator[tuple[int, Pixels, str]]:
+    """(number, pixels, sha256 of the file), decoded by threads some batches ahead."""
+
+    def load(i: int) -> tuple[int, Pixels, str]:
+        raw = source.read(i)
+        return i, decode_image(raw, source.paths[i], encoding.resolution), hashlib.sha256(raw).hexdigest()
+
+    waiting: deque[Future[tuple[int, Pixels, str]]] = deque()
+    numbers = iter(block)
     with ThreadPoolExecutor() as pool:
-        for first in range(rows.start, rows.stop, batch):
-            pixels = np.stack(list(pool.map(load, range(first, min(first + batch, rows.stop)))))
-            moments = vae.encode(torch.from_numpy(pixels)).cpu().numpy()
-            if not np.isfinite(moments).all():
-                raise UserError(f"the VAE gives non-finite latents near {folder.paths[first]!r}; encode in fp32")
-            yield from moments.astype(np.float16)
-            bar.update(len(pixels))
+        for i in islice(numbers, 4 * encoding.batch):
+            waiting.append(pool.submit(load, i))
+        while waiting:
+            result = waiting.popleft()
+            for i in islice(numbers, 1):
+                waiting.append(pool.submit(load, i))
+            bar.update(1)
+            try:
+                yield result.result()
+            except UserError as error:
+                bad.append(str(error))
 
 
-def _finish(out: Path, plan: dict[str, Any], num_shards: int) -> None:
-    """The manifest: the plan, the shards with sizes and sha256, the latents' shape and exact channel statistics."""
-    shards = []
-    for number in range(num_shards):
-        index = read_index(out / shard_name(number))
-        assert index is not None
-        channels, side, _ = index.shape
-        shards.append(
-            {"name": shard_name(number), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256}
+def _check_bad(bad: list[str], total: int, encoding: Encoding) -> None:
+    if len(bad) > encoding.max_bad_share * total:
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read, more than --max-bad-share {encoding.max_bad_share:g} "
+            f"allows; the first: {bad[0]}"
         )
-    manifest = {**plan, "latent_channels": channels // 2, "latent_size": side, "shards": shards}
-    mean, deviation = _channel_statistics(LatentShards(out, manifest))
+
+
+def _finish(out: Path, plan: dict[str, Any], num_shards: int, encoding: Encoding) -> None:
+    """The manifest, if all shards are there: the plan, the shards with sizes and sha256, the latents' shape, exact
+    channel statistics, and the images left out."""
+    indices = [read_index(out / shard_name(number)) for number in range(num_shards)]
+    missing = sum(index is None or not (out / shard_name(n)).is_file() for n, index in enumerate(indices))
+    if missing:
+        print(f"{missing} of {num_shards} shards at {out} are still to come, from other tasks")
+        return
+    found = [index for index in indices if index is not None]
+    skipped = [line for index in found for line in index.skipped]
+    _check_bad(skipped, plan["count"], encoding)
+    shards = [
+        {"name": shard_name(n), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256}
+        for n, index in enumerate(found)
+    ]
+    channels, side, _ = found[0].shape
+    manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in found)}
+    manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
+    mean, deviation = channel_statistics(LatentShards(out, manifest))
     write_json(out / "manifest.json", manifest | {"channel_mean": mean, "channel_std": deviation})
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
-    print(f"{plan['count']} images in {num_shards} shards at {out}; scaled latents' std per channel {scaled}")
+    left_out = f", {len(skipped)} unreadable ones left out (listed in manifest.json)" if skipped else ""
+    print(
+        f"{manifest['count']} images in {num_shards} shards at {out}{left_out}; "
+        f"scaled latents' std per channel {scaled}"
+    )
 
 
-def _channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:
+def channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:
     """Mean and standard deviation (C,) of posterior samples over all images and pixels, unscaled."""
     means, squares = [], []
     for i in range(shards.count):
@@ -132,3 +213,17 @@ def _channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]
         squares.append((mean**2 + std**2).mean(axis=(1, 2)))
     centre = np.mean(means, axis=0)
     return centre.tolist(), np.sqrt(np.mean(squares, axis=0) - centre**2).tolist()
+
+
+def precision_error(images: str, vae: Vae, exact: Vae, resolution: int, count: int = 8) -> str:
+    """How far `vae` is from `exact` on the first images, in words."""
+    source = open_images(images)
+    names = range(min(count, len(source.paths)))
+    pixels = torch.from_numpy(np.stack([decode_image(source.read(i), source.paths[i], resolution) for i in names]))
+    (mean, std), (exact_mean, exact_std) = (v.encode(pixels).chunk(2, dim=1) for v in (vae, exact))
+    errors = [((a - b).norm() / b.norm()).item() for a, b in ((mean, exact_mean), (std, exact_std))]
+    in_noise = ((mean - exact_mean).abs().mean() / exact_std.mean()).item()
+    return (
+        f"{vae.precision} against fp32 on {len(names)} images: relative error of mean {errors[0]:.2e}, of std "
+        f"{errors[1]:.2e}; the mean moves by {in_noise:.2f} of a posterior standard deviation"
+    )

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,32 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """torch's own default lets convolutions use TF32, but not products."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class Vae:
     """A diffusers AutoencoderKL from a local folder or by hub id."""
 
-    def __init__(self, source: str, device: torch.device, expected: dict[str, Any] | None = None) -> None:
-        """UserError if it cannot be had, or is not the one whose `identity` is expected."""
+    def __init__(
+        self, source: str, device: torch.device, expected: dict[str, Any] | None = None, precision: str = "fp32"
+    ) -> None:
+        """UserError if it cannot be had, or is not the one whose `identity` is expected. precision: fp32 (products and
+        convolutions in full), tf32 (on a GPU that has it) or bf16, of `encode` alone."""
         folder = _vae_folder(source)
-        self.source = source
+        self.source, self.precision = source, precision
         self.sha256 = sha256_of(folder / WEIGHTS)
         self.device = device
         self.model = _load_autoencoder(folder).to(device).eval().requires_grad_(False)
+        if device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         self.scaling_factor = float(self.model.config["scaling_factor"])
@@ -55,8 +73,13 @@ class Vae:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> posterior mean and std (B, 2C, h, w) fp32, unscaled; input range is [-1, 1]."""
-        posterior = self.model.encode(pixels.to(self.device).float() / 127.5 - 1).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+        x = pixels.to(self.device).float() / 127.5 - 1
+        if self.device.type == "cuda":
+            x = x.contiguous(memory_format=torch.channels_last)
+        low = self.precision == "bf16"
+        with _tf32(self.precision == "tf32"), torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            posterior = self.model.encode(x).latent_dist
+        return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mf_dist.errors import UserError
 PACKAGES = ("torch", "deepspeed", "diffusers", "numpy", "safetensors")
 MATHEMATICS = ("model", "meanflow", "optim", "dataset")
 """Sections of which every key changes what is trained."""
-MATHEMATICS_KEYS = ("train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
+MATHEMATICS_KEYS = ("data.flip", "train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
 FIXED = ("model",)
 """Sections that no flag can change: the weights would not fit."""
 

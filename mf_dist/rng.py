@@ -26,14 +26,14 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     return generator(seed, Purpose.ORDER, epoch).permutation(count)
 
 
-def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32]:
+def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32, bool]:
     """What the training row in global slot `slot` draws: posterior noise and path noise e (each of `shape`),
-    two normals for the times, a uniform for the label drop."""
+    two normals for the times, a uniform for the label drop, and whether to mirror the image."""
     g = generator(seed, Purpose.TRAIN, slot)
     times = g.standard_normal(2, dtype=np.float32)
     drop = g.random(dtype=np.float32)
     noise = g.standard_normal((2, *shape), dtype=np.float32)
-    return noise[0], noise[1], times, np.float32(drop)
+    return noise[0], noise[1], times, np.float32(drop), bool(g.random() < 0.5)
 
 
 def sample_draw(seed: int, index: int, shape: tuple[int, int, int], num_classes: int) -> tuple[Floats, int]:

@@ -36,6 +36,17 @@ def write_digits(folder: Path, count: int, classes: bool = True) -> Path:
     return folder
 
 
+def encode(images, out, vae=VAE, task=(0, 1), **changes):
+    """`images` by the shipped VAE into shards of 60, in this process."""
+    import torch
+
+    from mf_dist.encode import Encoding, Task, encode_images
+    from mf_dist.latents import Vae
+
+    encoding = Encoding(**{"resolution": 32, "shard_size": 60, "batch": 16, **changes})
+    encode_images(str(images), out, Vae(str(vae), torch.device("cpu")), encoding, Task(*task))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """150 real digits in class folders."""
@@ -45,10 +56,8 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def latents(images, tmp_path_factory) -> Path:
     """The same digits encoded by the shipped VAE, in three shards."""
-    from mf_dist.encode import encode_folder
-
     out = tmp_path_factory.mktemp("latents") / "digits"
-    encode_folder(str(images), out, str(VAE), resolution=32, shard_size=60, batch=16)
+    encode(images, out)
     return out
 
 

@@ -1,40 +1,89 @@
-"""Turns a folder of images into latent shards for training.
+"""Turns images into latent shards for training.
 
     python tools/encode_latents.py --images data/digits --out data/digits-latents \\
         --vae mf_dist/assets/digits-vae --resolution 32
     python tools/encode_latents.py --images /data/imagenet/train --out data/imagenet256 \\
         --vae stabilityai/sd-vae-ft-mse --resolution 256
+    torchrun --nproc_per_node=8 tools/encode_latents.py ...      # shard i by process i mod 8; so does a SLURM job array
+    python tools/encode_latents.py ... --verify                  # the error of --precision against fp32, no shards
 
-Classes are sub-folders, in order of name; a folder without sub-folders has no classes. Images are cut to the
-square ADM centre crop. Each shard holds a fixed block of the sorted images, and is complete or absent: the same
-command goes on where it stopped.
+Images: a folder, whose sub-folders are classes in order of name (none: no classes); or a webdataset tar, or a folder
+of them (KEY.jpg with the number of its class in KEY.cls). Images are cut to the square ADM centre crop. Each shard
+holds a fixed block of the image list and is complete or absent: the same command, with any number of processes, goes on
+where it stopped. An image that cannot be read is left out and listed in manifest.json.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from mf_dist.errors import UserError, command_line
+from mf_dist.launch import launched_place
 
 
-@command_line
-def main() -> None:
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="image folder; sub-folders are classes")
+    parser.add_argument("--images", required=True, help="image folder, .tar, or folder of tars")
     parser.add_argument("--out", type=Path, required=True, help="the dataset's folder")
     parser.add_argument("--vae", required=True, help="folder or hub id of a diffusers AutoencoderKL")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square crop in pixels")
     parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard (default 10000)")
     parser.add_argument("--batch", type=int, default=32, help="images encoded together (default 32)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of the VAE (default fp32)"
+    )
+    parser.add_argument("--flip", action="store_true", help="also store each mirrored image, encoded by itself")
+    parser.add_argument("--max-bad-share", type=float, default=0.001, help="of unreadable images (default 0.001)")
+    parser.add_argument("--task", help="I/N: make shards I, I + N, ... (default: from torchrun or the SLURM job array)")
+    parser.add_argument("--verify", action="store_true", help="compare --precision with fp32 on 8 images, and stop")
     args = parser.parse_args()
     for name in ("resolution", "shard_size", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    from mf_dist.encode import encode_folder
+    if not 0 <= args.max_bad_share < 1:
+        raise UserError(f"--max-bad-share must be in [0, 1), got {args.max_bad_share}")
+    return args
 
-    encode_folder(args.images, args.out, args.vae, args.resolution, args.shard_size, args.batch)
+
+def task_of(args):
+    """(number, count): as asked, else of the SLURM job array, else of the launcher."""
+    text = args.task
+    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        first, number = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(os.environ["SLURM_ARRAY_TASK_ID"])
+        text = f"{number - first}/{os.environ['SLURM_ARRAY_TASK_COUNT']}"
+    if text is None:
+        place = launched_place()
+        text = f"{place.rank}/{place.world_size}"
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise UserError(f"--task {text!r}: expected I/N with 0 <= I < N")
+    return int(number), int(count)
+
+
+@command_line
+def main() -> None:
+    args = parse()
+    number, count = task_of(args)
+    import torch
+
+    from mf_dist.encode import Encoding, Task, encode_images, precision_error
+    from mf_dist.latents import Vae
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launched_place().local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, torch.get_num_threads() // launched_place().world_size))
+    vae = Vae(args.vae, device, precision=args.precision)
+    encoding = Encoding(args.resolution, args.shard_size, args.batch, args.flip, args.max_bad_share)
+    if args.verify:
+        print(precision_error(args.images, vae, Vae(args.vae, device), args.resolution))
+        return
+    encode_images(args.images, args.out, vae, encoding, Task(number, count))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Image folders: which images, of which class, and how they become square pixels."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,17 @@ class ImageFolder:
     paths: list[str]
     labels: list[int]
     classes: list[str]
+
+    def read(self, i: int) -> bytes:
+        """The file of paths[i]; UserError where it cannot be read."""
+        try:
+            return (self.root / self.paths[i]).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read image {self.paths[i]!r}: {error.strerror}") from None
+
+    def sizes(self) -> list[int]:
+        """Bytes of every image."""
+        return [(self.root / path).stat().st_size for path in self.paths]
 
 
 def list_images(root: str | Path) -> ImageFolder:
@@ -51,16 +63,36 @@ def list_images(root: str | Path) -> ImageFolder:
 
 
 def load_image(path: str | Path, resolution: int) -> Pixels:
-    """A decoded image as RGB pixels (3, resolution, resolution) uint8, ADM centre crop. Transparency is dropped, as
-    ADM does; images of more than 8 bits a channel are refused, since their conversion would only cut them off."""
+    """A file as decode_image gives it."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-            rgb = image.convert("RGB")
+        return decode_image(Path(path).read_bytes(), str(path), resolution)
+    except OSError as error:
+        raise UserError(f"cannot read image {str(path)!r}: {error.strerror}") from None
+
+
+def decode_image(raw: bytes, name: str, resolution: int) -> Pixels:
+    """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As ADM and torchvision do, transparency is dropped
+    and EXIF orientation ignored: published reference numbers have them so. 16-bit images keep their upper 8 bits. UserError
+    names the image that cannot be decoded whole."""
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            rgb = _eight_bits(image).convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {str(path)!r}: {error}; mend or remove it") from None
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read image {name!r}: {reason}; mend or remove it") from None
     return np.ascontiguousarray(np.asarray(centre_crop(rgb, resolution)).transpose(2, 0, 1))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion of 16-bit grey would cut values off at 255."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed white")
+    if image.mode[0] != "I":
+        return image
+    numbers = np.asarray(image)
+    if numbers.min() < 0 or numbers.max() > 65535:
+        raise ValueError("more than 16 bits a channel")
+    return Image.fromarray((numbers >> 8).astype(np.uint8))
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:

@@ -39,8 +39,11 @@ class Batch(NamedTuple):
 class LatentStream(Dataset[Batch]):
     """stream[j] is micro-batch j of the global stream: slots [j m, (j + 1) m)."""
 
-    def __init__(self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction) -> None:
+    def __init__(
+        self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction, flip: bool
+    ) -> None:
         self.shards, self.seed, self.micro_batch, self.share = shards, seed, micro_batch, share_r_equals_t
+        self.flip = flip
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def __getitem__(self, j: int) -> Batch:
@@ -56,8 +59,9 @@ class LatentStream(Dataset[Batch]):
         epoch, place = divmod(slot, self.shards.count)
         if epoch not in self._orders:
             self._orders = {epoch: rng.order(self.seed, epoch, self.shards.count)}
-        moments, label = self.shards[int(self._orders[epoch][place])]
-        return moments, np.int64(label), *rng.train_draws(self.seed, slot, (channels // 2, *side))
+        *draws, mirrored = rng.train_draws(self.seed, slot, (channels // 2, *side))
+        moments, label = self.shards.view(int(self._orders[epoch][place]), self.flip and mirrored)
+        return moments, np.int64(label), *draws  # type: ignore[return-value]
 
 
 class _MicroBatchesOfRank:
@@ -81,7 +85,7 @@ def training_batches(
     assert micro_batch is not None and samples_seen % config.train.batch_size == 0
     total = config.total_steps * config.train.batch_size
     loader = DataLoader(
-        LatentStream(shards, config.train.seed, micro_batch, config.meanflow.share_r_equals_t),
+        LatentStream(shards, config.train.seed, micro_batch, config.meanflow.share_r_equals_t, config.data.flip),
         batch_size=None,
         sampler=_MicroBatchesOfRank(samples_seen, total, micro_batch, rank, world_size),
         num_workers=config.data.num_workers,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,51 @@ from mf_dist.data.shards import Moments, index_path, read_index
 
 @dataclass(frozen=True)
 class Record:
-    """One image: its posterior moments (2C, S, S) fp16, label, and path below the image folder."""
+    """One image: its number in the source list, posterior moments (2C, S, S) fp16, label, path below the source and
+    sha256 of its file; `flipped`: moments of the mirrored image."""
 
+    number: int
     moments: Moments
     label: int
     source: str
+    sha256: str
+    flipped: Moments | None = None
+
+    def members(self) -> dict[str, Any]:
+        flipped = {} if self.flipped is None else {"flipped.npy": self.flipped}
+        origin = {"source": self.source, "sha256": self.sha256}
+        return {
+            "__key__": f"{self.number:09d}", "moments.npy": self.moments, **flipped, "cls": self.label, "json": origin
+        }  # fmt: skip
 
 
-def write_shard(tar: Path, first_index: int, records: list[Record]) -> None:
-    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last."""
+def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
+    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. `skipped`: a
+    line for each image of this block that could not be read."""
     partial = tar.with_suffix(".tar.tmp")
     with open(partial, "wb") as file:
         # mtime 0 and USTAR: equal records give equal bytes, and no extra header before every member
         with webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT) as writer:
-            for offset, record in enumerate(records):
-                writer.write(
-                    {
-                        "__key__": f"{first_index + offset:09d}",
-                        "moments.npy": record.moments,
-                        "cls": record.label,
-                        "json": {"source": record.source},
-                    }
-                )
+            for record in records:
+                writer.write(record.members())
         file.flush()
         os.fsync(file.fileno())
-    offsets = _moments_offsets(partial)
-    assert len(offsets) == len(records)
-    labels = np.array([record.label for record in records], np.int64)
-    shape, size, sha256 = np.array(records[0].moments.shape), partial.stat().st_size, sha256_of(partial)
+    offsets = {name: array_offsets(partial, f".{name}.npy") for name in ("moments", "flipped")}
+    assert len(offsets["moments"]) == len(records)
+    index = {
+        "offsets": offsets["moments"],
+        "flipped": offsets["flipped"],
+        "labels": np.array([record.label for record in records], np.int64),
+        "crc32": np.array([zlib.crc32(record.moments.tobytes()) for record in records], np.uint32),
+        "flipped_crc32": np.array([zlib.crc32(r.flipped.tobytes()) for r in records if r.flipped is not None], np.uint32),
+        "shape": np.array(records[0].moments.shape),
+        "size": np.array(partial.stat().st_size),
+        "sha256": np.array(sha256_of(partial)),
+        "skipped": np.array(skipped, dtype=np.str_),
+    }
     partial_index = index_path(tar).with_suffix(".npz.tmp")
     with open(partial_index, "wb") as file:
-        np.savez(file, offsets=offsets, labels=labels, shape=shape, size=size, sha256=sha256)
+        np.savez(file, **index)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial_index, index_path(tar))
@@ -62,12 +77,12 @@ def is_whole(tar: Path) -> bool:
     )
 
 
-def _moments_offsets(tar: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where the raw numbers of each moments.npy begin, behind tar and npy headers."""
+def array_offsets(tar: Path, suffix: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where the raw numbers of each array begin, behind tar and npy headers."""
     offsets = []
     with tarfile.open(tar, "r:") as archive, open(tar, "rb") as file:
         for member in archive:
-            if member.name.endswith(".moments.npy"):
+            if member.name.endswith(suffix):
                 file.seek(member.offset_data)
                 np.lib.format.read_magic(file)
                 np.lib.format.read_array_header_1_0(file)

@@ -1,15 +1,17 @@
 """Reading a folder of latent shards: manifest, index, random access by memory map.
 
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
-    shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json
-    shard-00000.index.npz    offsets (n,) int64 of the raw moments in the tar, labels (n,) int64, shape (3,); and the
-                             tar's size and sha256
+    shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json; and
+                             KEY.flipped.npy, of the mirrored image, where that was asked for
+    shard-00000.index.npz    offsets of the raw moments in the tar, labels, crc32s, shape; the images that could not be
+                             read; and the tar's size and sha256
 
 The manifest is written last: a folder without one is not finished.
 """
 
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from functools import cached_property
@@ -21,7 +23,7 @@ import numpy.typing as npt
 
 from mf_dist.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 Moments = npt.NDArray[np.float16]
 
 
@@ -42,7 +44,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; encode again")
-        for key in ("count", "latent_size", "latent_channels", "num_classes", "classes", "shards"):
+        for key in ("count", "latent_size", "latent_channels", "num_classes", "classes", "flip", "shards"):
             manifest[key]
         for key in ("source", "sha256", "scaling_factor"):
             manifest["vae"][key]
@@ -52,13 +54,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 class Index(NamedTuple):
-    """Of one shard: offsets and labels (n,) int64, the moments' shape, the tar's size and sha256 when written."""
+    """Of one shard of n samples."""
 
     offsets: npt.NDArray[np.int64]
+    """(n,) of the raw moments."""
+    flipped: npt.NDArray[np.int64]
+    """(n,) of those of the mirrored images, or (0,)."""
     labels: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.uint32]
+    flipped_crc32: npt.NDArray[np.uint32]
     shape: tuple[int, int, int]
     size: int
+    """Of the tar when it was written, in bytes."""
     sha256: str
+    skipped: list[str]
+    """A line for each image that could not be read."""
 
 
 def read_index(tar: Path) -> Index | None:
@@ -66,8 +76,10 @@ def read_index(tar: Path) -> Index | None:
     try:
         with np.load(index_path(tar), allow_pickle=False) as file:
             channels, side, _ = (int(n) for n in file["shape"])
-            size, sha256 = int(file["size"]), str(file["sha256"])
-            return Index(file["offsets"], file["labels"], (channels, side, side), size, sha256)
+            return Index(
+                file["offsets"], file["flipped"], file["labels"], file["crc32"], file["flipped_crc32"],
+                (channels, side, side), int(file["size"]), str(file["sha256"]), [str(s) for s in file["skipped"]],
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
@@ -88,6 +100,7 @@ class LatentShards:
         self.manifest = manifest
         self.count: int = manifest["count"]
         self.moments_shape = (2 * manifest["latent_channels"], manifest["latent_size"], manifest["latent_size"])
+        self._nbytes = 2 * math.prod(self.moments_shape)
         self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
         self._indices = [self._checked_index(shard) for shard in manifest["shards"]]
 
@@ -97,11 +110,23 @@ class LatentShards:
         wrong = None
         if size != shard["bytes"]:
             wrong = f"{tar} " + ("is missing" if size is None else f"has {size} bytes, not {shard['bytes']}")
-        elif index is None or index.sha256 != shard["sha256"] or len(index.offsets) != shard["count"]:
-            wrong = f"{index_path(tar)} is missing or damaged"
+        elif index is None or not self._fits(index, shard):
+            wrong = f"{index_path(tar)} is missing, damaged or of another dataset"
         if wrong or index is None:
             raise UserError(f"{wrong}; run the encode command again to restore it")
         return index
+
+    def _fits(self, index: Index, shard: dict[str, Any]) -> bool:
+        """Whether an index is of this shard and every sample it names lies inside the tar."""
+        n, offsets = shard["count"], np.concatenate([index.offsets, index.flipped])
+        return (
+            index.sha256 == shard["sha256"]
+            and index.shape == self.moments_shape
+            and len(index.offsets) == len(index.labels) == len(index.crc32) == n
+            and len(index.flipped) == len(index.flipped_crc32) == (n if self.manifest["flip"] else 0)
+            and bool((offsets >= 0).all() and (offsets + self._nbytes <= shard["bytes"]).all())
+            and bool((index.labels >= 0).all() and (index.labels < max(1, self.manifest["num_classes"])).all())
+        )
 
     @cached_property
     def _mapped(self) -> list[npt.NDArray[np.uint8]]:
@@ -114,8 +139,12 @@ class LatentShards:
 
     def __getitem__(self, index: int) -> tuple[Moments, int]:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
+        return self.view(index, False)
+
+    def view(self, index: int, flipped: bool) -> tuple[Moments, int]:
+        """The same of the mirrored image, where `flipped`; only a dataset encoded with --flip has those."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        offset = self._indices[shard].offsets[index - int(self._starts[shard])]
-        raw = self._mapped[shard][offset : offset + 2 * int(np.prod(self.moments_shape))]
-        label = self._indices[shard].labels[index - int(self._starts[shard])]
-        return raw.view(np.float16).reshape(self.moments_shape), int(label)
+        row, found = index - int(self._starts[shard]), self._indices[shard]
+        offset = (found.flipped if flipped else found.offsets)[row]
+        raw = self._mapped[shard][offset : offset + self._nbytes]
+        return raw.view(np.float16).reshape(self.moments_shape), int(found.labels[row])

@@ -57,10 +57,43 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(UserError, match="loose image"):
         list_images(tmp_path)
     assert load_image(tmp_path / "class" / "b.png", 8).shape == (3, 8, 8)
-    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match=r"float\.tiff.*floating-point"):
+        load_image(tmp_path / "float.tiff", 8)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    """As Pillow converts it, which ADM and torchvision rely on; 16-bit grey keeps its upper 8 bits; EXIF turns nothing."""
+    g = np.random.default_rng(0)
+    colour = Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for mode, suffix in {"L": "png", "1": "png", "P": "png", "LA": "png", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg"}.items():
+        path = tmp_path / f"{mode}.{suffix}"
+        colour.convert(mode).save(path)
+        expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(load_image(path, 16), expected), mode
+    palette = colour.convert("P")
+    palette.save(tmp_path / "transparent.png", transparency=3)
+    assert load_image(tmp_path / "transparent.png", 16).shape == (3, 16, 16)
+    deep = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    with pytest.raises(UserError, match="more than 8 bits"):
-        load_image(tmp_path / "deep.png", 8)
+    assert np.array_equal(load_image(tmp_path / "deep.png", 16), np.stack([deep >> 8] * 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    colour.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(load_image(tmp_path / "turned.png", 16), np.asarray(colour).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5000, 40), (2400, 1800)])
+def test_tiny_and_huge(tmp_path, size):
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "a.png")
+    assert (load_image(tmp_path / "a.png", 32) == np.array([9, 8, 7])[:, None, None]).all()
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=r"bomb\.png.*exceeds limit"):
+        load_image(tmp_path / "bomb.png", 32)
 
 
 def test_every_class_folder_counts(tmp_path):

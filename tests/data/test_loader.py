@@ -64,7 +64,7 @@ def test_resumed_stream_is_the_rest_of_the_whole_one(tiny_config, latents):
 def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
     """With every row at r = t nothing is reordered, so the rows must be the permutations, end to end."""
     shards = LatentShards(latents)
-    stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(1))
+    stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(1), flip=False)
     rows = torch.cat([stream[j].moments for j in range(300 // 8)]).numpy()  # 150 is no multiple of 8
     slots = [*rng.order(3, 0, shards.count), *rng.order(3, 1, shards.count)]
     for row, image in zip(rows, slots, strict=False):
@@ -73,7 +73,7 @@ def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
 
 def test_stream_travels_to_loader_processes_by_pickle_too(latents):
     """As it must where processes are not forked."""
-    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4))
+    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
     expected = stream[5]
     copy = pickle.loads(pickle.dumps(stream))
     assert all(torch.equal(a, b) for a, b in zip(copy[5], expected, strict=True))
@@ -82,7 +82,7 @@ def test_stream_travels_to_loader_processes_by_pickle_too(latents):
 @pytest.mark.parametrize("share", ["3/4", "1/2", "1", "0", "5/8"])
 def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, share):
     share, m = Fraction(share), 8
-    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, share_r_equals_t=share)
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, share_r_equals_t=share, flip=False)
     for j in (0, 5):
         expected = [rng.train_draws(0, slot, (4, 8, 8))[1] for slot in range(j * m, j * m + m)]
         equal = [e for k, e in enumerate(expected) if (j * m + k) % share.denominator < share.numerator]
@@ -92,7 +92,7 @@ def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, sha
 
 
 def test_seeking_is_instant_wherever_it_goes(latents):
-    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, share_r_equals_t=Fraction(3, 4))
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
     start = time.perf_counter()
     stream[10**9]
     assert time.perf_counter() - start < 1

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import VAE, run_python, write_digits
+from conftest import VAE, encode, run_python, write_digits
 
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.shards import LatentShards, read_manifest
-from mf_dist.encode import encode_folder
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 
@@ -66,7 +65,7 @@ def test_encoding_twice_gives_the_same_bytes_and_a_missing_shard_comes_back(imag
     (copy / "shard-00001.tar").unlink()
     (copy / "manifest.json").unlink()
     stamp = (copy / "shard-00000.tar").stat().st_mtime_ns
-    encode_folder(str(images), copy, str(VAE), resolution=32, shard_size=60, batch=16)
+    encode(images, copy)
     assert hashes(copy) == before
     assert (copy / "shard-00000.tar").stat().st_mtime_ns == stamp  # finished shards are left alone
 
@@ -77,24 +76,24 @@ def test_encoding_again_restores_a_damaged_shard(images, latents, copy, name, da
     raw = bytearray((copy / name).read_bytes())
     raw[len(raw) // 2] ^= 1
     (copy / name).write_bytes({"flip": raw, "cut": raw[:-100], "empty": b""}[damage])
-    encode_folder(str(images), copy, str(VAE), resolution=32, shard_size=60, batch=16)
+    encode(images, copy)
     assert hashes(copy) == hashes(latents)
 
 
 def test_changed_images_are_another_plan(tmp_path):
     images = write_digits(tmp_path / "images", 20)
-    encode_folder(str(images), tmp_path / "out", str(VAE), resolution=32, shard_size=60, batch=16)
+    encode(images, tmp_path / "out")
     moved = next((images / "3").iterdir())
     moved.rename(images / "4" / moved.name)
     with pytest.raises(UserError, match="image_list_sha256"):
-        encode_folder(str(images), tmp_path / "out", str(VAE), resolution=32, shard_size=60, batch=16)
+        encode(images, tmp_path / "out")
     with pytest.raises(UserError, match="--resolution 30 is not a multiple of 4"):
-        encode_folder(str(images), tmp_path / "other", str(VAE), resolution=30, shard_size=60, batch=16)
+        encode(images, tmp_path / "other", resolution=30)
 
 
 def test_another_plan_is_refused(images, copy):
     with pytest.raises(UserError, match="encode_batch was 16, now 8"):
-        encode_folder(str(images), copy, str(VAE), resolution=32, shard_size=60, batch=8)
+        encode(images, copy, batch=8)
 
 
 def test_damage_is_named(copy):
@@ -158,6 +157,6 @@ def test_the_tool_survives_a_kill_and_refuses_mistakes(tmp_path):
 
 def test_unconditional_folder(tmp_path):
     images = write_digits(tmp_path / "flat", 20, classes=False)
-    encode_folder(str(images), tmp_path / "out", str(VAE), resolution=32, shard_size=100, batch=16)
+    encode(images, tmp_path / "out", shard_size=100)
     manifest = read_manifest(tmp_path / "out")
     assert manifest["num_classes"] == 0 and manifest["classes"] == []

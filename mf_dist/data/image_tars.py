@@ -1,0 +1,102 @@
+"""Images inside webdataset tars, listed without unpacking: names of members are labels, never paths.
+
+A sample is KEY.jpg (or another image suffix) with KEY.cls, the number of its class as text, beside it; without any .cls
+there are no classes. Order: tars by name, then members as they stand.
+"""
+
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mf_dist.data.images import SUFFIXES, ImageFolder, list_images
+from mf_dist.errors import UserError
+
+
+class _Place(NamedTuple):
+    tar: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ImageTars:
+    """The same fields as ImageFolder; paths are TAR/MEMBER."""
+
+    root: Path
+    paths: list[str]
+    labels: list[int]
+    classes: list[str]
+    places: list[_Place] = field(repr=False)
+
+    def read(self, i: int) -> bytes:
+        tar, offset, size = self.places[i]
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def sizes(self) -> list[int]:
+        return [place.size for place in self.places]
+
+
+def open_images(source: str) -> "ImageFolder | ImageTars":
+    """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused."""
+    if ":" in source.split("/")[0]:
+        raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
+    path = Path(source)
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
+    return list_tars(path, tars) if tars else list_images(path)
+
+
+def list_tars(root: Path, tars: list[Path]) -> ImageTars:
+    """UserError on anything that is no plain sample: links, devices, a key twice, an image without its class."""
+    images: dict[str, tuple[str, _Place]] = {}
+    classes: dict[str, int] = {}
+    for tar in tars:
+        for name, place in _members(tar):
+            stem, _, suffix = name.rpartition(".")
+            key = f"{tar.name}/{stem}"
+            if suffix == "cls":
+                classes[key] = _class_number(tar, name, place)
+            elif f".{suffix.lower()}" in SUFFIXES:
+                if key in images:
+                    raise UserError(f"{tar}: the key {stem!r} has two images")
+                images[key] = f"{tar.name}/{name}", place
+    if not images:
+        raise UserError(f"no images in the tars of {str(root)!r}")
+    missing = [key for key in images if key not in classes]
+    if classes and missing:
+        raise UserError(f"{missing[0]!r} in {str(root)!r} has an image but no .cls with its class")
+    names, places = zip(*images.values(), strict=True)
+    labels = [classes.get(key, 0) for key in images]
+    count = max(classes.values()) + 1 if classes else 0
+    return ImageTars(root, list(names), labels, [str(i) for i in range(count)], list(places))
+
+
+def _members(tar: Path) -> list[tuple[str, _Place]]:
+    found: dict[str, _Place] = {}
+    length = tar.stat().st_size if tar.is_file() else 0
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise UserError(f"{tar}: member {member.name!r} is no plain file; refused")
+                if member.offset_data + member.size > length:
+                    raise UserError(f"{tar}: ends inside member {member.name!r}; it is cut short")
+                if member.name in found:
+                    raise UserError(f"{tar}: member {member.name!r} stands twice")
+                found[member.name] = _Place(tar, member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read {tar}: {error}") from None
+    return list(found.items())
+
+
+def _class_number(tar: Path, name: str, place: _Place) -> int:
+    with open(tar, "rb") as file:
+        file.seek(place.offset)
+        text = file.read(min(place.size, 20)).decode("ascii", "replace").strip()
+    if not text.isdigit() or int(text) >= 1_000_000:
+        raise UserError(f"{tar}: member {name!r} holds {text!r}, expected the number of a class")
+    return int(text)

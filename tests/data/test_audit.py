@@ -1,0 +1,183 @@
+"""The corruption matrix: verify finds everything, the loader what would change a batch."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import run_python
+
+from mf_dist.data.audit import problems
+from mf_dist.data.shard_writer import Record, sha256_of, write_shard
+from mf_dist.data.shards import LatentShards, index_path
+from mf_dist.errors import UserError
+
+TAR = "shard-00001.tar"
+
+
+def found(folder):
+    try:
+        return list(problems(folder, lambda n: None))
+    except UserError as error:
+        return [str(error)]
+
+
+@pytest.fixture
+def copy(latents, tmp_path):
+    return shutil.copytree(latents, tmp_path / "copy")
+
+
+def rewrite(folder, change):
+    """The shard with its members changed, and manifest and index made to agree with the new bytes: what only
+    reading every sample can find."""
+    tar, members = folder / TAR, []
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            members.append((member.name, archive.extractfile(member).read()))
+    members = change(members)
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, raw in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1] |= {"bytes": tar.stat().st_size, "sha256": sha256_of(tar)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with np.load(index_path(tar)) as index:
+        entries = dict(index) | {"size": np.array(tar.stat().st_size), "sha256": np.array(sha256_of(tar))}
+    np.savez(index_path(tar), **entries)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def edit(members, g, change):
+    which = int(g.choice([i for i, (name, _) in enumerate(members) if name.endswith("moments.npy")]))
+    name, raw = members[which]
+    array = np.load(io.BytesIO(raw))
+    return [*members[:which], *change(name, array, members[which]), *members[which + 1 :]]
+
+
+def with_nan(array, g):
+    array = array.copy()
+    array.flat[g.integers(array.size)] = np.nan
+    return array
+
+
+BYTES = {
+    "truncated": lambda raw, g: raw[: g.integers(len(raw))],
+    "bit-flipped": lambda raw, g: flip(raw, g),
+    "empty": lambda raw, g: b"",
+    "garbage": lambda raw, g: g.bytes(len(raw)),
+}
+SAMPLES = {
+    "nan": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, npy(with_nan(a, g)))]),
+    "wrong shape": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, npy(a[:, :4]))]),
+    "wrong type": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, npy(a.astype(np.float32)))]),
+    "twice": lambda g: lambda m: edit(m, g, lambda name, a, old: [old, old]),
+    "gone": lambda g: lambda m: edit(m, g, lambda name, a, old: []),
+    "object array": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}")]),
+}
+
+
+def flip(raw, g):
+    changed = bytearray(raw)
+    changed[g.integers(len(changed))] ^= 1 << int(g.integers(8))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("kind", BYTES)
+def test_damaged_bytes(copy, kind, trial):
+    path, g = copy / TAR, np.random.default_rng(trial)
+    path.write_bytes(BYTES[kind](path.read_bytes(), g))
+    lines = found(copy)
+    assert lines and all(line.startswith("shard-00001") for line in lines)
+    if kind in ("truncated", "empty"):
+        with pytest.raises(UserError, match=TAR):
+            LatentShards(copy)
+
+
+@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_damaged_samples_behind_right_hashes(copy, kind, trial):
+    rewrite(copy, SAMPLES[kind](np.random.default_rng(trial)))
+    assert any(TAR in line for line in found(copy)), kind
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_a_wrong_index_is_refused_by_loader_and_verify(copy, trial):
+    g, path = np.random.default_rng(trial), index_path(copy / TAR)
+    with np.load(path) as index:
+        entries = dict(index)
+    name = ["offsets", "labels", "crc32", "sha256", "shape"][trial % 5]
+    if name == "sha256":
+        entries[name] = np.array("0" * 64)
+    elif name in ("labels", "offsets"):
+        entries[name][g.integers(len(entries[name]))] = 10**9
+    elif name == "crc32":
+        entries[name] = entries[name][:-1]
+    else:
+        entries[name] = entries[name] * 2
+    np.savez(path, **entries)
+    assert found(copy)
+    with pytest.raises(UserError, match=r"shard-00001.index.npz"):
+        LatentShards(copy)
+
+
+@pytest.mark.parametrize("what", ["tar missing", "index missing", "index of another shard", "extra tar", "other VAE"])
+def test_whole_files(copy, what):
+    if what == "tar missing":
+        (copy / TAR).unlink()
+    elif what == "index missing":
+        index_path(copy / TAR).unlink()
+    elif what == "index of another shard":
+        shutil.copy(index_path(copy / "shard-00000.tar"), index_path(copy / TAR))
+    elif what == "extra tar":
+        shutil.copy(copy / TAR, copy / "shard-00099.tar")
+        assert found(copy) == ["shard-00099.tar: not in the manifest"]
+        return
+    else:
+        from conftest import VAE
+        from mf_dist.latents import Vae
+
+        import torch
+
+        with pytest.raises(UserError, match="the latents were made with"):
+            Vae(str(VAE), torch.device("cpu"), {"sha256": "0" * 64, "scaling_factor": 1.0})
+        return
+    assert found(copy)
+    with pytest.raises(UserError, match=r"shard-00001"):
+        LatentShards(copy)
+
+
+def test_a_whole_dataset_has_no_problems(latents, images, tmp_path):
+    done = run_python("tools/latents.py", "verify", latents)
+    assert done.stdout == f"{latents}: valid\n"
+    assert "150 samples of 10 classes in 3 shards" in run_python("tools/latents.py", "stats", latents).stdout
+    out = tmp_path / "grid.png"
+    text = run_python("tools/latents.py", "show", latents, "--images", images, "--out", out).stdout
+    assert float(text.split("PSNR ")[1].split()[0]) > 30 and out.is_file()
+    (tmp_path / "empty").mkdir()
+    assert "no finished dataset" in run_python("tools/latents.py", "verify", tmp_path / "empty", expect=2).stderr
+
+
+def test_verify_exits_1_and_names_the_sample(copy):
+    raw = bytearray((copy / TAR).read_bytes())
+    raw[LatentShards(copy)._indices[1].offsets[7] + 100] ^= 1
+    (copy / TAR).write_bytes(raw)
+    text = run_python("tools/latents.py", "verify", copy, expect=1).stdout
+    assert "shard-00001.tar: other bytes than the manifest's sha256 says" in text and "sample 000000067: moments.npy has other numbers" in text
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    moments = np.ones((8, 4, 4), np.float16)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / TAR, [Record(3, moments, 1, "x.png", "00")], [])
+    assert (tmp_path / "a" / TAR).read_bytes() == (tmp_path / "b" / TAR).read_bytes()

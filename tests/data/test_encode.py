@@ -1,0 +1,97 @@
+"""Encoding by many tasks, mirrored images, images that cannot be read."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import VAE, encode, run_python, write_digits
+
+from mf_dist.data.images import list_images, load_image
+from mf_dist.data.loader import LatentStream
+from mf_dist.data.shards import LatentShards, read_manifest
+from mf_dist.errors import UserError
+from mf_dist.latents import Vae
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_any_number_of_tasks_makes_the_same_bytes(images, latents, tmp_path):
+    for number in (2, 0, 1):
+        assert read_manifest(tmp_path / "out") is None if number != 2 else True
+        encode(images, tmp_path / "out", task=(number, 3))
+    assert hashes(tmp_path / "out") == hashes(latents)
+    (tmp_path / "out/shard-00002.tar").unlink()
+    (tmp_path / "out/manifest.json").unlink()
+    encode(images, tmp_path / "out", task=(0, 2))  # shard 2 is now task 0's
+    assert hashes(tmp_path / "out") == hashes(latents)
+
+
+def test_unreadable_images_are_left_out_and_listed(tmp_path):
+    images = write_digits(tmp_path / "images", 60)
+    folder = list_images(images)
+    for i in (7, 40):
+        (images / folder.paths[i]).write_bytes(b"no image" * (i + 1))
+    with pytest.raises(UserError, match=r"1 of 60 images cannot be read, more than --max-bad-share 0.001 allows"):
+        encode(images, tmp_path / "out", shard_size=30)
+    encode(images, tmp_path / "out", shard_size=30, max_bad_share=0.05)
+    shards = LatentShards(tmp_path / "out")
+    assert shards.count == 58 and shards.manifest["source_count"] == 60
+    assert [folder.paths[i] in line for i, line in zip((7, 40), shards.manifest["skipped"], strict=True)] == [True] * 2
+    vae, left = Vae(str(VAE), torch.device("cpu")), [i for i in range(60) if i not in (7, 40)]
+    for row in (0, 7, 38, 57):  # no neighbour took the place of one that is missing
+        exact = vae.encode(torch.from_numpy(load_image(images / folder.paths[left[row]], 32))[None])[0]
+        np.testing.assert_allclose(shards[row][0], exact, rtol=2e-3, atol=1e-4)
+        assert shards[row][1] == folder.labels[left[row]]
+
+
+def test_a_shard_of_nothing_is_refused(tmp_path):
+    images = write_digits(tmp_path / "images", 20)
+    for path in list_images(images).paths[10:]:
+        (images / path).write_bytes(b"?")
+    with pytest.raises(UserError, match=r"no image of shard-00001.tar can be read"):
+        encode(images, tmp_path / "out", shard_size=10, max_bad_share=0.9)
+
+
+def test_mirrored_images_are_encoded_not_mirrored_latents(images, tmp_path):
+    encode(images, tmp_path / "out", flip=True)
+    shards, folder = LatentShards(tmp_path / "out"), list_images(images)
+    vae = Vae(str(VAE), torch.device("cpu"))
+    for i in (0, 61, 149):
+        image = load_image(folder.root / folder.paths[i], 32)
+        exact = vae.encode(torch.from_numpy(image[:, :, ::-1].copy())[None])[0]
+        flipped, label = shards.view(i, True)
+        np.testing.assert_allclose(flipped, exact, rtol=2e-3, atol=1e-4)
+        assert label == folder.labels[i] and not np.array_equal(flipped, shards[i][0])
+    plain, mirrored = (LatentStream(shards, 0, 64, folder_share(), flip) for flip in (False, True))
+    same = [np.array_equal(a, b) for a, b in zip(plain[0].moments, mirrored[0].moments, strict=True)]
+    assert 15 < sum(same) < 49, "half of them"
+    assert torch.equal(plain[0].e, mirrored[0].e) and torch.equal(plain[0].labels, mirrored[0].labels)
+
+
+def folder_share():
+    from fractions import Fraction
+
+    return Fraction(3, 4)
+
+
+def test_plain_latents_cannot_be_mirrored(tiny_config):
+    from mf_dist.config import load_config, resolve
+
+    config = load_config(str(tiny_config), ["data.flip=true"])
+    with pytest.raises(UserError, match="encode it with --flip"):
+        resolve(config, read_manifest(config.data.path), 1)
+
+
+def test_bf16_is_close_and_says_how_close(images, tmp_path):
+    tool = ["tools/encode_latents.py", "--images", images, "--vae", VAE, "--resolution", 32, "--precision", "bf16"]
+    text = run_python(*tool, "--out", tmp_path / "out", "--verify").stdout
+    error = float(text.split("relative error of mean ")[1].split(",")[0])
+    assert 1e-5 < error < 3e-2 and not (tmp_path / "out").exists()
+    run_python(*tool, "--out", tmp_path / "out", "--task", "0/1")
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["encode_precision"] == "bf16"
+    wrong = run_python(*tool, "--out", tmp_path / "out", "--task", "2/2", expect=2)
+    assert wrong.stderr.splitlines() == ["error: --task '2/2': expected I/N with 0 <= I < N"]

@@ -1,0 +1,105 @@
+"""Images inside tars: what is read, and what is refused."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import encode
+from PIL import Image
+
+from mf_dist.data.image_tars import open_images
+from mf_dist.data.images import decode_image, list_images
+from mf_dist.data.shards import LatentShards
+from mf_dist.errors import UserError
+
+
+def add(archive, name, raw, kind=tarfile.REGTYPE, declared=None):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(raw) if declared is None else declared, kind
+    if declared is None:
+        archive.addfile(member, io.BytesIO(raw))
+    else:
+        archive.fileobj.write(member.tobuf())
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(file, "png")
+    return file.getvalue()
+
+
+def test_tars_give_what_the_folder_gives(images, latents, tmp_path):
+    """The digits, packed into three tars in the folder's order: the same latents, byte for byte of each sample."""
+    folder = list_images(images)
+    for part in range(3):
+        with tarfile.open(tmp_path / f"part{part}.tar", "w") as archive:
+            for i in range(50 * part, 50 * part + 50):
+                add(archive, f"{i:06d}.png", folder.read(i))
+                add(archive, f"{i:06d}.cls", str(folder.labels[i]).encode())
+    tars = open_images(str(tmp_path))
+    assert tars.labels == folder.labels and tars.paths[51] == "part1.tar/000051.png"
+    assert np.array_equal(decode_image(tars.read(77), "", 32), decode_image(folder.read(77), "", 32))
+    encode(tmp_path, tmp_path / "out")
+    ours, theirs = LatentShards(tmp_path / "out"), LatentShards(latents)
+    for i in range(150):
+        assert np.array_equal(ours[i][0], theirs[i][0]) and ours[i][1] == theirs[i][1]
+
+
+def test_a_single_tar_without_classes(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(3):
+            add(archive, f"{i}.jpg.png", png(i))
+    tars = open_images(str(tmp_path / "a.tar"))
+    assert tars.classes == [] and tars.labels == [0, 0, 0]
+
+
+WRONG = {
+    "link": (lambda a: add(a, "x.png", b"", tarfile.SYMTYPE), "no plain file"),
+    "device": (lambda a: add(a, "x.png", b"", tarfile.CHRTYPE), "no plain file"),
+    "twice": (lambda a: [add(a, "x.png", png(1)) for _ in range(2)], "stands twice"),
+    "two images": (lambda a: [add(a, name, png(1)) for name in ("x.png", "x.bmp")], "has two images"),
+    "no class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"1"), add(a, "y.png", png(2))], "no .cls"),
+    "bad class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"cat")], "expected the number of a class"),
+    "huge class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"99999999999")], "expected the number"),
+    "huge size": (lambda a: add(a, "x.png", b"", declared=10**12), "cut short|cannot read"),
+    "nothing": (lambda a: add(a, "x.txt", b"text"), "no images"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_refused(tmp_path, name):
+    fill, message = WRONG[name]
+    archive = tarfile.open(tmp_path / "a.tar", "w")
+    fill(archive)
+    archive.close()
+    with pytest.raises(UserError, match=message):
+        open_images(str(tmp_path))
+
+
+def test_names_of_members_are_never_paths(tmp_path):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    with tarfile.open(inside / "a.tar", "w") as archive:
+        for name in ("../../escape.png", "/abs/evil.png"):
+            add(archive, name, png(5))
+    encode(inside, inside / "out", max_bad_share=0.5)
+    assert LatentShards(inside / "out").count == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"] and not (tmp_path.parent / "escape.png").exists()
+
+
+@pytest.mark.parametrize("source", ["pipe:cat x.tar", "https://host/x.tar", "s3://bucket/x.tar", "file:x.tar"])
+def test_urls_and_pipes_are_refused(source):
+    with pytest.raises(UserError, match="only local folders and tars"):
+        open_images(source)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_a_damaged_tar_is_named(tmp_path, damage):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(3):
+            add(archive, f"{i}.png", png(i) * 50)
+    raw = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes({"cut": raw[: len(raw) // 2], "garbage": b"?" * 5000, "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"a\.tar|no images"):
+        open_images(str(tmp_path))

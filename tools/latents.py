@@ -1,0 +1,97 @@
+"""Looks at a dataset of latents.
+
+python tools/latents.py verify data/imagenet256           # every byte, count and number; exit 1 if anything is wrong
+python tools/latents.py stats data/imagenet256            # classes, channels, what was left out
+python tools/latents.py show data/digits-latents --images data/digits --count 8 --out grid.png
+                                                          # sources above, decoded latents below, PSNR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("verify", "check everything"), ("stats", "print what there is")):
+        commands.add_parser(name, help=text).add_argument("data", type=Path, help="dataset folder")
+    show = commands.add_parser("show", help="decode some samples beside their sources")
+    show.add_argument("data", type=Path, help="dataset folder")
+    show.add_argument("--images", required=True, help="what was encoded: folder, .tar or folder of tars")
+    show.add_argument("--count", type=int, default=8, help="samples, evenly spread (default 8)")
+    show.add_argument("--vae", help="folder or hub id (default: the recorded one)")
+    show.add_argument("--out", type=Path, default=Path("latents.png"))
+    return parser.parse_args()
+
+
+def verify(args):
+    from mf_dist.data.audit import problems
+    from mf_dist.progress import progress
+
+    with progress(None, "sample", "verify") as bar:
+        found = list(problems(args.data, bar.update))
+    for line in found:
+        print(line)
+    print(f"{args.data}: {len(found)} problems" if found else f"{args.data}: valid")
+    return 1 if found else 0
+
+
+def stats(args):
+    from mf_dist.data.shards import LatentShards
+
+    manifest = LatentShards(args.data).manifest
+    vae = manifest["vae"]
+    print(f"{manifest['count']:,} samples of {manifest['num_classes']} classes in {len(manifest['shards'])} shards, "
+          f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**30:.2f} GiB")  # fmt: skip
+    print(f"latents ({manifest['latent_channels']}, {manifest['latent_size']}, {manifest['latent_size']}) of "
+          f"{manifest['resolution']} px images, {manifest['crop']}; mirrored too: {manifest['flip']}")  # fmt: skip
+    print(f"VAE {vae['source']}, sha256 {vae['sha256'][:16]}..., scale {vae['scaling_factor']:g}, encoded in "
+          f"{manifest['encode_precision']}")  # fmt: skip
+    for c, (mean, std) in enumerate(zip(manifest["channel_mean"], manifest["channel_std"], strict=True)):
+        print(f"channel {c}: mean {mean:.4f}, std {std:.4f}, scaled std {std * vae['scaling_factor']:.4f}")
+    for line in manifest["skipped"]:
+        print(f"left out: {line}")
+    return 0
+
+
+def show(args):
+    import numpy as np
+    import torch
+
+    from mf_dist.data.image_tars import open_images
+    from mf_dist.data.images import decode_image, image_grid
+    from mf_dist.data.shards import LatentShards
+    from mf_dist.latents import Vae
+
+    shards, source = LatentShards(args.data), open_images(args.images)
+    if shards.manifest["skipped"] or len(source.paths) != shards.count:
+        raise UserError(f"{args.images} has {len(source.paths)} images, the dataset {shards.count} samples: show needs "
+                        "the very images that were encoded, all of them readable")  # fmt: skip
+    if args.count < 1 or args.out.suffix != ".png":
+        raise UserError("--count must be at least 1 and --out end in .png")
+    recorded = shards.manifest["vae"]
+    vae = Vae(args.vae or recorded["source"], torch.device("cpu"), recorded)
+    chosen = np.linspace(0, shards.count - 1, min(args.count, shards.count)).astype(int)
+    pixels = [decode_image(source.read(i), source.paths[i], shards.manifest["resolution"]) for i in chosen]
+    means = np.stack([shards[i][0][: shards.manifest["latent_channels"]] for i in chosen]).astype(np.float32)
+    decoded = vae.decode(torch.from_numpy(means) * vae.scaling_factor).numpy()
+    error = np.mean((np.stack(pixels).astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))
+    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
+    image_grid(np.concatenate([pixels, decoded]), ["source", "decoded"]).save(args.out)
+    print(f"{args.out}: PSNR {psnr.mean():.1f} dB on average, {psnr.min():.1f} at worst, over {len(chosen)} samples")
+    return 0
+
+
+@command_line
+def main() -> int:
+    args = parse()
+    return {"verify": verify, "stats": stats, "show": show}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
