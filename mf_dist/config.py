@@ -32,6 +32,10 @@ class DataConfig:
     """Folder of latent shards written by tools/encode_latents.py."""
     num_workers: Whole = 2
     """Loader processes per rank; 0 loads in the training process. Never changes what is trained on."""
+    stage: Literal["off", "cache", "dir"] = "cache"
+    """Read every shard once, in order, while training begins: into the machine's page cache, or into stage_dir."""
+    stage_dir: Text | None = None
+    """Folder on a disk of each machine, for stage=dir, such as /scratch/latents."""
     flip: bool = False
     """Mirror half of the images (the paper does not); the dataset must be encoded with --flip."""
 
@@ -219,6 +223,8 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
         if said is not None and found is not None and said != found:
             raise UserError(f"model.{name} is {said}, but the dataset at {config.data.path!r} has {found}")
         taken[name] = found if said is None else said
+    if (config.data.stage == "dir") != (config.data.stage_dir is not None):
+        raise UserError("data.stage=dir and data.stage_dir=FOLDER belong together: set both or none")
     if config.data.flip and manifest and not manifest["flip"]:
         raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)

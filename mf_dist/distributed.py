@@ -19,6 +19,12 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.local_rank == 0
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +45,7 @@ def process_group() -> Iterator[Ranks]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield Ranks(rank, world_size, device)
+    yield Ranks(rank, world_size, device, local_rank)
     # only at a good end: after an error the others would wait here for a rank that is gone
     dist.barrier()  # the first to leave would break the connections of those still at work
     dist.destroy_process_group()

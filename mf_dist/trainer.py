@@ -19,6 +19,7 @@ from mf_dist.config_loader import to_tree
 from mf_dist.cost import checkpoint_bytes
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards, dataset_sha256
+from mf_dist.data.staging import Staging
 from mf_dist.distributed import Ranks, first_ranks_number
 from mf_dist.engine import MASTER, Engine
 from mf_dist.errors import UserError
@@ -63,7 +64,7 @@ class Trainer:
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks
-        self.shards = LatentShards(config.data.path)
+        self.shards = LatentShards(config.data.path, stage_dir=config.data.stage_dir)
         self.step, self.story = self._find()
         net = new_net(config.model, config.train.seed)
         if not self.step and config.train.init_from:
@@ -119,6 +120,9 @@ class Trainer:
         config, ranks = self.config, self.ranks
         seen, on_gpu = self.step * config.train.batch_size, ranks.device.type == "cuda"
         batches = training_batches(self.shards, config, seen, ranks.rank, ranks.world_size, on_gpu)
+        if config.data.stage != "off" and ranks.is_first_here:
+            stage_dir = Path(config.data.stage_dir) if config.data.stage_dir else None
+            Staging(self.shards.folder, self.shards.manifest, stage_dir, self._say)
         first_step, stop = self.step + 1, Stop.NO
         while self.step < config.total_steps and not stop:
             self._one_step(batches)

@@ -50,18 +50,20 @@ class LatentStream(Dataset[Batch]):
         slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)
         below = slots % self.share.denominator >= self.share.numerator
         slots = slots[np.argsort(below, kind="stable")]
-        rows = [self._row(int(slot)) for slot in slots]
-        moments, labels, posterior_noise, e, times, drops = (np.stack(column) for column in zip(*rows, strict=True))
+        channels, *side = self.shards.moments_shape
+        draws = [rng.train_draws(self.seed, int(slot), (channels // 2, *side)) for slot in slots]
+        *columns, mirrored = zip(*draws, strict=True)
+        posterior_noise, e, times, drops = (np.stack(column) for column in columns)
+        rows = [self._image(int(slot)) for slot in slots]
+        moments, labels = self.shards.batch(rows, [self.flip and bool(mirror) for mirror in mirrored])
         return Batch(*map(torch.from_numpy, (moments, labels, posterior_noise, e, times, drops)))
 
-    def _row(self, slot: int) -> tuple[np.ndarray, np.int64, np.ndarray, np.ndarray, np.ndarray, np.float32]:
-        channels, *side = self.shards.moments_shape
+    def _image(self, slot: int) -> int:
+        """Index of the image in a global slot."""
         epoch, place = divmod(slot, self.shards.count)
         if epoch not in self._orders:
             self._orders = {epoch: rng.order(self.seed, epoch, self.shards.count)}
-        *draws, mirrored = rng.train_draws(self.seed, slot, (channels // 2, *side))
-        moments, label = self.shards.view(int(self._orders[epoch][place]), self.flip and mirrored)
-        return moments, np.int64(label), *draws  # type: ignore[return-value]
+        return int(self._orders[epoch][place])
 
 
 class _MicroBatchesOfRank:

@@ -14,13 +14,13 @@ import json
 import math
 import zipfile
 import zlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mf_dist.data.staging import staged_path
 from mf_dist.errors import UserError
 
 FORMAT = 2
@@ -92,14 +92,20 @@ def dataset_sha256(manifest: dict[str, Any]) -> str:
 class LatentShards:
     """Images by index in [0, count), in the order of the source list."""
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any] | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, manifest: dict[str, Any] | None = None, stage_dir: str | None = None
+    ) -> None:
+        """`stage_dir`: where staging.py may put copies of the shards."""
+        self.folder, self.stage_dir = Path(folder), Path(stage_dir) if stage_dir else None
         manifest = manifest or read_manifest(folder)
         if manifest is None:
             raise UserError(f"no finished dataset at {str(folder)!r}; run tools/encode_latents.py first")
         self.manifest = manifest
         self.count: int = manifest["count"]
         self.moments_shape = (2 * manifest["latent_channels"], manifest["latent_size"], manifest["latent_size"])
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+        self._near: set[int] = set()
+        self._reads = 0
         self._nbytes = 2 * math.prod(self.moments_shape)
         self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
         self._indices = [self._checked_index(shard) for shard in manifest["shards"]]
@@ -128,14 +134,23 @@ class LatentShards:
             and bool((index.labels >= 0).all() and (index.labels < max(1, self.manifest["num_classes"])).all())
         )
 
-    @cached_property
-    def _mapped(self) -> list[npt.NDArray[np.uint8]]:
-        """The shards' bytes, mapped at first use, hence once per loader process."""
-        return [np.memmap(self.folder / shard["name"], np.uint8, "r") for shard in self.manifest["shards"]]
+    def _map(self, number: int) -> npt.NDArray[np.uint8]:
+        """A shard's bytes, mapped at first use, hence once per loader process; anew when its copy has come."""
+        self._reads += 1
+        if self.stage_dir and self._reads % 1000 == 0:  # look again whether more copies have come
+            self._maps = {n: mapped for n, mapped in self._maps.items() if n in self._near}
+        if number not in self._maps:
+            shard = self.manifest["shards"][number]
+            path = self.folder / shard["name"]
+            if self.stage_dir and staged_path(self.stage_dir, shard).is_file():
+                path = staged_path(self.stage_dir, shard)
+                self._near.add(number)
+            self._maps[number] = np.memmap(path, np.uint8, "r")
+        return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: another process makes its own."""
-        return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
+        return {**self.__dict__, "_maps": {}, "_near": set(), "_reads": 0}
 
     def __getitem__(self, index: int) -> tuple[Moments, int]:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
@@ -146,5 +161,12 @@ class LatentShards:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         row, found = index - int(self._starts[shard]), self._indices[shard]
         offset = (found.flipped if flipped else found.offsets)[row]
-        raw = self._mapped[shard][offset : offset + self._nbytes]
+        raw = self._map(shard)[offset : offset + self._nbytes]
         return raw.view(np.float16).reshape(self.moments_shape), int(found.labels[row])
+
+    def batch(self, rows: list[int], flipped: list[bool]) -> tuple[Moments, npt.NDArray[np.int64]]:
+        """(B, 2C, S, S) fp16 and labels (B,) of images by index, mirrored where `flipped`: each copied once."""
+        moments, labels = np.empty((len(rows), *self.moments_shape), np.float16), np.empty(len(rows), np.int64)
+        for i, (row, mirror) in enumerate(zip(rows, flipped, strict=True)):
+            moments[i], labels[i] = self.view(row, mirror)
+        return moments, labels

@@ -1,0 +1,78 @@
+"""Brings shards close to the readers: random reads of 16 KB from a shared disk would starve the first epoch.
+
+One process of a machine reads every shard once, in order: into the page cache where `stage_dir` is None, else into
+that folder of the local disk, verified by sha256 and renamed when whole. Readers take a shard from there as soon as it
+is; until then from the shared disk. Where the bytes come from changes nothing of a batch.
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CHUNK = 16 << 20
+
+
+class Staging:
+    """Runs in a thread of its own; `say` hears how far it is and what went wrong. Never ends a run."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], stage_dir: Path | None, say: Callable[[str], None]):
+        self.folder, self.manifest, self.stage_dir, self._say = folder, manifest, stage_dir, say
+        self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        shards = self.manifest["shards"]
+        try:
+            if self.stage_dir is not None:
+                self._check_room(self.stage_dir)
+            for number, shard in enumerate(shards, 1):
+                self._one(shard)
+                if number % max(1, len(shards) // 10) == 0 or number == len(shards):
+                    where = self.stage_dir or "the page cache"
+                    self._say(f"staged {number} of {len(shards)} shards in {where}")
+        except OSError as error:
+            self._say(f"warning: staging stopped ({error}); reading from {self.folder}")
+
+    def _check_room(self, stage_dir: Path) -> None:
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        missing = [s for s in self.manifest["shards"] if not staged_path(stage_dir, s).is_file()]
+        needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
+        if free < needed:
+            raise OSError(f"{stage_dir} has {free / 2**30:.1f} GiB free, the shards need {needed / 2**30:.1f}")
+
+    def _one(self, shard: dict[str, Any]) -> None:
+        source = self.folder / shard["name"]
+        if self.stage_dir is None:
+            for _ in _chunks(source):
+                pass
+            return
+        target = staged_path(self.stage_dir, shard)
+        if target.is_file():
+            return
+        partial, digest = target.with_suffix(".tmp"), hashlib.sha256()
+        with open(partial, "wb") as file:
+            for chunk in _chunks(source):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != shard["sha256"]:
+            partial.unlink()
+            raise OSError(f"{source} is not what the manifest says; run tools/latents.py verify")
+        os.replace(partial, target)
+
+
+def staged_path(stage_dir: Path, shard: dict[str, Any]) -> Path:
+    """Named by content, so that datasets can share a folder and nothing stale is ever read."""
+    return stage_dir / f"{shard['sha256']}.tar"
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk

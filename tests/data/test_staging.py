@@ -1,0 +1,61 @@
+"""Shards brought near: the same bytes, verified, and used as soon as they are there."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from mf_dist.data.shards import LatentShards
+from mf_dist.data.staging import Staging, staged_path
+
+
+@pytest.fixture
+def copy(latents, tmp_path):
+    return shutil.copytree(latents, tmp_path / "shared")
+
+
+def stage(folder, stage_dir):
+    said = []
+    Staging(folder, LatentShards(folder).manifest, stage_dir, said.append).wait()
+    return said
+
+
+def test_staged_shards_are_read_and_equal(copy, latents, tmp_path):
+    shards, whole = LatentShards(copy, stage_dir=str(tmp_path / "near")), LatentShards(latents)
+    assert np.array_equal(shards[70][0], whole[70][0])  # from the shared disk
+    assert stage(copy, tmp_path / "near")[-1] == f"staged 3 of 3 shards in {tmp_path / 'near'}"
+    for i in range(1200):  # it looks for the copies now and then
+        shards[i % 150]
+    assert shards._near == {0, 1, 2}
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(b"gone")  # nobody reads here any more
+    fresh = [shards[i] for i in range(150)]
+    assert all(np.array_equal(a[0], whole[i][0]) and a[1] == whole[i][1] for i, a in enumerate(fresh))
+
+
+def test_a_second_process_finds_them_there(copy, tmp_path):
+    stage(copy, tmp_path / "near")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "near").iterdir()}
+    assert len(stamps) == 3 and stage(copy, tmp_path / "near")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "near").iterdir()} == stamps
+
+
+def test_a_damaged_shard_is_not_staged(copy, tmp_path):
+    manifest = LatentShards(copy).manifest
+    raw = bytearray((copy / "shard-00001.tar").read_bytes())
+    raw[3000] ^= 1
+    (copy / "shard-00001.tar").write_bytes(raw)
+    assert "shard-00001.tar is not what the manifest says" in stage(copy, tmp_path / "near")[-1]
+    assert [path.name for path in (tmp_path / "near").iterdir()] == [staged_path(tmp_path, manifest["shards"][0]).name]
+
+
+def test_no_room_and_no_folder_are_warnings(copy, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("mf_dist.data.staging.shutil.disk_usage", lambda path: usage)
+    assert "GiB free, the shards need" in stage(copy, tmp_path / "near")[-1]
+    (tmp_path / "file").write_text("")
+    assert stage(copy, tmp_path / "file")[-1].startswith("warning: staging stopped")
+
+
+def test_the_page_cache_alone(copy):
+    assert stage(copy, None) == [f"staged {n} of 3 shards in the page cache" for n in (1, 2, 3)]

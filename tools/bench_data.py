@@ -1,0 +1,194 @@
+"""Times the data path: decoding images, and reading latents beside WebDataset's own reader.
+
+    python tools/bench_data.py --images data/digits          # decode and crop, images/s and core
+    python tools/bench_data.py --samples 20000               # reading, on synthetic latents, warm cache
+    python tools/bench_data.py --index 1281167               # opening, shuffling, seeking at ImageNet's size
+
+Each part in one process on one thread; rates are medians over --rounds, ratios are taken within a round. "read" makes
+ready batches of moments and labels in random order; "whole" adds everything random of a training step.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+BATCH = 256
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--images", help="folder, .tar or folder of tars to decode")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crop (default 256)")
+    parser.add_argument("--samples", type=int, help="latents (8, 32, 32) fp16 to write and read")
+    parser.add_argument("--index", type=int, help="samples of a synthetic dataset to open")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if not (args.images or args.samples or args.index) or args.rounds < 1:
+        raise UserError("give at least one of --images, --samples and --index, and --rounds of at least 1")
+    return args
+
+
+def bench_decode(args):
+    """Images per second and core, and where the time goes."""
+    import io
+
+    from PIL import Image
+
+    from mf_dist.data.image_tars import open_images
+    from mf_dist.data.images import centre_crop
+
+    source = open_images(args.images)
+    raw = [source.read(i) for i in range(min(200, len(source.paths)))]
+    decode, crop = [], []
+    for _ in range(args.rounds):
+        start = time.process_time()
+        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in raw]
+        middle = time.process_time()
+        for image in opened:
+            centre_crop(image, args.resolution)
+        crop.append((time.process_time() - middle) / len(raw))
+        decode.append((middle - start) / len(raw))
+    a, b = statistics.median(decode), statistics.median(crop)
+    kib = sum(map(len, raw)) / len(raw) / 1024
+    print(f"decode and crop to {args.resolution} px: {1 / (a + b):.0f} images/s and core ({len(raw)} images of "
+          f"{kib:.0f} KiB; decoding {a * 1e3:.1f} ms, cropping {b * 1e3:.1f} ms)")  # fmt: skip
+
+
+def write_latents(folder, count, per_shard=5000):
+    """Random moments as the encoder would have written them."""
+    import numpy as np
+
+    from mf_dist.data.shard_writer import Record, write_json, write_shard
+    from mf_dist.data.shards import FORMAT, read_index, shard_name
+
+    g, shards = np.random.default_rng(0), []
+    for number, first in enumerate(range(0, count, per_shard)):
+        block = range(first, min(first + per_shard, count))
+        moments = g.standard_normal((len(block), 8, 32, 32), dtype=np.float32).astype(np.float16)
+        records = [Record(i, row, i % 1000, "synthetic", "") for i, row in zip(block, moments, strict=True)]
+        write_shard(folder / shard_name(number), records, [])
+        index = read_index(folder / shard_name(number))
+        shards.append({"name": shard_name(number), "count": len(block), "bytes": index.size, "sha256": index.sha256})
+    write_json(folder / "manifest.json", manifest(count, shards, FORMAT))
+
+
+def manifest(count, shards, version):
+    return {
+        "format": version, "count": count, "latent_size": 32, "latent_channels": 4, "num_classes": 1000,
+        "classes": [str(i) for i in range(1000)], "flip": False, "shards": shards,
+        "vae": {"source": "none", "sha256": "", "scaling_factor": 0.18215},
+    }  # fmt: skip
+
+
+def reading_forms(folder, samples):
+    """label -> what goes once through all samples in batches and yields their sizes."""
+    import numpy as np
+    import torch
+    import webdataset
+
+    from mf_dist.data.loader import LatentStream
+    from mf_dist.data.shards import LatentShards
+
+    shards = LatentShards(folder)
+    order = np.random.default_rng(0).permutation(samples).tolist()
+
+    def theirs():
+        urls = [str(Path(folder) / shard["name"]) for shard in shards.manifest["shards"]]
+        loader = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
+        for moments, labels in loader.batched(BATCH):
+            yield len(torch.from_numpy(moments)) and len(labels)
+
+    def read():
+        for first in range(0, samples, BATCH):
+            rows = order[first : first + BATCH]
+            moments, labels = shards.batch(rows, [False] * len(rows))
+            yield len(torch.from_numpy(moments)) and len(labels)
+
+    def whole():
+        stream = LatentStream(shards, 0, BATCH, Fraction(3, 4), False)
+        for j in range(samples // BATCH):
+            yield len(stream[j].labels)
+
+    return {"WebDataset, decoded, in order": theirs, "ours, read, random order": read, "ours, whole": whole}
+
+
+def bench_reading(args):
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_latents(Path(folder), args.samples)
+        forms = reading_forms(folder, args.samples)
+        rates = {label: [] for label in forms}
+        for _ in range(args.rounds + 1):  # the first fills the page cache
+            for label, form in forms.items():
+                start = time.process_time()
+                count = sum(form())
+                rates[label].append(count / (time.process_time() - start))
+    theirs = next(iter(rates.values()))
+    for label, found in rates.items():
+        ratios = [a / b for a, b in zip(found[1:], theirs[1:], strict=True)]
+        rate, ratio = statistics.median(found[1:]), statistics.median(ratios)
+        print(f"{label:32}{rate:10,.0f} samples/s and core, {ratio:.2f} times WebDataset "
+              f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+
+
+def bench_index(args):
+    """A dataset without tars' bytes: files of the right size, synthetic offsets."""
+    import numpy as np
+
+    from mf_dist import rng
+    from mf_dist.data.loader import LatentStream
+    from mf_dist.data.shard_writer import write_json
+    from mf_dist.data.shards import FORMAT, LatentShards, index_path, shard_name
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, shards, member = Path(name), [], 20480
+        for number, first in enumerate(range(0, args.index, 10_000)):
+            count = min(10_000, args.index - first)
+            tar = folder / shard_name(number)
+            with open(tar, "wb") as file:
+                file.truncate(count * member)
+            columns = {"offsets": np.arange(count) * member + 1024, "flipped": np.zeros(0, np.int64),
+                       "labels": np.arange(count) % 1000, "crc32": np.zeros(count, np.uint32),
+                       "flipped_crc32": np.zeros(0, np.uint32), "skipped": np.array([], np.str_)}  # fmt: skip
+            np.savez(index_path(tar), **columns, shape=[8, 32, 32], size=count * member, sha256="x")
+            shards.append({"name": tar.name, "count": count, "bytes": count * member, "sha256": "x"})
+        write_json(folder / "manifest.json", manifest(args.index, shards, FORMAT))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        opened = LatentShards(folder)
+        opening = time.perf_counter() - start
+        start = time.perf_counter()
+        rng.order(0, 1, args.index)
+        shuffling = time.perf_counter() - start
+        start = time.perf_counter()
+        _ = LatentStream(opened, 0, 32, Fraction(3, 4), False)[100 * args.index // 32]
+        seeking = time.perf_counter() - start
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(f"{args.index:,} samples in {len(shards)} shards: open {opening:.2f} s, shuffle {shuffling:.2f} s, "
+              f"first batch after seeking 100 epochs {seeking:.2f} s; {grown:.0f} MiB more")  # fmt: skip
+
+
+@command_line
+def main() -> None:
+    args = parse()
+    if args.images:
+        bench_decode(args)
+    if args.samples:
+        bench_reading(args)
+    if args.index:
+        bench_index(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
