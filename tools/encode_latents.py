@@ -77,7 +77,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, torch.get_num_threads() // launched_place().world_size))
+        torch.set_num_threads(1)  # the last bits of a convolution depend on it, and shards must not on who makes them
     vae = Vae(args.vae, device, precision=args.precision)
     encoding = Encoding(args.resolution, args.shard_size, args.batch, args.flip, args.max_bad_share)
     if args.verify:

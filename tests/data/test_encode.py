@@ -95,3 +95,40 @@ def test_bf16_is_close_and_says_how_close(images, tmp_path):
     assert json.loads((tmp_path / "out/manifest.json").read_text())["encode_precision"] == "bf16"
     wrong = run_python(*tool, "--out", tmp_path / "out", "--task", "2/2", expect=2)
     assert wrong.stderr.splitlines() == ["error: --task '2/2': expected I/N with 0 <= I < N"]
+
+
+@pytest.mark.dist
+def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
+    """torchrun with two processes, killed -9 again and again at seeded moments, against one process left alone."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    images = write_digits(tmp_path / "images", 300)
+    command = ["tools/encode_latents.py", "--images", images, "--vae", VAE, "--resolution", 32, "--shard-size", 10,
+               "--batch", 4]  # fmt: skip
+    run_python(*command, "--out", tmp_path / "alone")
+    g, kills = np.random.default_rng(0), 0
+    for _ in range(20):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command), "--out", str(tmp_path / "out"), "--task", f"{i}/2"],
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        deadline = time.monotonic() + float(g.uniform(4.5, 7.0))  # importing takes the first seconds
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kills += sum(rank.poll() is None for rank in ranks)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+            rank.wait()
+        if (tmp_path / "out/manifest.json").is_file():
+            break
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_python(*launcher, *command, "--out", tmp_path / "out")
+    assert {k: v for k, v in hashes(tmp_path / "out").items() if "tmp" not in k} == hashes(tmp_path / "alone")
+    print(f"{kills} kills")

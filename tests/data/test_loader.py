@@ -103,3 +103,34 @@ def test_loading_draws_nothing_from_the_global_generators(tiny_config, latents):
     global_rows(tiny_config, [], latents, 1)
     assert torch.equal(torch_state, torch.random.get_rng_state())
     assert np.array_equal(numpy_state, np.random.get_state()[1])
+
+
+@pytest.mark.dist
+def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tmp_path, tiny_config):
+    """Every image exactly once an epoch, in another order each."""
+    from conftest import encode
+
+    encode(images, tmp_path / "seven", shard_size=22)
+    shards = LatentShards(tmp_path / "seven")
+    assert len(shards.manifest["shards"]) == 7
+    number = {shards[i][0].tobytes(): i for i in range(150)}
+    options = [f"data.path={tmp_path / 'seven'}", "train.batch_size=60", "train.micro_batch=20", "data.num_workers=4",
+               "train.total_images=1500"]  # fmt: skip
+    config = resolve(load_config(str(tiny_config), options), shards.manifest, 3)
+    ranks = [training_batches(shards, config, 0, rank, 3, pin_memory=False) for rank in range(3)]
+    seen = []
+    for _ in range(config.total_steps):
+        step = np.empty(60, int)
+        for rank, batches in enumerate(ranks):
+            batch = next(batches)
+            step[20 * rank : 20 * rank + 20] = [number[m.numpy().tobytes()] for m in batch.moments]
+        seen.append(step)
+    assert all(next(batches, None) is None for batches in ranks)
+    stream = np.concatenate(seen)
+    # rows are ordered inside a micro-batch, so an epoch of 150 ends inside a step: compare with the order itself
+    order = np.concatenate([rng.order(config.train.seed, epoch, 150) for epoch in range(10)])
+    for first in range(0, 1500, 20):
+        assert sorted(stream[first : first + 20]) == sorted(order[first : first + 20])
+    for epoch in range(10):
+        assert sorted(order[150 * epoch : 150 * epoch + 150]) == list(range(150))
+    assert not np.array_equal(order[:150], order[150:300])
