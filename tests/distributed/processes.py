@@ -54,8 +54,9 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, out, argv, ranks=1, faults=()):
-        """The command on `ranks` processes; a fault with a `rank` holds there, others on rank 0. Returns the pids."""
+    def start(self, out, argv, ranks=1, faults=(), script=None):
+        """The training command, or a script, on `ranks` processes; a fault with a `rank` holds there, others on rank 0.
+        Returns the pids."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -64,7 +65,11 @@ class Zygote:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             mine = [fault for fault in faults if fault.get("rank", 0) == rank]
-            pids.append(self.ask(argv=[str(a) for a in argv], env=env, out=str(out), faults=mine)["pid"])
+            pids.append(
+                self.ask(
+                    argv=[str(a) for a in argv], env=env, out=str(out), faults=mine, script=script and str(script)
+                )["pid"]
+            )
         return pids
 
     def wait(self, pids, seconds=120):
@@ -83,8 +88,8 @@ class Zygote:
             time.sleep(0.01)
         return [codes[pid] for pid in pids]
 
-    def run(self, out, argv, ranks=1, faults=()):
-        return self.wait(self.start(out, argv, ranks, faults))
+    def run(self, out, argv, ranks=1, faults=(), script=None):
+        return self.wait(self.start(out, argv, ranks, faults, script))
 
     def has_ended(self, pid):
         try:

@@ -1,7 +1,8 @@
 """Starts training processes fast: imports everything once, then forks a child for each request.
 
-Reads JSON lines {"argv": [...], "env": {...}, "out": FILE, "faults": [...]} and answers {"pid": N}; a line {"wait": N}
-is answered {"code": N} when that child is gone (negative: killed by that signal). Children run the real command line.
+Reads JSON lines {"argv": [...], "env": {...}, "out": FILE, "faults": [...], "script": null or FILE} and answers
+{"pid": N}; a line {"wait": N} is answered {"code": N} when that child is gone (negative: killed by that signal). Children
+run the real training command, or the script.
 
 A fault is a dict with `do` and a condition. do: kill (SIGKILL, which nothing can catch), term (SIGTERM), usr1, freeze
 (SIGSTOP), exit, raise, memory (out of it), sleep, pause (a little), the name of an errno to raise, or short (a write
@@ -19,6 +20,7 @@ not finite in that step.
 import errno
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -169,6 +171,8 @@ def child(request):
     sys.argv = ["train", *request["argv"]]
     install(request.get("faults", []))
     try:
+        if request.get("script"):
+            runpy.run_path(request["script"], run_name="__main__")
         leave(train.main())
     except BaseException:
         import traceback
