@@ -7,6 +7,7 @@ small all-reduce on CPUs (which waits for no GPU) at each border takes the maxim
 import os
 import signal
 import time
+from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -31,20 +32,22 @@ class Stop(IntEnum):
         return {
             Stop.NO: "",
             Stop.TIME: "the time limit is near",
-            Stop.FILE: f"{stop_file} exists; remove it before you start again",
+            Stop.FILE: f"{stop_file} exists; remove it to go on",
             Stop.SIGUSR1: "SIGUSR1",
             Stop.SIGTERM: "SIGTERM",
         }[self]
 
 
 class Border:
-    def __init__(self, run_dir: Path, is_first: bool, max_hours: float) -> None:
+    def __init__(self, run_dir: Path, is_first: bool, max_hours: float, timeout: timedelta) -> None:
         self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_first, Stop.NO
         ends = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
         self._ends = min([*ends, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
         self.margin = MARGIN
         world = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo") if world > 1 and dist.get_backend() != "gloo" else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timeout) if world > 1 and dist.get_backend() != "gloo" else None
+        )
         self._is_alone = world == 1
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 

@@ -19,8 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_dist.data.shard_writer import sha256_of
+from mf_dist.durable import sha256_of
 from mf_dist.errors import UserError
+
+REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
+"""Files without which nothing can be resumed; an EMA beside them."""
+STATE = ("step", "samples_seen", "config", "guard")
+"""Keys of state.json that resuming needs."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,11 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
                 raise UserError(f"{path} is missing or not what its manifest says; use an older checkpoint")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state["step"], int):
-            raise TypeError("state.json: step")
+        missing = [name for name in REQUIRED if name not in entries] + [key for key in STATE if key not in state]
+        if missing or not any(name.startswith("ema-") for name in entries):
+            raise KeyError(missing[0] if missing else "ema-DECAY.safetensors")
+        if step_folder(folder.parent, state["step"]).name != folder.name:
+            raise ValueError(f"it holds step {state['step']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no checkpoint ({error})") from None
     return Checkpoint(folder, state, sha256_of(folder / "manifest.json"))

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,9 @@ class Ranks:
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Joins the launcher's process group, or makes one of a single process that opens no port."""
+def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
+    """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
+    a rank may wait for the others in one operation."""
     rank, world_size, local_rank = launched_place()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if torch.cuda.is_available():
@@ -42,7 +44,7 @@ def process_group() -> Iterator[Ranks]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if world_size > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield Ranks(rank, world_size, device, local_rank)

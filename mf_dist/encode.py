@@ -19,8 +19,9 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, decode_image
-from mf_dist.data.shard_writer import Record, is_whole, write_json, write_shard
+from mf_dist.data.shard_writer import Record, is_whole, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, read_index, shard_name
+from mf_dist.durable import write_json
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 from mf_dist.progress import progress

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake the user can mend: the text says what, where, what was expected and how to fix it."""
 
 
+class Unrecorded(UserError):
+    """A refusal that leaves status.json as it is: rank 0 has written why, or the run is another process's."""
+
+
 def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
     """Makes `main` a program whose exit code is what main returns, or 0: a UserError, or a file that cannot be used, is
     one line on stderr and exit code 2."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from mf_dist.data.images import Pixels, list_images, load_image
-from mf_dist.data.shard_writer import write_json
+from mf_dist.durable import write_json
 from mf_dist.errors import UserError
 from mf_dist.features import FeatureNetwork
 from mf_dist.generate import BLOCK, Trained

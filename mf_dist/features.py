@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mf_dist.data.shard_writer import sha256_of
+from mf_dist.durable import sha256_of
 from mf_dist.errors import UserError
 
 WEIGHTS = "model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.data.shard_writer import sha256_of
+from mf_dist.durable import sha256_of
 from mf_dist.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -46,8 +46,12 @@ class Logger:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one status line; `metrics` has step and samples_seen."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        line = json.dumps(metrics, allow_nan=False) + "\n"
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            self.say(f"warning: cannot write {self._path}: {error}; training goes on, this line is lost")
         self.say(_status_line(metrics, self.total_steps))
         self._to_wandb(lambda run: run.log(metrics, step=metrics["step"]))
 

@@ -6,6 +6,7 @@ All methods are called by every rank, at the same steps.
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mf_dist.engine import Engine
 from mf_dist.errors import UserError
 from mf_dist.saver import Retention, Saver, Share
 from mf_dist.status import Status
-from mf_dist.watchdog import Watchdog
+from mf_dist.watchdog import Watchdog, longest_wait
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: a disk may come back, but training for nothing must end."""
@@ -30,7 +31,10 @@ class Safekeeping:
         """Where the run stands."""
         self.saved_step = 0
         """The step of the last save begun or found; -1 after a save that failed."""
-        self.border = Border(Path(config.run_dir), ranks.is_first, config.train.max_hours)
+        self.committed_step = 0
+        """The step of the last checkpoint that is whole."""
+        timeout = timedelta(seconds=longest_wait(config.train.hang_seconds))
+        self.border = Border(Path(config.run_dir), ranks.is_first, config.train.max_hours, timeout)
         self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, neighbours(ranks.device), self.fail)
         keep, self.root = config.checkpoint, Path(config.run_dir) / "checkpoints"
         metrics = Path(config.run_dir) / "eval/metrics.json"
@@ -43,6 +47,7 @@ class Safekeeping:
         if self.step == self.saved_step:
             return
         with self.watchdog.patient():
+            start = time.perf_counter()
             self.finish_save()
             problem = self.saver.prepare(self.step) if self.ranks.is_first else None
             if first_ranks_number(int(problem is not None), self.ranks.device):
@@ -50,18 +55,22 @@ class Safekeeping:
                 return
             self._began = time.perf_counter()
             self.saver.begin(engine.state(), list(engine.kinds), state)
-            self._say(f"saving step {self.step}: training waited {time.perf_counter() - self._began:.2f} s for it")
+            now = time.perf_counter()
+            before = f" after {self._began - start:.2f} s for the save before" if self._began - start > 0.1 else ""
+            self._say(f"saving step {self.step}: training waited {now - self._began:.2f} s for it{before}")
             self.saved_step, self._is_saving = self.step, True
 
     def meet_others(self) -> Stop:
         """The border after a step: hears of saves that ended and of requests to stop."""
-        stop, has_failed, is_running = self.border.agree(self.saver.error is not None, self.saver.is_running)
+        is_running = self.saver.is_running  # asked first: a save that ends after this has set its outcome by then
+        has_failed = self._is_saving and not is_running and self.saver.has_failed
+        stop, has_failed, is_running = self.border.agree(has_failed, is_running)
         if has_failed:
             self.saver.give_up()
             self.saver.wait()
             self._note_failure(self.saver.error)
         elif self._is_saving and not is_running:
-            self._is_saving, self._failures = False, 0
+            self._is_saving, self._failures, self.committed_step = False, 0, self.saved_step
             if self.saver.committed:
                 seconds = time.perf_counter() - self._began
                 self.border.margin = MARGIN + 2 * seconds
@@ -70,15 +79,14 @@ class Safekeeping:
         return stop
 
     def finish_save(self) -> None:
-        """Waits for the save in the background."""
+        """Waits for the save in the background. No beat here: a writer that hangs must be noticed."""
         while self._is_saving:
             self.meet_others()
-            self.watchdog.beat()
             time.sleep(0.02)
 
     def _note_failure(self, problem: str | None) -> None:
         """Training goes on: the checkpoint before is untouched, and the next save may succeed."""
-        self.saver.error, self._is_saving, self.saved_step = None, False, -1
+        self._is_saving, self.saved_step = False, -1
         self._failures += 1
         self._problem = problem or "another rank failed to write"
         if problem:
@@ -87,20 +95,22 @@ class Safekeeping:
             raise UserError(f"{self._failures} saves in a row failed; the last: {self._problem}")
 
     def end(self, engine: Engine, state: dict[str, Any], stop: Stop, images: int) -> None:
-        """The last save, and why the run ended."""
-        self.begin_save(engine, state)
-        with self.watchdog.patient():
-            self.finish_save()
-        if self.saved_step != self.step:
-            raise UserError(f"the last step, {self.step}, is not saved: {self._problem}")
+        """The last save, tried as often as saves may fail in a row, and why the run ended."""
+        while self.committed_step != self.step:
+            self.begin_save(engine, state)
+            with self.watchdog.patient():
+                self.finish_save()
         if self.ranks.is_first:
-            self.root.touch()  # the run that tools/fid_eval.py takes is the one that ended last
+            if self.root.is_dir():
+                self.root.touch()  # the run that tools/fid_eval.py takes is the one that ended last
             where, why = f"step {self.step} ({images} images)", stop.words(self.border.stop_file)
             self.status.end("stopped" if stop else "finished", self.step, why)
-            self._say(f"stopped at {where}: {why}. The same command goes on" if stop else f"finished at {where}")
+            self._say(f"stopped at {where}: {why}" if stop else f"finished at {where}")
 
     def fail(self, reason: str) -> None:
+        """Records the failure, after a save that is being written had a minute to end."""
         self.status.end("failed", self.step, reason)
+        self.saver.wait(60)
 
     def close(self) -> None:
         self.watchdog.stop()

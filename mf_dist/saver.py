@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint import step_folder, step_folders
-from mf_dist.data.shard_writer import sync_folder, write_json
+from mf_dist.durable import sync_folder, write_json
 from mf_dist.errors import UserError
 
 CHUNK = 64 << 20
@@ -58,8 +60,7 @@ class Saver:
     def prepare(self, step: int) -> str | None:
         """Rank 0, before any rank begins: an empty step-N.tmp. Returns what went wrong."""
         try:
-            for stale in self.root.glob("step-*.tmp"):
-                shutil.rmtree(stale)
+            remove_stale(self.root)
             step_folder(self.root, step).with_suffix(".tmp").mkdir(parents=True)
         except OSError as error:
             return self._explain(error)
@@ -81,9 +82,14 @@ class Saver:
         """Another rank failed: wait for nobody, remove what was written."""
         self._given_up.set()
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+
+    @property
+    def has_failed(self) -> bool:
+        """Of a save that has ended: whether this rank did not do its part."""
+        return self.error is not None or (self.share.rank == 0 and self.committed is None)
 
     def _run(self, mine: dict[str, dict[str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
         folder = step_folder(self.root, state["step"])
@@ -98,10 +104,12 @@ class Saver:
             if self.share.rank == 0 and self._all_written(partial, kinds):
                 commit(partial, folder, kinds, state)
                 self.committed = folder
-                self.keep.apply(self.root, folder)
-        except Exception as error:
+        except BaseException as error:
+            self.error = str(error)  # before anything that can fail on a broken disk
             self.error = self._explain(error)
-        if self.share.rank == 0 and self.committed is None:
+        if self.committed:
+            self.keep.apply(self.root, folder)
+        elif self.share.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _all_written(self, partial: Path, kinds: list[str]) -> bool:
@@ -111,24 +119,35 @@ class Saver:
             time.sleep(0.02)
         return False
 
-    def _explain(self, error: Exception) -> str:
-        here = self.root if self.root.is_dir() else self.root.parent
-        free = f"{shutil.disk_usage(here).free >> 20} MiB free there" if here.is_dir() else "no such folder"
+    def _explain(self, error: BaseException) -> str:
+        try:
+            here = self.root if self.root.is_dir() else self.root.parent
+            free = f"{shutil.disk_usage(here).free >> 20} MiB free there"
+        except OSError as other:
+            free = f"the disk does not answer ({other.strerror})"
         return f"cannot write a checkpoint to {self.root}: {error}; {free}"
+
+
+def remove_stale(root: Path) -> None:
+    """What saves left that never ended."""
+    for stale in root.glob("step-*.tmp"):
+        shutil.rmtree(stale)
 
 
 def check_room(root: Path, checkpoint_bytes: int) -> None:
     """UserError unless there is room for two checkpoints, those that are there counted: the newest stays until the
     next is whole."""
     here = root
+    with suppress(OSError):
+        remove_stale(root)
     while not here.is_dir():
         here = here.parent
     needed = checkpoint_bytes * max(1, 2 - len(step_folders(root)))
     free = shutil.disk_usage(here).free
     if free < needed:
         raise UserError(
-            f"{here} has {free / 2**30:.2f} GiB free, checkpoints need {needed / 2**30:.2f} GiB: make room, or choose "
-            "another run_dir"
+            f"{here} has {free / 2**20:,.1f} MiB free, checkpoints need {needed / 2**20:,.1f} MiB: make room, or "
+            "choose another run_dir"
         )
 
 
@@ -154,7 +173,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 digest.update(data[start : start + CHUNK])
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    size = 8 + len(text) + offset
+    if path.stat().st_size != size:
+        raise OSError(f"{path} has {path.stat().st_size} bytes, {size} were written")
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any]) -> None:
@@ -165,9 +187,6 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
     for kind in kinds:
         files[f"{kind}.safetensors"] = json.loads((partial / f"{kind}.json").read_text(encoding="utf-8"))
         (partial / f"{kind}.json").unlink()
-    for name, entry in files.items():
-        if (partial / name).stat().st_size != entry["bytes"]:
-            raise OSError(f"{name} is shorter than what was written to it")
     write_json(partial / "manifest.json", {"files": files})
     if folder.exists():  # only an invalid one can stand there
         shutil.rmtree(folder)
@@ -192,9 +211,13 @@ class Retention:
         return [path for path in candidates if not self._is_milestone(path) and int(path.name[5:]) != best]
 
     def apply(self, root: Path, latest: Path) -> None:
-        """After `latest` was committed. A folder that cannot be removed is tried again after the next save."""
-        for old in self.superfluous([path for path in step_folders(root) if path.name <= latest.name]):
-            remove(old)
+        """After `latest` was committed. What cannot be removed is tried again after the next save; nothing of this
+        makes the save a failure."""
+        try:
+            for old in self.superfluous([path for path in step_folders(root) if path.name <= latest.name]):
+                remove(old)
+        except Exception as error:
+            print(f"warning: older checkpoints stay ({error!r})", file=sys.stderr, flush=True)
 
     def _is_milestone(self, folder: Path) -> bool:
         if not self.every_images:
@@ -207,14 +230,18 @@ class Retention:
         return bool(seen // self.every_images > since // self.every_images)
 
     def _best_step(self) -> int | None:
+        scores = self.scores()
+        return min(scores)[1] if scores else None
+
+    def scores(self) -> list[tuple[float, int]]:
+        """(value, step) of every measurement of `best`."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
-            return None
+            return []
         try:
             entries = json.loads(self.metrics.read_text(encoding="utf-8"))
-            scores = [(e["value"], e["step"]) for e in entries if e["metric"] == self.best and "step" in e]
-        except (ValueError, KeyError, TypeError):
-            return None
-        return int(min(scores)[1]) if scores else None
+            return [(float(e["value"]), int(e["step"])) for e in entries if e["metric"] == self.best and "step" in e]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
 
 def remove(folder: Path) -> None:

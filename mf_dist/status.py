@@ -6,22 +6,25 @@ status: running | finished (all steps done) | stopped (asked to; start again to 
 again and again without a new checkpoint; do not start again by machine). Written by rename, hence never half.
 """
 
+import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mf_dist.data.shard_writer import write_json
-from mf_dist.errors import UserError
+from mf_dist.durable import write_json
+from mf_dist.errors import Unrecorded, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""
 
 
 class Status:
-    """The file of one run. begin on rank 0 at a start; end on whichever rank knows."""
+    """The file of one run. begin on rank 0 at a start; end on whichever rank knows; a lock lets one at a time."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "status.json"
@@ -32,11 +35,18 @@ class Status:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        numbers = ("step", "committed_step", "starts_without_progress")
+        if not isinstance(found, dict) or any(not isinstance(found.get(name, 0), int) for name in numbers):
+            return {}
+        return found
 
     def begin(self, step: int) -> None:
         """Counts a start from checkpoint `step`; UserError for the one that makes a crash loop. A start after a crash
         loop was declared is a person's, and counts from 1 again."""
+        with self._alone():
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
         before = self.read()
         starts = 1
         if before.get("status") in ("running", "failed") and before.get("committed_step") == step:
@@ -50,15 +60,55 @@ class Status:
 
     def committed(self, step: int) -> None:
         """A checkpoint of this step is safe."""
-        self._write("running", step, "", committed_step=step, starts_without_progress=0)
+        with self._alone():
+            self._write("running", step, "", committed_step=step, starts_without_progress=0)
+
+    def hold(self) -> None:
+        """Keeps this run to this process until it ends; UserError where another has it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = os.open(self.path.with_name("run.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found = self.read()
+            raise Unrecorded(
+                f"{self.path.parent} is being trained by process {found.get('pid')} on {found.get('host')}; "
+                "stop that first, or choose another run_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def refuse(self, reason: str) -> None:
+        """A start that ended before there was a run: counted as one that brought nothing."""
+        with self._alone():
+            before = self.read()
+            step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) + 1
+            self._write("failed", step, reason, committed_step=step, starts_without_progress=starts)
 
     def end(self, status: str, step: int, reason: str = "") -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""
-        before = self.read()
-        if status == "failed" and before.get("status") != "running":
+        with self._alone():
+            before = self.read()
+            if status == "failed" and before.get("status") != "running":
+                return
+            kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
+            self._write(status, step, reason, **kept)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process reads and writes meanwhile; on a disk without room or locks we go on without."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+        except OSError:
+            yield
             return
-        kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-        self._write(status, step, reason, **kept)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _write(self, status: str, step: int, reason: str, **more: Any) -> None:
         entry = {"status": status, "step": step, "reason": reason, **more}

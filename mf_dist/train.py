@@ -8,12 +8,23 @@ Anything in the config can be overridden by section.key=value.
 """
 
 import argparse
+from pathlib import Path
 
-from mf_dist.config import load_config, resolve
+from mf_dist.config import Config, load_config, resolve
 from mf_dist.cost import describe
 from mf_dist.data.shards import read_manifest
 from mf_dist.errors import UserError, command_line
 from mf_dist.launch import launched_place, leave
+from mf_dist.status import Status
+
+
+def check(config: Config, world_size: int, needs_data: bool) -> Config:
+    """The config filled in from the dataset; UserError where they do not fit or there is none."""
+    manifest = read_manifest(config.data.path)
+    resolved = resolve(config, manifest, world_size)
+    if needs_data and manifest is None:
+        raise UserError(f"no finished dataset at {config.data.path!r}; run tools/encode_latents.py first")
+    return resolved
 
 
 @command_line
@@ -30,18 +41,21 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    manifest = read_manifest(config.data.path)
-    world_size = launched_place().world_size
-    config = resolve(config, manifest, world_size)
+    place = launched_place()
+    try:
+        config = check(config, place.world_size, needs_data=not args.dry_run)
+    except UserError as error:
+        if place.rank == 0 and not args.dry_run:
+            Status(Path(config.run_dir)).refuse(str(error))  # which a launcher reads
+        raise
     if args.dry_run:
-        print(describe(config, world_size))
+        print(describe(config, place.world_size))
         return
-    if manifest is None:
-        raise UserError(f"no finished dataset at {config.data.path!r}; run tools/encode_latents.py first")
     from mf_dist.distributed import process_group  # torch and deepspeed only now that the config is known to be good
     from mf_dist.trainer import Trainer
+    from mf_dist.watchdog import longest_wait
 
-    with process_group() as ranks:
+    with process_group(longest_wait(config.train.hang_seconds)) as ranks:
         Trainer(config, ranks, args.allow_config_change).run()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.border import Stop
-from mf_dist.checkpoint import newest_checkpoint, open_checkpoint, step_folder
+from mf_dist.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
 from mf_dist.config import Config
 from mf_dist.config_loader import to_tree
 from mf_dist.cost import checkpoint_bytes
@@ -22,7 +22,7 @@ from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
 from mf_dist.distributed import Ranks, first_ranks_number
 from mf_dist.engine import MASTER, Engine
-from mf_dist.errors import UserError
+from mf_dist.errors import Unrecorded, UserError
 from mf_dist.generate import Generator, new_net
 from mf_dist.latents import Vae, sample_posterior
 from mf_dist.logger import Logger
@@ -53,6 +53,8 @@ class Trainer:
             error = self._out_of_memory()
             self.safe.fail(str(error))
             raise error from None
+        except Unrecorded:
+            raise
         except KeyboardInterrupt:
             self.status.end("stopped", self.step, "interrupted from the keyboard; nothing was saved")
             raise
@@ -68,31 +70,38 @@ class Trainer:
         self.step, self.story = self._find()
         net = new_net(config.model, config.train.seed)
         if not self.step and config.train.init_from:
-            self.story.append(f"starting from {load_initial(net, config.train.init_from)}")
+            self.story.append(f"initial weights: {load_initial(net, config.train.init_from)}")
         self.vae = self._sampling_vae()
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         self._load()
-        self.safe.saved_step = self.safe.step = self.step
+        self.safe.committed_step = self.safe.saved_step = self.safe.step = self.step
         self.meter = Meter(ranks.device)
         self._open_log()
 
     def _find(self) -> tuple[int, list[str]]:
         """Step of the newest valid checkpoint, 0 for none, and what there is to say. Counts the start, and refuses one
         too many or a disk without room."""
-        found, error = None, None
+        found: Checkpoint | None = None
+        error: UserError | None = None
         story: list[str] = []
         if self.ranks.is_first:
-            found, story = newest_checkpoint(self.checkpoints)
             try:
+                self.status.hold()
+                found, story = newest_checkpoint(self.checkpoints)
                 self.status.begin(found.step if found else 0)
-                check_room(self.checkpoints, checkpoint_bytes(self.config))
+                if not found or found.step < self.config.total_steps:
+                    check_room(self.checkpoints, checkpoint_bytes(self.config))
             except UserError as refused:
                 error = refused
+            except OSError as refused:
+                error = UserError(f"{refused.filename}: {refused.strerror}")
         step = first_ranks_number(-1 if error else found.step if found else 0, self.ranks.device)
         if step < 0:
-            raise error or UserError("rank 0 refuses to start")
-        where = f"resuming {self.run_dir} from {found.folder.name}" if found else None
-        return step, [*story, where or f"starting {self.run_dir} from scratch: it has no checkpoint"]
+            raise error or Unrecorded("rank 0 refuses to start, see there")
+        if found:
+            return step, [*story, f"resuming {self.run_dir} from {found.folder.name}"]
+        why = "none of its checkpoints is whole" if story else "it has no checkpoint"
+        return step, [*story, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {why}"]
 
     def _load(self) -> None:
         """The state of the checkpoint of step self.step into the engine."""
@@ -102,7 +111,7 @@ class Trainer:
         self.story += check_changes(checkpoint, self._state(), self.allow_config_change)
         tensors = {}
         for kind in self.engine.kinds:
-            has_it = kind in checkpoint.kinds()
+            has_it = kind in checkpoint.kinds() or not kind.startswith("ema-")
             tensors[kind] = checkpoint.load(kind if has_it else MASTER)
             if not has_it:
                 self.story.append(f"{kind} is new: it starts from the weights of step {self.step}")
@@ -123,7 +132,7 @@ class Trainer:
         if config.data.stage != "off" and ranks.is_first_here:
             stage_dir = Path(config.data.stage_dir) if config.data.stage_dir else None
             Staging(self.shards.folder, self.shards.manifest, stage_dir, self._say)
-        first_step, stop = self.step + 1, Stop.NO
+        first_step, stop = self.step + 1, self.safe.meet_others()
         while self.step < config.total_steps and not stop:
             self._one_step(batches)
             if self.step == first_step:
@@ -135,11 +144,12 @@ class Trainer:
             saves = is_last or stop or self._is_due(config.checkpoint.every_images)
             if saves or self.step % config.log.every_steps == 0:
                 self._log()
-            if config.log.sample_every_images and (is_last or self._is_due(config.log.sample_every_images)):
-                self._draw_samples()
-            if saves and not (is_last or stop):
+            if saves:  # before anything that could fail
                 with self.meter.pausing():
                     self.safe.begin_save(self.engine, self._state())
+            draws = is_last or self._is_due(config.log.sample_every_images or config.total_steps)
+            if config.log.sample_every_images and draws and not stop:
+                self._draw_samples()
         if self.step == config.total_steps:
             stop = Stop.NO
         self.safe.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
@@ -225,7 +235,11 @@ class Trainer:
         generator = Generator(net, vae, self.config, self.ranks.device)
         for nfe in self.config.eval.nfe:
             path = self.run_dir / "samples" / f"step{self.step:08d}-nfe{nfe}.png"
-            generator.grid(nfe, self.config.eval.seed, path, self.shards.manifest["classes"])
+            try:
+                generator.grid(nfe, self.config.eval.seed, path, self.shards.manifest["classes"])
+            except OSError as error:
+                self._say(f"warning: cannot write {path}: {error}; training goes on")
+                continue
             self.logger.log_picture(f"samples/nfe{nfe}", path, self.step)
 
     def _state(self) -> dict[str, Any]:
@@ -233,7 +247,7 @@ class Trainer:
         return {
             "step": self.step,
             "samples_seen": self.step * batch,
-            "saved_images_ago": (self.step - max(0, self.safe.saved_step)) * batch,
+            "saved_images_ago": (self.step - self.safe.committed_step) * batch,
             "guard": self.engine.guard.state(),
             "config": to_tree(self.config),
             "classes": self.shards.manifest["classes"],

@@ -21,6 +21,11 @@ GRACE = 4.0
 """Seconds that a neighbour gets to end by itself, and after which the second timer fires."""
 
 
+def longest_wait(seconds: float) -> float:
+    """Time limit of the process group: the watchdog speaks first."""
+    return 2 * seconds * PATIENCE
+
+
 class Watchdog:
     def __init__(self, seconds: float, rank: int, neighbours: list[int], on_hang: Callable[[str], None]) -> None:
         """`neighbours`: process numbers of the other ranks here. on_hang(text) is called once, before the end."""

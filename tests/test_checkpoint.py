@@ -14,7 +14,7 @@ from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, o
 from mf_dist.errors import UserError
 from mf_dist.saver import Retention, Saver, Share, check_room, write_tensors
 
-KINDS = ["master", "ema-0.9"]
+KINDS = ["master", "exp_avg", "exp_avg_sq", "ema-0.9"]
 
 
 def random_tensors(step):
@@ -26,7 +26,7 @@ def random_tensors(step):
 def begin(saver, tensors, step, **state):
     assert saver.share.rank or saver.prepare(step) is None
     gathered = ((kind, name, a) for kind, by_name in tensors.items() for name, a in by_name.items())
-    saver.begin(gathered, KINDS, {"step": step, **state})
+    saver.begin(gathered, KINDS, {"step": step, "samples_seen": step, "config": {}, "guard": {}, **state})
 
 
 def save(root, step, keep=2, **state):
@@ -143,7 +143,7 @@ def test_two_ranks_write_shares_of_one_checkpoint(tmp_path):
 def test_a_rank_that_fails_leaves_no_checkpoint_and_nobody_waiting(tmp_path):
     first, second = (Saver(tmp_path, Share(rank, 2), Retention(2)) for rank in (0, 1))
     begin(first, random_tensors(1), 1)
-    (tmp_path / "step-00000001.tmp/ema-0.9.safetensors").mkdir()  # in the way of rank 1
+    (tmp_path / "step-00000001.tmp/ema-0.9.safetensors").mkdir()  # in the way of rank 1, which has every second file
     begin(second, random_tensors(1), 1)
     second.wait()
     assert "cannot write a checkpoint" in second.error and first.is_running
@@ -174,7 +174,7 @@ def test_a_disk_that_refuses_is_one_line_and_harms_nothing(tmp_path):
     (tmp_path / "run" / "step-00000002.tmp").write_text("in the way")
     assert "MiB free" in saver.prepare(2)
     assert newest_checkpoint(tmp_path / "run")[0].step == 1
-    with pytest.raises(UserError, match="GiB free, checkpoints need"):
+    with pytest.raises(UserError, match="MiB free, checkpoints need"):
         check_room(tmp_path / "new" / "run", 2**60)
 
 
@@ -211,3 +211,54 @@ def test_retention_over_a_thousand_saves(tmp_path):
     left = {int(path.name[5:]) for path in root.iterdir()}
     assert left == {37, *range(100, 1001, 100), 998, 999, 1000}
     assert Retention(1).superfluous([root / "step-00001000"]) == []
+
+
+def edit(folder, name, change):
+    """Changes a JSON file, and the manifest to agree."""
+    import hashlib
+
+    value = change(json.loads((folder / name).read_text()))
+    raw = json.dumps(value).encode()
+    (folder / name).write_bytes(raw)
+    if name != "manifest.json":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("manifest.json", lambda m: {"files": {}}),
+        ("manifest.json", lambda m: {"files": {k: v for k, v in m["files"].items() if "ema" not in k}}),
+        ("manifest.json", lambda m: {"files": {k: v for k, v in m["files"].items() if "avg_sq" not in k}}),
+        ("state.json", lambda s: {"step": 2}),
+        ("state.json", lambda s: {**s, "step": 3}),
+    ],
+    ids=["nothing", "no EMA", "no moment", "no state", "another step"],
+)
+def test_what_cannot_be_resumed_is_no_checkpoint(tmp_path, name, change):
+    save(tmp_path, 1)
+    edit(save(tmp_path, 2)[0], name, change)
+    checkpoint, warnings = newest_checkpoint(tmp_path)
+    assert checkpoint.step == 1 and "is no checkpoint" in warnings[0]
+
+
+def test_a_disk_that_does_not_even_answer_is_a_failed_save(tmp_path, monkeypatch):
+    """As a network disk that has gone: the explanation of the error must not hide it."""
+    saver = Saver(tmp_path, Share(0, 1), Retention(2))
+
+    def gone(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("mf_dist.saver.write_tensors", gone)
+    monkeypatch.setattr("mf_dist.saver.shutil.disk_usage", gone)
+    begin(saver, random_tensors(1), 1)
+    saver.wait()
+    assert saver.has_failed and "Stale file handle" in saver.error and "does not answer" in saver.error
+
+
+def test_what_dead_saves_left_makes_room(tmp_path):
+    (tmp_path / "step-00000009.tmp").mkdir()
+    check_room(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []

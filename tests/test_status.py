@@ -43,8 +43,39 @@ def test_progress_or_a_request_to_stop_starts_the_count_anew(tmp_path, between):
     assert status.read()["starts_without_progress"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\0", '{"status": "failed", "committed_step": 1, "starts_without_progress": null}']
+)
 def test_a_damaged_file_counts_as_none(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     Status(tmp_path).begin(1)
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
+
+
+def test_many_processes_write_and_no_reader_sees_half(tmp_path):
+    """Processes, since that is who writes: each tells of its failure while one reads."""
+    import subprocess
+    import sys
+
+    status = Status(tmp_path)
+    status.begin(0)
+    writer = (
+        "from pathlib import Path; from mf_dist.status import Status\n"
+        f"for i in range(50): Status(Path({str(tmp_path)!r}))._write('running', i, 'x' * 5000)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", writer]) for _ in range(4)]
+    while any(process.poll() is None for process in processes):
+        json.loads((tmp_path / "status.json").read_text())
+    assert all(process.returncode == 0 for process in processes)
+
+
+def test_a_run_belongs_to_one_process(tmp_path):
+    import subprocess
+    import sys
+
+    code = f"from pathlib import Path; from mf_dist.status import Status; Status(Path({str(tmp_path)!r})).hold()"
+    Status(tmp_path).begin(0)
+    holder = Status(tmp_path)
+    holder.hold()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is being trained by process" in done.stderr and done.returncode == 1

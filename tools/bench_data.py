@@ -67,8 +67,9 @@ def write_latents(folder, count, per_shard=5000):
     """Random moments as the encoder would have written them."""
     import numpy as np
 
-    from mf_dist.data.shard_writer import Record, write_json, write_shard
+    from mf_dist.data.shard_writer import Record, write_shard
     from mf_dist.data.shards import FORMAT, read_index, shard_name
+    from mf_dist.durable import write_json
 
     g, shards = np.random.default_rng(0), []
     for number, first in enumerate(range(0, count, per_shard)):
@@ -148,8 +149,8 @@ def bench_index(args):
 
     from mf_dist import rng
     from mf_dist.data.loader import LatentStream
-    from mf_dist.data.shard_writer import write_json
     from mf_dist.data.shards import FORMAT, LatentShards, index_path, shard_name
+    from mf_dist.durable import write_json
 
     with tempfile.TemporaryDirectory() as name:
         folder, shards, member = Path(name), [], 20480

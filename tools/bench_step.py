@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 
 from bench_measure import counted_flops, matmul_peak, now, peak_bytes, saved_bytes
 
@@ -40,7 +41,7 @@ def parse():
     parser.add_argument("--guidance", choices=("both", "guided", "unguided"), default="both")
     parser.add_argument("--eager", action="store_true", help="measure the uncompiled forms too")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the layers (default fp32)")
-    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     args.variants = VARIANTS if args.variants == "all" else tuple(args.variants.split(","))
     unknown = [name for name in args.variants if name not in VARIANTS]
@@ -50,6 +51,8 @@ def parse():
         )
     if args.batch < 4 or args.batch % 4 or args.rounds < 1 or args.threads < 1 or args.resolution % 8:
         raise UserError("--batch must be a multiple of 4, --resolution of 8, --rounds and --threads at least 1")
+    if args.json:
+        args.json.touch()  # a name that cannot be written is better known now
     return args
 
 
@@ -239,8 +242,7 @@ def main() -> None:
     result = report(cases, measure(cases, args.rounds), args, device)
     print_table(result)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
+        args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A run folder stands for its newest valid checkpoint where one is asked for. Exit
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def ls(args):
     for folder in folders(args.run):
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            step, images = state["step"], state["samples_seen"]
+            step, images = int(state["step"]), int(state["samples_seen"])
         except (OSError, ValueError, KeyError, TypeError):
             print(f"{folder.name}: damaged, see verify")
             continue
@@ -125,6 +126,8 @@ def prune(args):
     if not valid:
         raise UserError(f"{args.run} has no valid checkpoint: nothing is deleted")
     rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json")
+    if args.keep_best and not rules.scores():
+        raise UserError(f"--keep-best {args.keep_best}: {rules.metrics} has no value of that metric")
     for folder in rules.superfluous(valid):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
@@ -145,7 +148,7 @@ def export(args):
     decay = args.ema or first_decay(checkpoint)
     if decay not in checkpoint.ema_decays():
         raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")
-    partial = args.out.with_suffix(".tmp")
+    partial = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
     try:
         write_tensors(partial, checkpoint.load(f"ema-{decay}"))
         partial.replace(args.out)

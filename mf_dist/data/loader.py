@@ -4,6 +4,9 @@ Global slot i is image order(seed, i // N)[i % N]: batches cross epochs, none is
 r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows come first.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -79,6 +82,22 @@ class _MicroBatchesOfRank:
         return len(self.numbers)
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A launcher that asks a run to stop signals its loader processes as well; one that died of it would take the
+    trainer along before it has saved. So they end on their parent's SIGTERM alone."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
 def training_batches(
     shards: LatentShards, config: Config, samples_seen: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
@@ -92,6 +111,7 @@ def training_batches(
         sampler=_MicroBatchesOfRank(samples_seen, total, micro_batch, rank, world_size),
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # the loader draws a base seed: not from the global generator
     )
     return iter(loader)

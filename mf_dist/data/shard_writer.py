@@ -13,6 +13,7 @@ import numpy as np
 import webdataset
 
 from mf_dist.data.shards import Moments, index_path, read_index
+from mf_dist.durable import sha256_of, sync_folder
 
 
 @dataclass(frozen=True)
@@ -88,29 +89,3 @@ def array_offsets(tar: Path, suffix: str) -> np.ndarray[Any, np.dtype[np.int64]]
                 np.lib.format.read_array_header_1_0(file)
                 offsets.append(file.tell())
     return np.array(offsets, np.int64)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: the file is the old one or the new one, whatever happens."""
-    partial = path.with_suffix(path.suffix + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

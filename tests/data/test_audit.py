@@ -10,7 +10,8 @@ import pytest
 from conftest import run_python
 
 from mf_dist.data.audit import problems
-from mf_dist.data.shard_writer import Record, sha256_of, write_shard
+from mf_dist.data.shard_writer import Record, write_shard
+from mf_dist.durable import sha256_of
 from mf_dist.data.shards import LatentShards, index_path
 from mf_dist.errors import UserError
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import VAE, run_python
-from processes import STEPS, assert_same_end, largest_difference, losses, status, tensors, valid_steps
+from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, tensors, valid_steps
 from safetensors.numpy import load_file, save_file
 from test_config import DIGITS, LATENT, WRONG
 
@@ -71,7 +71,7 @@ def test_init_from_a_run_an_exported_file_and_what_does_not_fit(zygote, config, 
         options = [f"run_dir={run}", f"train.init_from={origin}", "optim.lr=1e-30", "train.total_images=16"]
         assert zygote.run(log, [config, *options]) == [0], log.read_text()
         after = {name[7:]: a for name, a in tensors(run, 1).items() if name.startswith("master/")}
-        assert largest_difference(after, ema) == 0 and "starting from " in log.read_text()
+        assert largest_difference(after, ema) == 0 and "initial weights: " in log.read_text()
     save_file({**ema, "patch_in.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     save_file({k: v for k, v in ema.items() if k != "label.weight"}, tmp_path / "less.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
@@ -145,7 +145,7 @@ def test_no_file_runs_code(zygote, whole, config, tmp_path, latents, images, vic
         def __reduce__(self):
             return os.system, (f"touch '{trap}'",)
 
-    evil = evil_files(tmp_path, Trap())
+    evil = evil_files(tmp_path, Trap())[: 4 if FULL or victim in ("checkpoint", "init_from", "latents") else 2]
     for number, path in enumerate(evil):
         run = tmp_path / f"run{number}"
         shutil.copytree(whole(1), run)
