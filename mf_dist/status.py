@@ -3,7 +3,8 @@
     {"status": "finished", "step": 1200, "reason": "", "starts_without_progress": 0, ...}
 
 status: running | finished (all steps done) | stopped (asked to; start again to go on) | failed | crash_loop (failed
-again and again without a new checkpoint; do not start again by machine). Written by rename, hence never half.
+again and again without a new checkpoint; do not start again by machine). "refused": true beside failed: a mistake in
+the call, which will fail again. Written by rename, hence never half.
 """
 
 import fcntl
@@ -78,12 +79,15 @@ class Status:
         except OSError:  # a file system without locks
             pass
 
-    def refuse(self, reason: str) -> None:
-        """A start that ended before there was a run: counted as one that brought nothing."""
+    def refuse(self, reason: str, has_begun: bool) -> None:
+        """A mistake in the call ended the start; `has_begun` tells whether begin() had counted it. It does not count,
+        and "refused" says that starting again by machine is pointless."""
         with self._alone():
             before = self.read()
-            step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) + 1
-            self._write("failed", step, reason, committed_step=step, starts_without_progress=starts)
+            if has_begun and before.get("status") != "running":
+                return  # another rank was faster, or it is a crash loop
+            step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
+            self._write("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
 
     def end(self, status: str, step: int, reason: str = "") -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""

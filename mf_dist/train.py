@@ -46,7 +46,7 @@ def main() -> None:
         config = check(config, place.world_size, needs_data=not args.dry_run)
     except UserError as error:
         if place.rank == 0 and not args.dry_run:
-            Status(Path(config.run_dir)).refuse(str(error))  # which a launcher reads
+            Status(Path(config.run_dir)).refuse(str(error), has_begun=False)  # which a launcher reads
         raise
     if args.dry_run:
         print(describe(config, place.world_size))

@@ -47,7 +47,7 @@ class Trainer:
     def run(self) -> None:
         """Builds and trains; ends with status finished or stopped. An exception is recorded as failed."""
         try:
-            self._build()
+            self._build_or_refuse()
             self._train()
         except torch.OutOfMemoryError:
             error = self._out_of_memory()
@@ -63,6 +63,16 @@ class Trainer:
             raise
         finally:
             self.safe.close()
+
+    def _build_or_refuse(self) -> None:
+        """A mistake of the user's found here is no crash."""
+        try:
+            self._build()
+        except Unrecorded:
+            raise
+        except UserError as error:
+            self.status.refuse(str(error), has_begun=True)
+            raise
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks

@@ -79,3 +79,20 @@ def test_a_run_belongs_to_one_process(tmp_path):
     holder.hold()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is being trained by process" in done.stderr and done.returncode == 1
+
+
+def test_mistakes_in_the_call_do_not_make_a_crash_loop(tmp_path):
+    status = Status(tmp_path)
+    status.refuse("no dataset", has_begun=False)
+    assert (status.read()["status"], status.read()["refused"], status.read()["starts_without_progress"]) == (
+        "failed", True, 0,
+    )  # fmt: skip
+    for _ in range(5):
+        status.begin(0)
+        status.refuse("no such VAE", has_begun=True)
+        status.refuse("the same on rank 1", has_begun=True)
+        assert status.read()["starts_without_progress"] == 0 and status.read()["reason"] == "no such VAE"
+    status.begin(0)
+    status.end("failed", 0, "a crash")
+    status.begin(0)
+    assert status.read()["starts_without_progress"] == 2

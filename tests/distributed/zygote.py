@@ -116,7 +116,11 @@ def install(faults):
         disk = Disk(faults)
         real_fsync, real_replace = disk.fsync, disk.replace
         disk.fsync = lambda number: disk.around("fsync", real_fsync, number)
-        disk.replace = lambda *names: disk.around("rename", real_replace, *names)
+        disk.replace = lambda source, to: (  # not those of retention, whose failure is no failed save
+            disk.around("rename", real_replace, source, to)
+            if str(source).endswith(".tmp")
+            else real_replace(source, to)
+        )
     for fault in faults:
         if "seconds" in fault:
             threading.Timer(fault["seconds"], do, [fault["do"]]).start()
