@@ -117,8 +117,6 @@ class Status:
     def _write(self, status: str, step: int, reason: str, **more: Any) -> None:
         entry = {"status": status, "step": step, "reason": reason, **more}
         entry |= {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        try:
+        with suppress(OSError):  # a full or read-only disk is reported where it hinders
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, entry)
-        except OSError:
-            pass  # a full or read-only disk is reported where it hinders: the status is the last to know
