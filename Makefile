@@ -6,6 +6,8 @@ PY := .venv/bin/python
 IMAGES ?= 76_800
 FLOW_IMAGES ?= 121_600
 MIN_SVC ?= 0.95
+# two processes of one thread each: tests are short and torch's threads would only wait for each other
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
 .PHONY: install demo test test-dist torture check format clean
@@ -29,7 +31,7 @@ demo: install
 	$(PY) tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real --min-svc $(MIN_SVC)
 
 test: install
-	$(PY) -m pytest
+	$(TEST)
 
 test-dist: install
 	$(PY) -m pytest -m dist
@@ -41,7 +43,7 @@ check: install
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(TEST)
 
 format: install
 	$(PY) -m ruff format .
