@@ -20,8 +20,8 @@ import torch
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, decode_image
 from mf_dist.data.shard_writer import Record, is_whole, write_shard
-from mf_dist.data.shards import FORMAT, LatentShards, read_index, shard_name
-from mf_dist.durable import write_json
+from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
+from mf_dist.durable import sha256_of, write_json
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 from mf_dist.progress import progress
@@ -94,6 +94,7 @@ def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
         "flip": encoding.flip,
         "encode_batch": encoding.batch,
         "encode_precision": vae.precision,
+        "encode_compiled": vae.compiled,
         "shard_size": encoding.shard_size,
         "vae": vae.identity,
     }
@@ -130,7 +131,8 @@ def _encode_block(
     """Records of the readable images of a block, in order; a line in `bad` for each other."""
     images = _decoded(source, block, encoding, bar, bad)
     while group := list(islice(images, encoding.batch)):
-        pixels = torch.from_numpy(np.stack([image for _, image, _ in group]))
+        pixels = torch.zeros(encoding.batch, 3, encoding.resolution, encoding.resolution, dtype=torch.uint8)
+        pixels[: len(group)] = torch.from_numpy(np.stack([image for _, image, _ in group]))  # one shape: one graph
         views = [pixels, pixels.flip(3)] if encoding.flip else [pixels]
         moments = [vae.encode(view).cpu().numpy().astype(np.float16) for view in views]
         for row, (i, _, sha256) in enumerate(group):
@@ -189,14 +191,15 @@ def _finish(out: Path, plan: dict[str, Any], num_shards: int, encoding: Encoding
     skipped = [line for index in found for line in index.skipped]
     _check_bad(skipped, plan["count"], encoding)
     shards = [
-        {"name": shard_name(n), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256}
+        {"name": shard_name(n), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256,
+         "index_sha256": sha256_of(index_path(out / shard_name(n)))}
         for n, index in enumerate(found)
-    ]
+    ]  # fmt: skip
     channels, side, _ = found[0].shape
     manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in found)}
     manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
     mean, deviation = channel_statistics(LatentShards(out, manifest))
-    write_json(out / "manifest.json", manifest | {"channel_mean": mean, "channel_std": deviation})
+    write_manifest(out, manifest | {"channel_mean": mean, "channel_std": deviation})
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
     left_out = f", {len(skipped)} unreadable ones left out (listed in manifest.json)" if skipped else ""
     print(

@@ -42,17 +42,24 @@ class Vae:
     """A diffusers AutoencoderKL from a local folder or by hub id."""
 
     def __init__(
-        self, source: str, device: torch.device, expected: dict[str, Any] | None = None, precision: str = "fp32"
+        self,
+        source: str,
+        device: torch.device,
+        expected: dict[str, Any] | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
-        """UserError if it cannot be had, or is not the one whose `identity` is expected. precision: fp32 (products and
-        convolutions in full), tf32 (on a GPU that has it) or bf16, of `encode` alone."""
+        """UserError if it cannot be had, or is not the one whose `identity` is expected. Of `encode` alone: precision,
+        fp32 (products and convolutions in full), tf32 (on a GPU that has it) or bf16; compiled, one graph for each
+        shape of a batch."""
         folder = _vae_folder(source)
-        self.source, self.precision = source, precision
+        self.source, self.precision, self.compiled = source, precision, compiled
         self.sha256 = sha256_of(folder / WEIGHTS)
         self.device = device
-        self.model = _load_autoencoder(folder).to(device).eval().requires_grad_(False)
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)
+        model = _load_autoencoder(folder).eval().requires_grad_(False)
+        self.model = model.to(device=device, memory_format=torch.channels_last)
+        if compiled:
+            self.model.encoder.compile(dynamic=False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         self.scaling_factor = float(self.model.config["scaling_factor"])
@@ -73,9 +80,7 @@ class Vae:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> posterior mean and std (B, 2C, h, w) fp32, unscaled; input range is [-1, 1]."""
-        x = pixels.to(self.device).float() / 127.5 - 1
-        if self.device.type == "cuda":
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = (pixels.to(self.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         low = self.precision == "bf16"
         with _tf32(self.precision == "tf32"), torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             posterior = self.model.encode(x).latent_dist

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def write_latents(folder, count, per_shard=5000):
     import numpy as np
 
     from mf_dist.data.shard_writer import Record, write_shard
-    from mf_dist.data.shards import FORMAT, read_index, shard_name
-    from mf_dist.durable import write_json
+    from mf_dist.data.shards import FORMAT, index_path, read_index, shard_name, write_manifest
+    from mf_dist.durable import sha256_of
 
     g, shards = np.random.default_rng(0), []
     for number, first in enumerate(range(0, count, per_shard)):
@@ -78,8 +79,9 @@ def write_latents(folder, count, per_shard=5000):
         records = [Record(i, row, i % 1000, "synthetic", "") for i, row in zip(block, moments, strict=True)]
         write_shard(folder / shard_name(number), records, [])
         index = read_index(folder / shard_name(number))
-        shards.append({"name": shard_name(number), "count": len(block), "bytes": index.size, "sha256": index.sha256})
-    write_json(folder / "manifest.json", manifest(count, shards, FORMAT))
+        shards.append({"name": shard_name(number), "count": len(block), "bytes": index.size, "sha256": index.sha256,
+                       "index_sha256": sha256_of(index_path(folder / shard_name(number)))})  # fmt: skip
+    write_manifest(folder, manifest(count, shards, FORMAT))
 
 
 def manifest(count, shards, version):
@@ -149,8 +151,8 @@ def bench_index(args):
 
     from mf_dist import rng
     from mf_dist.data.loader import LatentStream
-    from mf_dist.data.shards import FORMAT, LatentShards, index_path, shard_name
-    from mf_dist.durable import write_json
+    from mf_dist.data.shards import FORMAT, LatentShards, index_path, shard_name, write_manifest
+    from mf_dist.durable import sha256_of
 
     with tempfile.TemporaryDirectory() as name:
         folder, shards, member = Path(name), [], 20480
@@ -160,11 +162,12 @@ def bench_index(args):
             with open(tar, "wb") as file:
                 file.truncate(count * member)
             columns = {"offsets": np.arange(count) * member + 1024, "flipped": np.zeros(0, np.int64),
-                       "labels": np.arange(count) % 1000, "crc32": np.zeros(count, np.uint32),
+                       "labels": np.arange(count) % 1000, "crc32": np.full(count, zlib.crc32(bytes(16384)), np.uint32),
                        "flipped_crc32": np.zeros(0, np.uint32), "skipped": np.array([], np.str_)}  # fmt: skip
             np.savez(index_path(tar), **columns, shape=[8, 32, 32], size=count * member, sha256="x")
-            shards.append({"name": tar.name, "count": count, "bytes": count * member, "sha256": "x"})
-        write_json(folder / "manifest.json", manifest(args.index, shards, FORMAT))
+            shards.append({"name": tar.name, "count": count, "bytes": count * member, "sha256": "x",
+                           "index_sha256": sha256_of(index_path(tar))})  # fmt: skip
+        write_manifest(folder, manifest(args.index, shards, FORMAT))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         opened = LatentShards(folder)

@@ -35,6 +35,9 @@ def parse():
     parser.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of the VAE (default fp32)"
     )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="the VAE by torch.compile (default: on a GPU)"
+    )
     parser.add_argument("--flip", action="store_true", help="also store each mirrored image, encoded by itself")
     parser.add_argument("--max-bad-share", type=float, default=0.001, help="of unreadable images (default 0.001)")
     parser.add_argument("--task", help="I/N: make shards I, I + N, ... (default: from torchrun or the SLURM job array)")
@@ -78,7 +81,8 @@ def main() -> None:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(1)  # the last bits of a convolution depend on it, and shards must not on who makes them
-    vae = Vae(args.vae, device, precision=args.precision)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    vae = Vae(args.vae, device, precision=args.precision, compiled=compiled)
     encoding = Encoding(args.resolution, args.shard_size, args.batch, args.flip, args.max_bad_share)
     if args.verify:
         print(precision_error(args.images, vae, Vae(args.vae, device), args.resolution))

@@ -54,6 +54,8 @@ def _problems_of_shard(folder: Path, manifest: dict[str, Any], shard: dict[str, 
 
 def _problems_of_index(tar: Path, manifest: dict[str, Any], shard: dict[str, Any], index: Index) -> Iterator[str]:
     """Its labels and checksums are compared sample by sample."""
+    if sha256_of(index_path(tar)) != shard["index_sha256"]:
+        yield "other bytes than the manifest's sha256 says"
     if index.sha256 != shard["sha256"]:
         yield "of another tar"
     channels, side = 2 * manifest["latent_channels"], manifest["latent_size"]

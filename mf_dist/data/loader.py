@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mf_dist import rng
 from mf_dist.config import Config
 from mf_dist.data.shards import LatentShards
+from mf_dist.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -101,7 +102,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 def training_batches(
     shards: LatentShards, config: Config, samples_seen: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from `samples_seen` to the end of the run."""
+    """This rank's micro-batches from `samples_seen` to the end of the run. UserError where the data is damaged."""
     micro_batch = config.train.micro_batch
     assert micro_batch is not None and samples_seen % config.train.batch_size == 0
     total = config.total_steps * config.train.batch_size
@@ -114,4 +115,7 @@ def training_batches(
         worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # the loader draws a base seed: not from the global generator
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except UserError as error:  # a loader process sends its whole traceback, of which the last line is the error
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("mf_dist.errors.UserError: ")) from None
