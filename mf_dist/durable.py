@@ -3,13 +3,19 @@
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`: no other process, on any machine, has that name."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Atomic: the file is the old one or the new one, whatever happens."""
-    partial = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+    partial = partial_path(path)
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")

@@ -19,7 +19,7 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, decode_image
-from mf_dist.data.shard_writer import Record, is_whole, write_shard
+from mf_dist.data.shard_writer import Record, is_whole, sweep, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.durable import sha256_of, write_json
 from mf_dist.errors import UserError
@@ -65,7 +65,11 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
     total = len(source.paths)
     blocks = [range(first, min(first + encoding.shard_size, total)) for first in range(0, total, encoding.shard_size)]
     mine = range(task.number, len(blocks), task.count)
-    with progress(sum(len(blocks[number]) for number in mine), "img", "encode") as bar:
+    with (
+        progress(sum(len(blocks[number]) for number in mine), "img", "encode") as bar,
+        ThreadPoolExecutor(1) as writer,  # a shard is written while the next is encoded
+    ):
+        writing: Future[None] | None = None
         for number in mine:
             tar = out / shard_name(number)
             if is_whole(tar):
@@ -76,7 +80,11 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
             _check_bad(bad, total, encoding)
             if not records:
                 raise UserError(f"no image of {tar.name} can be read; the first: {bad[0]}")
-            write_shard(tar, records, bad)
+            if writing:
+                writing.result()
+            writing = writer.submit(write_shard, tar, records, bad)
+        if writing:
+            writing.result()
     _finish(out, plan, len(blocks), encoding)
 
 
@@ -200,6 +208,7 @@ def _finish(out: Path, plan: dict[str, Any], num_shards: int, encoding: Encoding
     manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
     mean, deviation = channel_statistics(LatentShards(out, manifest))
     write_manifest(out, manifest | {"channel_mean": mean, "channel_std": deviation})
+    sweep(out)
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
     left_out = f", {len(skipped)} unreadable ones left out (listed in manifest.json)" if skipped else ""
     print(

@@ -7,10 +7,11 @@
     torchrun --nproc_per_node=8 tools/encode_latents.py ...      # shard i by process i mod 8; so does a SLURM job array
     python tools/encode_latents.py ... --verify                  # the error of --precision against fp32, no shards
 
-Images: a folder, whose sub-folders are classes in order of name (none: no classes); or a webdataset tar, or a folder
-of them (KEY.jpg with the number of its class in KEY.cls). Images are cut to the square ADM centre crop. Each shard
-holds a fixed block of the image list and is complete or absent: the same command, with any number of processes, goes on
-where it stopped. An image that cannot be read is left out and listed in manifest.json.
+Images: a folder, whose sub-folders are classes in order of name, as ImageNet's wnids (none: no classes); or a
+webdataset tar, or a folder of them (KEY.jpg with the number of its class in KEY.cls). Images are cut to the square
+ADM centre crop. Each shard holds a fixed block of the image list and is complete or absent: the same command, with
+any number of processes, goes on where it stopped. An image that cannot be read is left out and listed in
+manifest.json.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import numpy as np
 import webdataset
 
 from mf_dist.data.shards import Moments, index_path, read_index
-from mf_dist.durable import sha256_of, sync_folder
+from mf_dist.durable import partial_path, sha256_of, sync_folder
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Record:
 
 
 def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
-    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. `skipped`: a
-    line for each image of this block that could not be read."""
-    partial = tar.with_suffix(".tar.tmp")
+    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. Several processes
+    may write the same shard at once. `skipped`: a line for each image of this block that could not be read."""
+    partial = partial_path(tar)
     with open(partial, "wb") as file:
         # mtime 0 and USTAR: equal records give equal bytes, and no extra header before every member
         with webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT) as writer:
@@ -60,14 +60,24 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
         "sha256": np.array(sha256_of(partial)),
         "skipped": np.array(skipped, dtype=np.str_),
     }
-    partial_index = index_path(tar).with_suffix(".npz.tmp")
+    partial_index = partial_path(index_path(tar))
     with open(partial_index, "wb") as file:
         np.savez(file, **index)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial_index, index_path(tar))
-    os.replace(partial, tar)
+    try:
+        os.replace(partial_index, index_path(tar))
+        os.replace(partial, tar)
+    except FileNotFoundError:  # another process finished the dataset, this shard included, and swept the folder
+        if not is_whole(tar):
+            raise
     sync_folder(tar.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left behind."""
+    for path in folder.glob("shard-*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def is_whole(tar: Path) -> bool:

@@ -12,6 +12,7 @@ from processes import FULL
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
+from mf_dist.encode import Encoding, Task, encode_images
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 
@@ -99,8 +100,19 @@ def test_bf16_is_close_and_says_how_close(images, tmp_path):
 
 
 @pytest.mark.dist
+def test_compiled_is_the_same_function(images, tmp_path):
+    plain, compiled = (Vae(str(VAE), torch.device("cpu"), compiled=c) for c in (False, True))
+    pixels = torch.from_numpy(np.stack([load_image(p, 32) for p in sorted(images.rglob("*.png"))[:16]]))
+    expected, found = plain.encode(pixels), compiled.encode(pixels)
+    assert 0 < (found - expected).norm() / expected.norm() < 1e-5  # rounding; 0 would mean that nothing was compiled
+    with pytest.raises(UserError, match="encode_compiled was False, now True"):
+        encode(images, tmp_path / "out")
+        encode_images(str(images), tmp_path / "out", compiled, Encoding(32, 60, 16), Task())
+
+
+@pytest.mark.dist
 def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
-    """torchrun with two processes, killed -9 again and again at seeded moments, against one process left alone."""
+    """Two processes, killed -9 again and again at seeded moments, then torchrun, against one process left alone."""
     import signal
     import subprocess
     import sys
@@ -114,10 +126,10 @@ def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
     while not (out / "manifest.json").is_file():
         ranks = [
             subprocess.Popen(
-                [sys.executable, *map(str, command), "--out", str(out), "--task", f"{i}/2"],
+                [sys.executable, *map(str, command), "--out", str(out), "--task", task],
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
-            for i in range(2)
+            for task in ("0/1", "1/2")  # as after a change of n: both make every second shard
         ]  # fmt: skip
         wanted = len(list(out.glob("*.tar"))) + int(g.integers(1, 5))
         while any(rank.poll() is None for rank in ranks) and len(list(out.glob("*.tar"))) < wanted:
@@ -131,6 +143,6 @@ def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
     (out / "manifest.json").unlink()
     (out / "shard-00003.tar").unlink()
     run_python(*launcher, *command, "--out", out)
-    assert {k: v for k, v in hashes(out).items() if "tmp" not in k} == hashes(tmp_path / "alone")
+    assert hashes(out) == hashes(tmp_path / "alone")
     print(f"{kills} kills")
     assert kills >= (20 if FULL else 5)
