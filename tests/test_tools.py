@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FEATURES, TINY, run_python
+from conftest import FEATURES, TINY, VAE, run_python
 from PIL import Image
 
 from mf_dist.data.images import list_images
@@ -100,3 +100,21 @@ def test_step_bench_measures_equal_losses(tmp_path):
         and rows["diffusers"]["flops"] == rows["plain"]["flops"]
     )
     assert rows["ours"]["flops"] < rows["authors"]["flops"] < rows["port"]["flops"]
+
+
+@pytest.mark.dist
+def test_encode_bench_counts_the_convolutions(tmp_path):
+    import torch
+
+    from mf_dist.latents import Vae
+
+    tool = ["tools/bench_encode.py", "--vae", VAE, "--resolution", 32, "--batch", 2, "--rounds", 1, "--forms", "eager"]
+    first, fp32, bf16 = run_python(*tool).stdout.splitlines()
+    vae, counted = Vae(str(VAE), torch.device("cpu")), []
+    for module in vae.model.encoder.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(lambda m, x, y: counted.append(2 * y.numel() * m.weight[0].numel()))
+    vae.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert float(first.split(": ")[1].split()[0]) * 1e9 == pytest.approx(sum(counted), rel=0.05)  # and attention
+    assert fp32.endswith("error 0.0e+00") and 1e-5 < float(bf16.split()[-1]) < 3e-2
+    assert "expected some of" in run_python(*tool[:-1], "fast", expect=2).stderr

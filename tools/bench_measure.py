@@ -75,11 +75,12 @@ def counted_flops(case):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of the best of several square products, measured."""
+    """FLOP/s of the best of several square products, measured; dtype: fp32, tf32 or bf16."""
     import torch
 
-    best = 0.0
-    for n in (4096, 8192, 16384):
+    best, before = 0.0, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    for n in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
         a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
         times = []
         for _ in range(10):
@@ -87,4 +88,5 @@ def matmul_peak(device, dtype):
             a @ a
             times.append(now() - start)
         best = max(best, 2 * n**3 / statistics.median(times[2:]))
+    torch.backends.cuda.matmul.allow_tf32 = before
     return best
