@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-import socket
+import secrets
 from pathlib import Path
 from typing import Any
 
 
 def partial_path(path: Path) -> Path:
-    """Where this process writes what will be renamed to `path`: no other process, on any machine, has that name."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    """Where to write what will be renamed to `path`: a name that nobody else has, on any machine."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:

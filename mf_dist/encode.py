@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
-from mf_dist.data.images import ImageFolder, Pixels, decode_image
+from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
 from mf_dist.data.shard_writer import Record, is_whole, sweep, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.durable import sha256_of, write_json
@@ -54,38 +55,56 @@ class Task:
 
 def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Task) -> None:
     """Writes this task's shards where they are missing, and the manifest once all are there. Raises UserError on too
-    many unreadable images and where `out` holds shards of another plan."""
+    many unreadable images, a disk that does not take them, and where `out` holds shards of another plan."""
     source = open_images(images)
-    if encoding.resolution % vae.reduction:
-        raise UserError(
-            f"--resolution {encoding.resolution} is not a multiple of {vae.reduction}, this VAE's reduction"
-        )
+    check_resolution(encoding.resolution, vae)
     plan = _plan(source, vae, encoding)
-    _claim(out, plan)
-    total = len(source.paths)
-    blocks = [range(first, min(first + encoding.shard_size, total)) for first in range(0, total, encoding.shard_size)]
+    try:
+        _claim(out, plan)
+        _encode_shards(source, out, vae, encoding, task, _plan_sha256(plan))
+        _finish(out, plan, encoding)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; what is finished stays, the same command goes on"
+        ) from None
+
+
+def check_resolution(resolution: int, vae: Vae) -> None:
+    if resolution % vae.reduction:
+        raise UserError(f"--resolution {resolution} is not a multiple of {vae.reduction}, this VAE's reduction")
+
+
+def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task: Task, plan_sha256: str) -> None:
+    blocks = _blocks(len(source.paths), encoding)
     mine = range(task.number, len(blocks), task.count)
     with (
         progress(sum(len(blocks[number]) for number in mine), "img", "encode") as bar,
         ThreadPoolExecutor(1) as writer,  # a shard is written while the next is encoded
     ):
-        writing: Future[None] | None = None
+        writing, all_bad = Future[None](), list[str]()
+        writing.set_result(None)
         for number in mine:
             tar = out / shard_name(number)
-            if is_whole(tar):
+            index = read_index(tar)
+            if index is not None and is_whole(tar, plan_sha256):
+                all_bad += index.skipped
                 bar.update(len(blocks[number]))
                 continue
             bad: list[str] = []
             records = list(_encode_block(source, blocks[number], vae, encoding, bar, bad))
-            _check_bad(bad, total, encoding)
+            all_bad += bad
+            _check_bad(all_bad, len(source.paths), encoding)
             if not records:
                 raise UserError(f"no image of {tar.name} can be read; the first: {bad[0]}")
-            if writing:
-                writing.result()
-            writing = writer.submit(write_shard, tar, records, bad)
-        if writing:
             writing.result()
-    _finish(out, plan, len(blocks), encoding)
+            writing = writer.submit(write_shard, tar, records, bad, plan_sha256)
+        writing.result()
+
+
+def _blocks(total: int, encoding: Encoding) -> list[range]:
+    """Which images each shard holds."""
+    size = encoding.shard_size
+    return [range(first, min(first + size, total)) for first in range(0, total, size)]
 
 
 def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
@@ -103,34 +122,52 @@ def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
         "encode_batch": encoding.batch,
         "encode_precision": vae.precision,
         "encode_compiled": vae.compiled,
+        "encoded_by": vae.surroundings,
         "shard_size": encoding.shard_size,
         "vae": vae.identity,
     }
 
 
 def _list_sha256(source: Source) -> str:
-    """Of the images' names below the source, and their sizes in bytes: another list is another dataset."""
-    lines = (f"{path} {size}\n" for path, size in zip(source.paths, source.sizes(), strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    """Of the images' names below the source, their sizes in bytes and classes: another list is another dataset."""
+    digest = hashlib.sha256()
+    with progress(len(source.paths), "img", "list") as bar:
+        for path, size, label in zip(source.paths, source.sizes(), source.labels, strict=True):
+            digest.update(f"{path} {size} {label}\n".encode())
+            bar.update(1)
+    return digest.hexdigest()
+
+
+def _unmoved(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without the place where the VAE lies: the same one elsewhere gives the same latents."""
+    vae = plan.get("vae")
+    return {**plan, "vae": {**vae, "source": ""} if isinstance(vae, dict) else vae}
+
+
+def _plan_sha256(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_unmoved(plan), sort_keys=True).encode()).hexdigest()
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:
     """Records the plan in a new folder; UserError where the folder has another."""
     path = out / PLAN
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        if any(out.glob("shard-*")) or (out / "manifest.json").exists():
+            raise UserError(
+                f"{str(out)!r} holds shards, but its {PLAN} is gone: choose another --out or remove that folder"
+            )
+        write_json(path, plan)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            write_json(path, plan)
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in plan if found.get(key) != plan[key]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot use {str(out)!r}: {error}") from None
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{str(out)!r} holds latents of another plan: {key} was {found.get(key)!r}, now {plan[key]!r}; "
-            "choose another --out or remove that folder"
-        )
+        found = _unmoved(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --out or remove that folder") from None
+    for key, value in _unmoved(plan).items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{str(out)!r} holds latents of another plan: {key} was {found.get(key)!r}, now {value!r}; "
+                "choose another --out or remove that folder"
+            )
 
 
 def _encode_block(
@@ -175,7 +212,7 @@ def _decoded(
             bar.update(1)
             try:
                 yield result.result()
-            except UserError as error:
+            except Unreadable as error:
                 bad.append(str(error))
 
 
@@ -187,11 +224,15 @@ def _check_bad(bad: list[str], total: int, encoding: Encoding) -> None:
         )
 
 
-def _finish(out: Path, plan: dict[str, Any], num_shards: int, encoding: Encoding) -> None:
+def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     """The manifest, if all shards are there: the plan, the shards with sizes and sha256, the latents' shape, exact
     channel statistics, and the images left out."""
+    num_shards = len(_blocks(plan["count"], encoding))
     indices = [read_index(out / shard_name(number)) for number in range(num_shards)]
-    missing = sum(index is None or not (out / shard_name(n)).is_file() for n, index in enumerate(indices))
+    missing = sum(
+        index is None or index.plan != _plan_sha256(plan) or not (out / shard_name(n)).is_file()
+        for n, index in enumerate(indices)
+    )
     if missing:
         print(f"{missing} of {num_shards} shards at {out} are still to come, from other tasks")
         return
@@ -220,23 +261,32 @@ def _finish(out: Path, plan: dict[str, Any], num_shards: int, encoding: Encoding
 def channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:
     """Mean and standard deviation (C,) of posterior samples over all images and pixels, unscaled."""
     means, squares = [], []
-    for i in range(shards.count):
-        mean, std = np.split(shards[i][0].astype(np.float64), 2)
-        means.append(mean.mean(axis=(1, 2)))
-        squares.append((mean**2 + std**2).mean(axis=(1, 2)))
+    with progress(shards.count, "sample", "statistics") as bar:
+        for i in range(shards.count):
+            mean, std = np.split(shards[i][0].astype(np.float64), 2)
+            means.append(mean.mean(axis=(1, 2)))
+            squares.append((mean**2 + std**2).mean(axis=(1, 2)))
+            bar.update(1)
     centre = np.mean(means, axis=0)
     return centre.tolist(), np.sqrt(np.mean(squares, axis=0) - centre**2).tolist()
 
 
 def precision_error(images: str, vae: Vae, exact: Vae, resolution: int, count: int = 8) -> str:
     """How far `vae` is from `exact` on the first images, in words."""
-    source = open_images(images)
-    names = range(min(count, len(source.paths)))
-    pixels = torch.from_numpy(np.stack([decode_image(source.read(i), source.paths[i], resolution) for i in names]))
+    check_resolution(resolution, vae)
+    source, found = open_images(images), list[Pixels]()
+    for i in range(len(source.paths)):
+        with suppress(Unreadable):
+            found.append(decode_image(source.read(i), source.paths[i], resolution))
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"no image of {images!r} can be read")
+    pixels = torch.from_numpy(np.stack(found))
     (mean, std), (exact_mean, exact_std) = (v.encode(pixels).chunk(2, dim=1) for v in (vae, exact))
     errors = [((a - b).norm() / b.norm()).item() for a, b in ((mean, exact_mean), (std, exact_std))]
     in_noise = ((mean - exact_mean).abs().mean() / exact_std.mean()).item()
     return (
-        f"{vae.precision} against fp32 on {len(names)} images: relative error of mean {errors[0]:.2e}, of std "
+        f"{vae.precision} against fp32 on {len(found)} images: relative error of mean {errors[0]:.2e}, of std "
         f"{errors[1]:.2e}; the mean moves by {in_noise:.2f} of a posterior standard deviation"
     )

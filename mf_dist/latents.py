@@ -1,9 +1,11 @@
 """Pixels to latents and back: the only place that knows the VAE, its scale and its value range."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +58,43 @@ class Vae:
         self.source, self.precision, self.compiled = source, precision, compiled
         self.sha256 = sha256_of(folder / WEIGHTS)
         self.device = device
+        if precision == "tf32" and device.type != "cuda":
+            raise UserError("--precision tf32 needs a GPU; use fp32 or bf16")
         model = _load_autoencoder(folder).eval().requires_grad_(False)
         self.model = model.to(device=device, memory_format=torch.channels_last)
         if compiled:
             self.model.encoder.compile(dynamic=False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
+        shape = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
+        self.config_sha256 = hashlib.sha256(json.dumps(shape, default=str).encode()).hexdigest()
         self.scaling_factor = float(self.model.config["scaling_factor"])
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
-        for key in ("sha256", "scaling_factor"):
-            if expected is not None and self.identity[key] != expected[key]:
+        for key in ("sha256", "scaling_factor", "config_sha256"):
+            if expected is not None and self.identity[key] != expected.get(key):
                 raise UserError(
-                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected[key]}; "
+                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected.get(key)}; "
                     "name that one with eval.vae=FOLDER or --vae FOLDER"
                 )
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a dataset and a checkpoint record of their VAE."""
-        return {"source": self.source, "sha256": self.sha256, "scaling_factor": self.scaling_factor}
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "config_sha256": self.config_sha256,
+            "scaling_factor": self.scaling_factor,
+        }
+
+    @property
+    def surroundings(self) -> str:
+        """What else decides the last bits of what `encode` gives."""
+        device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        return f"torch {torch.__version__}, diffusers {version('diffusers')}, {device}"
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generato
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, index, 0, 0]))
 
 
-def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The permutation of `count` images in one epoch."""
-    return generator(seed, Purpose.ORDER, epoch).permutation(count)
+def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int32]:
+    """The permutation of `count` images in one epoch; every loader process holds one."""
+    return generator(seed, Purpose.ORDER, epoch).permutation(count).astype(np.int32)
 
 
 def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32, bool]:

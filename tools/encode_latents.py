@@ -4,7 +4,8 @@
         --vae mf_dist/assets/digits-vae --resolution 32
     python tools/encode_latents.py --images /data/imagenet/train --out data/imagenet256 \\
         --vae stabilityai/sd-vae-ft-mse --resolution 256
-    torchrun --nproc_per_node=8 tools/encode_latents.py ...      # shard i by process i mod 8; so does a SLURM job array
+    torchrun --nproc_per_node=8 tools/encode_latents.py ...      # shard i by process i mod 8
+    sbatch --array=0-9 slurm/encode_latents.sh ...               # shard i by task i mod 10, times its processes
     python tools/encode_latents.py ... --verify                  # the error of --precision against fp32, no shards
 
 Images: a folder, whose sub-folders are classes in order of name, as ImageNet's wnids (none: no classes); or a
@@ -28,7 +29,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--images", required=True, help="image folder, .tar, or folder of tars")
-    parser.add_argument("--out", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--out", type=Path, help="the dataset's folder")
     parser.add_argument("--vae", required=True, help="folder or hub id of a diffusers AutoencoderKL")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square crop in pixels")
     parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard (default 10000)")
@@ -44,6 +45,8 @@ def parse():
     parser.add_argument("--task", help="I/N: make shards I, I + N, ... (default: from torchrun or the SLURM job array)")
     parser.add_argument("--verify", action="store_true", help="compare --precision with fp32 on 8 images, and stop")
     args = parser.parse_args()
+    if not (args.out or args.verify):
+        raise UserError("--out FOLDER is needed: where the dataset goes")
     for name in ("resolution", "shard_size", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -54,17 +57,26 @@ def parse():
 
 def task_of(args):
     """(number, count): as asked, else of the SLURM job array, else of the launcher."""
-    text = args.task
-    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, number = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(os.environ["SLURM_ARRAY_TASK_ID"])
-        text = f"{number - first}/{os.environ['SLURM_ARRAY_TASK_COUNT']}"
-    if text is None:
-        place = launched_place()
-        text = f"{place.rank}/{place.world_size}"
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise UserError(f"--task {text!r}: expected I/N with 0 <= I < N")
-    return int(number), int(count)
+    if args.task is not None:
+        number, slash, count = args.task.partition("/")
+        if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+            raise UserError(f"--task {args.task!r}: expected I/N with 0 <= I < N")
+        return int(number), int(count)
+    place = launched_place()
+    number, count = array_task() if "SLURM_ARRAY_TASK_ID" in os.environ else (0, 1)
+    return number * place.world_size + place.rank, count * place.world_size
+
+
+def array_task():
+    """(number, count) of this task of a SLURM job array such as 0-7 or 10-40:10."""
+    names = ("TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_COUNT")
+    values = {name: os.environ.get(f"SLURM_ARRAY_{name}", "") for name in names}
+    if all(value.isdigit() for value in values.values()):
+        at, first, last, count = (int(value) for value in values.values())
+        step = max(1, (last - first) // max(1, count - 1))
+        if (last - first) == step * (count - 1) and (at - first) % step == 0:
+            return (at - first) // step, count
+    raise UserError(f"the job array {values} is not evenly spaced: submit 0-N, or give each task --task I/N")
 
 
 @command_line

@@ -68,16 +68,15 @@ def show(args):
     from mf_dist.data.shards import LatentShards
     from mf_dist.latents import Vae
 
-    shards, source = LatentShards(args.data), open_images(args.images)
-    if shards.manifest["skipped"] or len(source.paths) != shards.count:
-        raise UserError(f"{args.images} has {len(source.paths)} images, the dataset {shards.count} samples: show needs "
-                        "the very images that were encoded, all of them readable")  # fmt: skip
     if args.count < 1 or args.out.suffix != ".png":
         raise UserError("--count must be at least 1 and --out end in .png")
+    shards, source = LatentShards(args.data), open_images(args.images)
     recorded = shards.manifest["vae"]
     vae = Vae(args.vae or recorded["source"], torch.device("cpu"), recorded)
     chosen = np.linspace(0, shards.count - 1, min(args.count, shards.count)).astype(int)
-    pixels = [decode_image(source.read(i), source.paths[i], shards.manifest["resolution"]) for i in chosen]
+    pixels = [
+        decode_image(source_of(shards, source, i), f"of sample {i}", shards.manifest["resolution"]) for i in chosen
+    ]
     means = np.stack([shards[i][0][: shards.manifest["latent_channels"]] for i in chosen]).astype(np.float32)
     decoded = vae.decode(torch.from_numpy(means) * vae.scaling_factor).numpy()
     error = np.mean((np.stack(pixels).astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))
@@ -85,6 +84,23 @@ def show(args):
     image_grid(np.concatenate([pixels, decoded]), ["source", "decoded"]).save(args.out)
     print(f"{args.out}: PSNR {psnr.mean():.1f} dB on average, {psnr.min():.1f} at worst, over {len(chosen)} samples")
     return 0
+
+
+def source_of(shards, source, i):
+    """The image file that sample i was made of; UserError where --images has another."""
+    import hashlib
+    import json
+    import tarfile
+
+    tar, number = shards.place(i)
+    with tarfile.open(tar, "r:") as archive:
+        recorded = json.loads(archive.extractfile(f"{number:09d}.json").read())
+    raw = source.read(number) if number < len(source.paths) else b""
+    if hashlib.sha256(raw).hexdigest() != recorded["sha256"]:
+        raise UserError(
+            f"--images does not hold what was encoded: image {number} was {recorded['source']!r}, with another sha256"
+        )
+    return raw
 
 
 @command_line

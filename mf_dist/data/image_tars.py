@@ -30,6 +30,7 @@ class ImageTars:
     places: list[_Place] = field(repr=False)
 
     def read(self, i: int) -> bytes:
+        """The bytes of paths[i]; OSError where the disk does not give them."""
         tar, offset, size = self.places[i]
         with open(tar, "rb") as file:
             file.seek(offset)
@@ -41,10 +42,13 @@ class ImageTars:
 
 def open_images(source: str) -> "ImageFolder | ImageTars":
     """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused."""
-    if ":" in source.split("/")[0]:
-        raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
     path = Path(source)
+    if not source or (":" in source.split("/")[0] and not path.exists()):
+        raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
+    others = [other for other in path.iterdir() if other not in tars and other.name[0] != "."] if path.is_dir() else []
+    if tars and any(other.is_dir() or other.suffix.lower() in SUFFIXES for other in others):
+        raise UserError(f"{source!r} has tars and also folders or images: keep the ones to encode in a folder of their own")
     return list_tars(path, tars) if tars else list_images(path)
 
 
@@ -83,12 +87,12 @@ def _members(tar: Path) -> list[tuple[str, _Place]]:
                     continue
                 if not member.isreg():
                     raise UserError(f"{tar}: member {member.name!r} is no plain file; refused")
-                if member.offset_data + member.size > length:
+                if member.size < 0 or member.offset_data + member.size > length:
                     raise UserError(f"{tar}: ends inside member {member.name!r}; it is cut short")
                 if member.name in found:
                     raise UserError(f"{tar}: member {member.name!r} stands twice")
                 found[member.name] = _Place(tar, member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {tar}: {error}") from None
     return list(found.items())
 

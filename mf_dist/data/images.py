@@ -2,17 +2,25 @@
 
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mf_dist.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_PIXELS = 89_478_485
+"""Of an image before it is cut to a square; Pillow's own limit for one that is opened."""
 Pixels = npt.NDArray[np.uint8]
+
+
+class Unreadable(UserError):
+    """An image that was read and cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class ImageFolder:
     classes: list[str]
 
     def read(self, i: int) -> bytes:
-        """The file of paths[i]; UserError where it cannot be read."""
+        """The file of paths[i]; UserError where the disk does not give it: that says nothing of the image."""
         try:
             return (self.root / self.paths[i]).read_bytes()
         except OSError as error:
@@ -42,12 +50,7 @@ def list_images(root: str | Path) -> ImageFolder:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
-    paths = sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    )
+    paths = sorted(_walk(root))
     if not paths:
         raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
     in_folders = [path for path in paths if "/" in path]
@@ -59,7 +62,22 @@ def list_images(root: str | Path) -> ImageFolder:
     if empty:
         raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
     number = {name: index for index, name in enumerate(classes)}
-    return ImageFolder(root, paths, [number.get(path.split("/")[0], 0) for path in paths], classes)
+    return ImageFolder(root, paths, [number[path.split("/")[0]] if classes else 0 for path in paths], classes)
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of the images below `root`, hidden folders left out."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in folders:
+            if Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
+                raise UserError(f"{os.path.join(folder, name)!r} links back to a folder it lies in; remove the link")
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                path = Path(folder, name).relative_to(root).as_posix()
+                if not path.isprintable():  # such as bytes that are no UTF-8
+                    raise UserError(f"the name {path!r} below {str(root)!r} is no plain text; rename it")
+                yield path
 
 
 def load_image(path: str | Path, resolution: int) -> Pixels:
@@ -72,26 +90,36 @@ def load_image(path: str | Path, resolution: int) -> Pixels:
 
 def decode_image(raw: bytes, name: str, resolution: int) -> Pixels:
     """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As ADM and torchvision do, transparency is dropped
-    and EXIF orientation ignored: published reference numbers have them so. 16-bit images keep their upper 8 bits. UserError
-    names the image that cannot be decoded whole."""
+    and EXIF orientation ignored: published reference numbers have them so. 16-bit images keep their upper 8 bits.
+    Unreadable names the image that cannot be decoded whole."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            rgb = _eight_bits(image).convert("RGB")
+            if max(image.size) * resolution > MAX_PIXELS * min(image.size) / resolution:
+                raise ValueError(f"its sides, {image.width} x {image.height}, differ too much")
+            rgb = _jpeg(raw) if image.format == "JPEG" and image.mode == "RGB" else None
+            rgb = rgb or _eight_bits(image).convert("RGB")
+        square = centre_crop(rgb, resolution)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot read image {name!r}: {reason}; mend or remove it") from None
-    return np.ascontiguousarray(np.asarray(centre_crop(rgb, resolution)).transpose(2, 0, 1))
+        raise Unreadable(f"cannot read image {name!r}: {reason}; mend or remove it") from None
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _jpeg(raw: bytes) -> Image.Image | None:
+    """The same pixels as Pillow's, in half the time; None where Pillow shall say what is wrong."""
+    try:
+        return Image.fromarray(simplejpeg.decode_jpeg(raw))
+    except ValueError:
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow's own conversion of 16-bit grey would cut values off at 255."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white")
+    if image.mode in ("F", "I"):
+        raise ValueError("32-bit pixels have no fixed white")
     if image.mode[0] != "I":
         return image
     numbers = np.asarray(image)
-    if numbers.min() < 0 or numbers.max() > 65535:
-        raise ValueError("more than 16 bits a channel")
     return Image.fromarray((numbers >> 8).astype(np.uint8))
 
 

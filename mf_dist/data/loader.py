@@ -48,7 +48,7 @@ class LatentStream(Dataset[Batch]):
     ) -> None:
         self.shards, self.seed, self.micro_batch, self.share = shards, seed, micro_batch, share_r_equals_t
         self.flip = flip
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._orders: dict[int, npt.NDArray[np.int32]] = {}
 
     def __getitem__(self, j: int) -> Batch:
         slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)

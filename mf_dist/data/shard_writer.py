@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mf_dist.data.shards import Moments, index_path, read_index
+from mf_dist.data.shards import Moments, index_checksum, index_path, read_index
 from mf_dist.durable import partial_path, sha256_of, sync_folder
 
 
@@ -36,10 +36,26 @@ class Record:
         }  # fmt: skip
 
 
-def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
+def write_shard(tar: Path, records: list[Record], skipped: list[str], plan: str) -> None:
     """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. Several processes
-    may write the same shard at once. `skipped`: a line for each image of this block that could not be read."""
-    partial = partial_path(tar)
+    may write the same shard at once. `skipped`: a line for each image of this block that could not be read; `plan`: sha256
+    of what the shard is made by."""
+    partial, partial_index = partial_path(tar), partial_path(index_path(tar))
+    try:
+        _write_tar(partial, records)
+        _write_index(partial_index, partial, records, skipped, plan)
+        os.replace(partial_index, index_path(tar))
+        os.replace(partial, tar)
+    except FileNotFoundError:  # another process finished the dataset, this shard included, and swept the folder
+        if not is_whole(tar, plan):
+            raise
+    finally:
+        for path in (partial, partial_index):
+            path.unlink(missing_ok=True)
+    sync_folder(tar.parent)
+
+
+def _write_tar(partial: Path, records: list[Record]) -> None:
     with open(partial, "wb") as file:
         # mtime 0 and USTAR: equal records give equal bytes, and no extra header before every member
         with webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT) as writer:
@@ -47,12 +63,17 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
                 writer.write(record.members())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_index(path: Path, partial: Path, records: list[Record], skipped: list[str], plan: str) -> None:
     offsets = {name: array_offsets(partial, f".{name}.npy") for name in ("moments", "flipped")}
     assert len(offsets["moments"]) == len(records)
     index = {
+        "plan": np.array(plan),
+        "numbers": np.array([record.number for record in records], np.int32),
         "offsets": offsets["moments"],
         "flipped": offsets["flipped"],
-        "labels": np.array([record.label for record in records], np.int64),
+        "labels": np.array([record.label for record in records], np.int32),
         "crc32": np.array([zlib.crc32(record.moments.tobytes()) for record in records], np.uint32),
         "flipped_crc32": np.array([zlib.crc32(r.flipped.tobytes()) for r in records if r.flipped is not None], np.uint32),
         "shape": np.array(records[0].moments.shape),
@@ -60,31 +81,23 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str]) -> None:
         "sha256": np.array(sha256_of(partial)),
         "skipped": np.array(skipped, dtype=np.str_),
     }
-    partial_index = partial_path(index_path(tar))
-    with open(partial_index, "wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
+    with open(path, "wb") as file:
+        np.savez(file, **index, checksum=np.array(index_checksum(index)))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.replace(partial_index, index_path(tar))
-        os.replace(partial, tar)
-    except FileNotFoundError:  # another process finished the dataset, this shard included, and swept the folder
-        if not is_whole(tar):
-            raise
-    sync_folder(tar.parent)
 
 
 def sweep(folder: Path) -> None:
     """Removes what killed writers left behind."""
-    for path in folder.glob("shard-*.tmp"):
+    for path in folder.glob("*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def is_whole(tar: Path) -> bool:
-    """Whether a shard is the one its index was written with, to the last bit."""
+def is_whole(tar: Path, plan: str) -> bool:
+    """Whether a shard was made by this plan and is what its index was written with, to the last bit."""
     index = read_index(tar)
     return (
-        index is not None and tar.is_file() and tar.stat().st_size == index.size and sha256_of(tar) == index.sha256
+        index is not None and index.plan == plan and tar.is_file() and tar.stat().st_size == index.size and sha256_of(tar) == index.sha256
     )
 
 

@@ -3,17 +3,18 @@
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
     shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json; and
                              KEY.flipped.npy, of the mirrored image, where that was asked for
-    shard-00000.index.npz    offsets of the raw moments in the tar, labels, crc32s, shape; the images that could not be
-                             read; and the tar's size and sha256
+    shard-00000.index.npz    of each sample its number in the source list, offset in the tar, label and crc32; the images
+                             that could not be read; the tar's size and sha256, and that of the plan it was made by
 
 The manifest is written last: a folder without one is not finished. It carries a checksum of itself and the sha256 of
-every index, an index the crc32 of every sample, and each is compared when it is read: damage never reaches a batch.
+every index, an index one of itself and the crc32 of every sample, and each is compared when it is read: damage never
+reaches a batch.
 """
 
 import hashlib
 import json
 import math
-import zipfile
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mf_dist.data.staging import staged_path
+from mf_dist.data.staging import is_staged, staged_path
 from mf_dist.durable import sha256_of, write_json
 from mf_dist.errors import UserError
 
@@ -57,7 +58,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
             raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; encode again")
         if manifest["checksum"] != _checksum(manifest):
             raise ValueError("its checksum does not fit")
-    except (ValueError, KeyError, TypeError) as error:
+        for key in ("count", "latent_size", "latent_channels", "num_classes", "classes", "flip", "vae"):
+            manifest[key]
+        for number, shard in enumerate(manifest["shards"]):  # paths are made of these
+            if shard["name"] != shard_name(number) or not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
+                raise ValueError(f"shard {number} has a strange name or hash")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); remove it and run the encode command again") from None
     return manifest
 
@@ -65,11 +71,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 class Index(NamedTuple):
     """Of one shard of n samples."""
 
+    plan: str
+    """sha256 of the plan it was made by."""
+    numbers: npt.NDArray[np.int32]
+    """(n,) of the images in the source list; a sample's key."""
     offsets: npt.NDArray[np.int64]
     """(n,) of the raw moments."""
     flipped: npt.NDArray[np.int64]
     """(n,) of those of the mirrored images, or (0,)."""
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int32]
     crc32: npt.NDArray[np.uint32]
     flipped_crc32: npt.NDArray[np.uint32]
     shape: tuple[int, int, int]
@@ -84,13 +94,26 @@ def read_index(tar: Path) -> Index | None:
     """The index beside a shard, None where it is missing or cannot be read."""
     try:
         with np.load(index_path(tar), allow_pickle=False) as file:
-            channels, side, _ = (int(n) for n in file["shape"])
-            return Index(
-                file["offsets"], file["flipped"], file["labels"], file["crc32"], file["flipped_crc32"],
-                (channels, side, side), int(file["size"]), str(file["sha256"]), [str(s) for s in file["skipped"]],
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            entries = {name: file[name] for name in file.files}
+        if str(entries["checksum"]) != index_checksum(entries):
+            return None
+        channels, side, _ = (int(n) for n in entries["shape"])
+        return Index(
+            str(entries["plan"]), entries["numbers"], entries["offsets"], entries["flipped"], entries["labels"],
+            entries["crc32"], entries["flipped_crc32"], (channels, side, side), int(entries["size"]),
+            str(entries["sha256"]), [str(line) for line in entries["skipped"]],
+        )  # fmt: skip
+    except Exception:  # of damaged bytes, zipfile alone raises eight kinds
         return None
+
+
+def index_checksum(entries: dict[str, npt.NDArray[Any]]) -> str:
+    """Of all columns but the checksum itself."""
+    digest = hashlib.sha256()
+    for name in sorted(entries.keys() - {"checksum"}):
+        column = entries[name]
+        digest.update(f"{name} {column.dtype.str} {column.shape}\n".encode() + column.tobytes())
+    return digest.hexdigest()
 
 
 def dataset_sha256(manifest: dict[str, Any]) -> str:
@@ -139,10 +162,16 @@ class LatentShards:
         if number not in self._maps:
             shard = self.manifest["shards"][number]
             path = self.folder / shard["name"]
-            if self.stage_dir and staged_path(self.stage_dir, shard).is_file():
+            if self.stage_dir and is_staged(staged_path(self.stage_dir, shard), shard):
                 path = staged_path(self.stage_dir, shard)
                 self._near.add(number)
-            self._maps[number] = path, np.asarray(np.memmap(path, np.uint8, "r"))
+            try:
+                mapped = np.asarray(np.memmap(path, np.uint8, "r"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {path}: {error}") from None
+            if len(mapped) != shard["bytes"]:
+                raise UserError(f"{path} has {len(mapped)} bytes, not {shard['bytes']}; {self._remedy(number)}")
+            self._maps[number] = path, mapped
         return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,6 +182,12 @@ class LatentShards:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
         moments, labels = self.batch([index], [False])
         return moments[0], int(labels[0])
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """Where sample `index` lies: its tar, and its number in the source list, which is its key there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[shard])
+        return self.folder / self.manifest["shards"][shard]["name"], int(self._indices[shard].numbers[row])
 
     def batch(self, rows: list[int], flipped: list[bool]) -> tuple[Moments, npt.NDArray[np.int64]]:
         """(B, 2C, S, S) fp16 and labels (B,) of images by index, of the mirrored image where `flipped`, which only a
@@ -167,7 +202,12 @@ class LatentShards:
             labels[i] = found.labels[row]
             if zlib.crc32(moments[i]) != crc[row]:
                 raise UserError(
-                    f"{path}: sample {row}, counted from 0, has other numbers than were written (crc32); "
-                    f"`python tools/latents.py verify {self.folder}` names all damage"
+                    f"{path}: sample {found.numbers[row]:09d} has other numbers than were written (crc32); "
+                    f"{self._remedy(shard)}"
                 )
         return moments, labels
+
+    def _remedy(self, number: int) -> str:
+        if number in self._near:
+            return "remove that copy and start again"
+        return f"run the encode command again to restore it; `python tools/latents.py verify {self.folder}` names all damage"

@@ -5,13 +5,14 @@ that folder of the local disk, verified by sha256 and renamed when whole. Reader
 is; until then from the shared disk. Where the bytes come from changes nothing of a batch.
 """
 
-import hashlib
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from mf_dist.durable import partial_path, sha256_of
 
 CHUNK = 16 << 20
 
@@ -42,7 +43,7 @@ class Staging:
 
     def _check_room(self, stage_dir: Path) -> None:
         stage_dir.mkdir(parents=True, exist_ok=True)
-        missing = [s for s in self.manifest["shards"] if not staged_path(stage_dir, s).is_file()]
+        missing = [s for s in self.manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]
         needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
         if free < needed:
             raise OSError(f"{stage_dir} has {free / 2**30:.1f} GiB free, the shards need {needed / 2**30:.1f}")
@@ -54,17 +55,25 @@ class Staging:
                 pass
             return
         target = staged_path(self.stage_dir, shard)
-        if target.is_file():
+        if is_staged(target, shard) and sha256_of(target) == shard["sha256"]:
             return
-        partial, digest = target.with_suffix(".tmp"), hashlib.sha256()
-        with open(partial, "wb") as file:
-            for chunk in _chunks(source):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != shard["sha256"]:
-            partial.unlink()
-            raise OSError(f"{source} is not what the manifest says; run tools/latents.py verify")
-        os.replace(partial, target)
+        partial = partial_path(target)
+        try:
+            with open(partial, "wb") as file:
+                for chunk in _chunks(source):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            if sha256_of(partial) != shard["sha256"]:
+                raise OSError(f"{source} is not what the manifest says; run tools/latents.py verify")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def is_staged(target: Path, shard: dict[str, Any]) -> bool:
+    """Whether a whole copy seems to be there; a power cut may have left an empty one."""
+    return target.is_file() and target.stat().st_size == shard["bytes"]
 
 
 def staged_path(stage_dir: Path, shard: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from conftest import VAE, encode, run_python
 from mf_dist.data.audit import problems
 from mf_dist.data.shard_writer import Record, write_shard
 from mf_dist.durable import sha256_of
-from mf_dist.data.shards import LatentShards, index_path, read_manifest, shard_name, write_manifest
+from mf_dist.data.shards import LatentShards, index_checksum, index_path, read_manifest, shard_name, write_manifest
 from mf_dist.errors import UserError
 from mf_dist.latents import WEIGHTS, Vae
 
@@ -49,6 +49,7 @@ def rewrite(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     with np.load(index_path(tar)) as index:
         entries = dict(index) | {"size": np.array(tar.stat().st_size), "sha256": np.array(sha256_of(tar))}
+    entries["checksum"] = np.array(index_checksum(entries))
     np.savez(index_path(tar), **entries)
     hashes = {"sha256": sha256_of(tar), "index_sha256": sha256_of(index_path(tar))}
     manifest["shards"][1] |= {"bytes": tar.stat().st_size, **hashes}
@@ -66,6 +67,11 @@ def edit(members, g, change):
     name, raw = members[which]
     array = np.load(io.BytesIO(raw))
     return [*members[:which], *change(name, array, members[which]), *members[which + 1 :]]
+
+
+def huge(raw):
+    """A header that promises an array of 10^11 numbers."""
+    return raw[:10] + raw[10:128].replace(b"(8, 8, 8)", b"(10**11,)".replace(b"10**11", b"99999999999"))[:118] + raw[128:]
 
 
 def with_nan(array, g):
@@ -86,6 +92,8 @@ SAMPLES = {
     "wrong type": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, npy(a.astype(np.float32)))]),
     "twice": lambda g: lambda m: edit(m, g, lambda name, a, old: [old, old]),
     "gone": lambda g: lambda m: edit(m, g, lambda name, a, old: []),
+    "huge": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, huge(npy(a)))]),
+    "deep": lambda g: lambda m: [(n, b"[" * 200_000 if n.endswith(".json") else raw) for n, raw in m],
     "object array": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}")]),
 }
 
@@ -120,6 +128,18 @@ def test_damaged_bytes(latents, copy, name, kind, trial):
         assert read_all(copy) is None
 
 
+def test_any_bit_of_an_index_is_seen_without_a_crash(copy):
+    path, g = index_path(copy / TAR), np.random.default_rng(0)
+    whole = path.read_bytes()
+    for bit in g.choice(8 * len(whole), 200, replace=False):
+        raw = bytearray(whole)
+        raw[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=path.name):
+            LatentShards(copy)
+        assert any(path.name in line for line in found(copy))
+
+
 def test_any_bit_of_a_sample_stops_the_loader(copy):
     index, g = LatentShards(copy)._indices[1], np.random.default_rng(0)
     whole = (copy / TAR).read_bytes()
@@ -127,7 +147,7 @@ def test_any_bit_of_a_sample_stops_the_loader(copy):
         damaged = bytearray(whole)
         damaged[offset + g.integers(1024)] ^= 1 << int(g.integers(8))
         (copy / TAR).write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"{TAR}: sample {row}, "):
+        with pytest.raises(UserError, match=rf"{TAR}: sample {60 + row:09d} "):
             LatentShards(copy).batch(list(range(60, 120)), [False] * 60)
 
 
@@ -181,6 +201,15 @@ def test_a_wrong_index_is_refused_by_loader_and_verify(copy, trial):
         LatentShards(copy)
 
 
+def test_a_manifest_makes_no_paths(copy):
+    for key, value in (("sha256", "../victim"), ("name", "../other.tar")):
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["shards"][1][key] = value
+        write_manifest(copy / "..", manifest)
+        with pytest.raises(UserError, match="strange name or hash"):
+            LatentShards(copy / "..")
+
+
 @pytest.mark.parametrize("what", ["tar missing", "index missing", "index of another shard", "extra tar"])
 def test_whole_files(copy, what):
     if what == "tar missing":
@@ -221,5 +250,5 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     moments = np.ones((8, 4, 4), np.float16)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_shard(tmp_path / name / TAR, [Record(3, moments, 1, "x.png", "00")], [])
+        write_shard(tmp_path / name / TAR, [Record(3, moments, 1, "x.png", "00")], [], "plan")
     assert (tmp_path / "a" / TAR).read_bytes() == (tmp_path / "b" / TAR).read_bytes()

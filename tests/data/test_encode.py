@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from processes import FULL
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
-from mf_dist.encode import Encoding, Task, encode_images
+from mf_dist.encode import Encoding, Task, encode_images, precision_error
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 
@@ -39,7 +40,17 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
         (images / folder.paths[i]).write_bytes(b"no image" * (i + 1))
     with pytest.raises(UserError, match=r"1 of 60 images cannot be read, more than --max-bad-share 0.001 allows"):
         encode(images, tmp_path / "out", shard_size=30)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match="2 of 60 images"):  # counted over all shards, not in each
+        encode(images, tmp_path / "out", shard_size=10, max_bad_share=0.02)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 4  # and it stopped there
+    shutil.rmtree(tmp_path / "out")
     encode(images, tmp_path / "out", shard_size=30, max_bad_share=0.05)
+    shown = ["tools/latents.py", "show", tmp_path / "out", "--images", images, "--count", 60, "--out", tmp_path / "a.png"]
+    assert float(run_python(*shown).stdout.split("PSNR ")[1].split()[0]) > 25
+    (images / folder.paths[3]).write_bytes((images / folder.paths[4]).read_bytes())
+    assert "does not hold what was encoded: image 3 was" in run_python(*shown, expect=2).stderr
+    write_digits(tmp_path / "images", 60)
     shards = LatentShards(tmp_path / "out")
     assert shards.count == 58 and shards.manifest["source_count"] == 60
     assert [folder.paths[i] in line for i, line in zip((7, 40), shards.manifest["skipped"], strict=True)] == [True] * 2
@@ -80,6 +91,14 @@ def folder_share():
     return Fraction(3, 4)
 
 
+def test_a_precision_or_size_the_vae_has_not_is_refused(images):
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="tf32 needs a GPU"):
+        Vae(str(VAE), cpu, precision="tf32")
+    with pytest.raises(UserError, match="30 is not a multiple of 4"):
+        precision_error(str(images), Vae(str(VAE), cpu), Vae(str(VAE), cpu), 30)
+
+
 def test_plain_latents_cannot_be_mirrored(tiny_config):
     from mf_dist.config import load_config, resolve
 
@@ -90,7 +109,7 @@ def test_plain_latents_cannot_be_mirrored(tiny_config):
 
 def test_bf16_is_close_and_says_how_close(images, tmp_path):
     tool = ["tools/encode_latents.py", "--images", images, "--vae", VAE, "--resolution", 32, "--precision", "bf16"]
-    text = run_python(*tool, "--out", tmp_path / "out", "--verify").stdout
+    text = run_python(*tool, "--verify").stdout
     error = float(text.split("relative error of mean ")[1].split(",")[0])
     assert 1e-5 < error < 3e-2 and not (tmp_path / "out").exists()
     run_python(*tool, "--out", tmp_path / "out", "--task", "0/1")

@@ -103,3 +103,10 @@ def test_a_damaged_tar_is_named(tmp_path, damage):
     (tmp_path / "a.tar").write_bytes({"cut": raw[: len(raw) // 2], "garbage": b"?" * 5000, "empty": b""}[damage])
     with pytest.raises(UserError, match=r"a\.tar|no images"):
         open_images(str(tmp_path))
+
+
+def test_tars_beside_other_images_are_refused(images, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    (tmp_path / "0").mkdir()
+    with pytest.raises(UserError, match="has tars and also folders or images"):
+        open_images(str(tmp_path))

@@ -1,10 +1,13 @@
 """Listing, decoding and cropping images."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mf_dist.data.images import centre_crop, image_grid, list_images, load_image
+from mf_dist.data.images import centre_crop, decode_image, image_grid, list_images, load_image
 from mf_dist.errors import UserError
 
 
@@ -58,7 +61,7 @@ def test_what_is_wrong_is_named(tmp_path):
         list_images(tmp_path)
     assert load_image(tmp_path / "class" / "b.png", 8).shape == (3, 8, 8)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match=r"float\.tiff.*floating-point"):
+    with pytest.raises(UserError, match=r"float\.tiff.*no fixed white"):
         load_image(tmp_path / "float.tiff", 8)
 
 
@@ -87,6 +90,40 @@ def test_every_mode_becomes_rgb(tmp_path):
 def test_tiny_and_huge(tmp_path, size):
     Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "a.png")
     assert (load_image(tmp_path / "a.png", 32) == np.array([9, 8, 7])[:, None, None]).all()
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"keep_rgb": True}, {"mode": "L"}])
+def test_jpegs_are_decoded_as_pillow_does(options, subsampling):
+    options, g, pixels = dict(options), np.random.default_rng(0), []
+    mode = options.pop("mode", "RGB")
+    for size in ((64, 64), (61, 67), (16, 200), (1, 1)):
+        file = io.BytesIO()
+        image = Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).resize(size[::-1], Image.Resampling.BOX)
+        image.convert(mode).save(file, "JPEG", subsampling=0 if "keep_rgb" in options else subsampling, **options)
+        expected = centre_crop(Image.open(file).convert("RGB"), 16)
+        pixels.append(np.array_equal(decode_image(file.getvalue(), "a.jpg", 16), np.asarray(expected).transpose(2, 0, 1)))
+    assert all(pixels)
+
+
+def test_a_strip_that_would_grow_is_refused(tmp_path):
+    Image.new("RGB", (1, 65_500)).save(tmp_path / "strip.jpg")
+    with pytest.raises(UserError, match=r"strip\.jpg.*its sides, 1 x 65500, differ too much"):
+        load_image(tmp_path / "strip.jpg", 256)
+
+
+def test_hidden_folders_links_back_and_strange_names(tmp_path):
+    for name in ("a", ".thumbs"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
+    assert list_images(tmp_path / "images").paths == ["a/1.png"]
+    (tmp_path / "images/a/up").symlink_to(tmp_path / "images")
+    with pytest.raises(UserError, match=r"images/a/up' links back"):
+        list_images(tmp_path / "images")
+    (tmp_path / "images/a/up").unlink()
+    (tmp_path / "images/a" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    with pytest.raises(UserError, match="no plain text"):
+        list_images(tmp_path / "images")
 
 
 def test_a_bomb_is_refused(tmp_path, monkeypatch):

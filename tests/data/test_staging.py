@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mf_dist.data.shards import LatentShards
+from mf_dist.errors import UserError
 from mf_dist.data.staging import Staging, staged_path
 
 
@@ -47,6 +48,32 @@ def test_a_damaged_shard_is_not_staged(copy, tmp_path):
     (copy / "shard-00001.tar").write_bytes(raw)
     assert "shard-00001.tar is not what the manifest says" in stage(copy, tmp_path / "near")[-1]
     assert [path.name for path in (tmp_path / "near").iterdir()] == [staged_path(tmp_path, manifest["shards"][0]).name]
+
+
+@pytest.mark.parametrize("damage", ["empty", "flipped"])
+def test_a_copy_that_is_not_whole_is_made_again(copy, latents, tmp_path, damage):
+    """As after a power cut. Until then readers take the shared disk, or say which copy is bad."""
+    near, shard = tmp_path / "near", LatentShards(copy).manifest["shards"][1]
+    stage(copy, near)
+    raw = bytearray(staged_path(near, shard).read_bytes())
+    raw[LatentShards(copy)._indices[1].offsets[3]] ^= 1
+    staged_path(near, shard).write_bytes(b"" if damage == "empty" else raw)
+    if damage == "empty":
+        assert np.array_equal(LatentShards(copy, stage_dir=str(near))[63][0], LatentShards(latents)[63][0])
+    else:
+        with pytest.raises(UserError, match=rf"{shard['sha256']}.tar: sample 000000063 .*remove that copy"):
+            LatentShards(copy, stage_dir=str(near))[63]
+    stage(copy, near)
+    assert staged_path(near, shard).read_bytes() == (copy / shard["name"]).read_bytes()
+
+
+def test_two_jobs_stage_into_one_folder(copy, tmp_path):
+    manifest, near, said = LatentShards(copy).manifest, tmp_path / "near", []
+    both = [Staging(copy, manifest, near, said.append) for _ in range(2)]
+    for one in both:
+        one.wait()
+    assert said.count(f"staged 3 of 3 shards in {near}") == 2 and not any("warning" in line for line in said)
+    assert sorted(p.name for p in near.iterdir()) == sorted(f"{s['sha256']}.tar" for s in manifest["shards"])
 
 
 def test_no_room_and_no_folder_are_warnings(copy, tmp_path, monkeypatch):
