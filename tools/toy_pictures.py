@@ -1,0 +1,72 @@
+"""The pictures of tools/toy_flow.py."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from toy_field import marginal_velocity, sample_data, trajectory  # noqa: E402
+
+NOISE, DATA, PATH = "#8a8f98", "#c8451b", "#2b6cb0"
+
+
+def plane(axis, title: str) -> None:
+    axis.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), aspect="equal", xticks=[], yticks=[])
+    axis.set_title(title, fontsize=11)
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_fields(path: Path) -> None:
+    """The straight conditional paths, and the curved trajectories of the marginal velocity."""
+    g = torch.Generator().manual_seed(3)
+    x, e = sample_data(60, g), torch.randn(60, 2, dtype=torch.float64, generator=g)
+    ends = torch.ones(60).double(), torch.zeros(60).double()
+    lines = trajectory(e, *ends)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5))
+    plane(axes[0], "conditional: z = (1 - t) x + t e, straight, and they cross")
+    plane(axes[1], "marginal: dz/dt = v(z, t), curved, and they cannot cross")
+    axes[0].plot(*torch.stack([e, x]).unbind(2), color=PATH, lw=0.7, alpha=0.6)
+    axes[1].plot(*lines.unbind(2), color=PATH, lw=0.7, alpha=0.8)
+    for axis, end in zip(axes, (x, lines[-1]), strict=True):
+        axis.scatter(*e.T, s=9, color=NOISE, label="noise, t = 1", zorder=3)
+        axis.scatter(*end.T, s=9, color=DATA, label="data, t = 0", zorder=3)
+    axes[0].legend(loc="lower left", fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def draw_secant(path: Path) -> None:
+    """On single trajectories: the tangent v(z_t, t), followed for the whole time, against the secant u(z_t, 0, t)."""
+    starts = torch.tensor([[0.35, 0.5], [-0.9, -0.15], [1.1, -0.6]], dtype=torch.float64)
+    one, zero = torch.ones(3).double(), torch.zeros(3).double()
+    lines = trajectory(starts, one, zero)
+    v = marginal_velocity(starts, one)
+    figure, axis = plt.subplots(figsize=(5.6, 5.6))
+    plane(axis, "one step from noise: along the tangent or along the secant")
+    for i in range(3):
+        axis.plot(*lines[:, i].T, color=PATH, lw=1.6, label="trajectory" if i == 0 else None)
+        for end, color, label in ((starts[i] - v[i], NOISE, "z - v(z, 1)"), (lines[-1, i], DATA, "z - u(z, 0, 1)")):
+            axis.annotate(
+                "", end.tolist(), starts[i].tolist(), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.6}
+            )
+            axis.plot([], [], color=color, label=label if i == 0 else None)
+    axis.scatter(*starts.T, s=24, color="black", zorder=3, label="z, noise")
+    cloud = sample_data(600, torch.Generator().manual_seed(4))
+    axis.scatter(*cloud.T, s=3, color=DATA, alpha=0.15, zorder=0)
+    axis.legend(loc="lower left", fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def draw_samples(path: Path, found: dict[str, tuple[Tensor, float, float]]) -> None:
+    """One-step samples by rule, with the distance to the truth where there is one."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.4))
+    for axis, (name, (points, distance, _)) in zip(axes, found.items(), strict=True):
+        plane(axis, name + (f"\nW2 {distance:.2f}" if distance else "\n"))
+        axis.scatter(*points.T, s=2, alpha=0.4, color=DATA if name == "truth" else PATH)
+    save(figure, path)
