@@ -3,8 +3,8 @@
     python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
     python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
 
-begin: go | finished | stopped | refused. end: requeue (train again by machine) | finished | stopped | failed | refused.
-Everything is decided from RUN/status.json, since exit codes do not survive torchrun and srun. No torch.
+begin: go | finished | stopped | refused. end: resume (it stopped for want of time; go on) | retry (it failed; try again) |
+finished | stopped (a person's wish) | failed (for good) | refused. Everything is decided from RUN/status.json, since exit codes do not survive torchrun and srun. No torch.
 """
 
 import argparse
@@ -69,12 +69,12 @@ def judge(said: dict[str, Any]) -> Verdict:
     if status == "finished":
         return Verdict("finished", at_step)
     if status == "stopped":
-        return Verdict("requeue" if said.get("stopped_by") in ("TIME", "SIGUSR1") else "stopped", f"stopped {at_step}")
+        return Verdict("resume" if said.get("stopped_by") in ("TIME", "SIGUSR1") else "stopped", f"stopped {at_step}")
     if said.get("refused"):
         return Verdict("refused", text)
     if status == "failed" and said:
         starts = said.get("starts_without_progress", 0)
-        return Verdict("requeue", f"failed {at_step} (start {starts} since the last checkpoint)")
+        return Verdict("retry", f"failed {at_step} (start {starts} since the last checkpoint)")
     return Verdict("failed", f"{status} {at_step}")
 
 

@@ -80,6 +80,18 @@ on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes o
     --redirects 3 --tee 3 --local-ranks-filter 0 "${@:2}"
 }
 
+task() { # a tool and its arguments, in one process on one node; the same call goes on where it stopped
+  local code=0 restarts=${SLURM_RESTART_COUNT:-0}
+  say "job $job start $restarts on $SLURM_JOB_NODELIST: $*"
+  step "$PYTHON" "$@" || code=$?
+  [ $code != 0 ] || leave 0 "finished"
+  [ $code != 2 ] || leave 2 "refused, as said above"
+  if [ "$asked" = SIGUSR1 ] || [ "$restarts" -lt 3 ]; then
+    requeue '' && leave 0 "requeued: ended with code $code${asked:+ after $asked}"
+  fi
+  leave 1 "failed: ended with code $code${asked:+ after $asked}, restarts: $restarts"
+}
+
 # ---- training
 preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes) and reason
   local into=$run_dir/preflight/$start why=''
@@ -95,13 +107,15 @@ judge() { # uses preflight's into and why
   read -r verdict bad reason < <(ours mf_dist.preflight judge --into "$into" --reason "$why" "${names[@]}")
 }
 
-requeue() { # nodes to leave out, or nothing. Once: SLURM then ends this script
-  local out
+requeue() { # nodes to leave out, or nothing. SLURM then ends this script
+  local before
+  [ "$asked" != SIGTERM ] || return # cancelled, or SLURM has done it
   trap '' TERM
-  out=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  [ "$before" != '(null)' ] || before=''
   scontrol requeue "$job" || return
   # only a job that waits takes another list
-  [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="$1${out:+,$out}"
+  [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="$1${before:+,$before}" || say "cannot leave out $1"
 }
 
 train() { # config, overrides: one attempt, from the check whether there is anything to do to the word why it ended
@@ -123,9 +137,10 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
   fi
   case $verdict in
     finished) leave 0 "finished $reason" ;;
-    requeue)
-      [ "$asked" = SIGTERM ] || ! requeue "$bad" || leave 0 "requeued${bad:+ without $bad}: $reason"
-      leave 3 "left as it is${asked:+ after $asked}: $reason" ;;
+    resume | retry)
+      requeue "$bad" && leave 0 "requeued${bad:+ without $bad}: $reason"
+      [ "$verdict" = retry ] || leave 3 "$reason"
+      leave 1 "$reason" ;;
     stopped) leave 3 "$reason" ;;
     refused) leave 2 "refused: $reason" ;;
     *) leave 1 "failed: ${reason:-$PYTHON does not run mf_dist; see PYTHON in $site}" ;;

@@ -35,7 +35,7 @@ def test_memory_is_split_as_zero_splits_it():
     ]
     assert "warning" not in cost.describe(config, 8)
     small = resolve(load_config("configs/imagenet256_xl2.yaml", ["engine.zero_stage=3"]), None, 32)
-    assert "warning: 8 rows" in cost.describe(small, 32) and "4 gathers" in cost.describe(small, 32)
+    assert "warning: 8 rows" in cost.describe(small, 32)
 
 
 @torch.no_grad()
