@@ -3,8 +3,9 @@
     python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
     python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
 
-begin: go | finished | stopped | refused. end: resume (it stopped for want of time; go on) | retry (it failed; try again) |
-finished | stopped (a person's wish) | failed (for good) | refused. Everything is decided from RUN/status.json, since exit codes do not survive torchrun and srun. No torch.
+begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
+finished | stopped (a person's wish) | failed (for good) | refused. All of it is decided from RUN/status.json, since exit
+codes do not survive torchrun and srun. No torch.
 """
 
 import argparse
@@ -39,10 +40,13 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     _hold(status, patience)
     try:
         check(config, ranks, needs_data=True)
+        status.launch()
     except UserError as error:
-        status.refuse(str(error), has_begun=False)
+        if status.read().get("status") != "crash_loop":
+            status.refuse(str(error), has_begun=False)
         raise
-    status.launch()
+    finally:
+        status.release()
     return Verdict("go", config.run_dir)
 
 
@@ -50,7 +54,7 @@ def _hold(status: Status, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            return status.hold()  # until this process ends, moments from now
+            return status.hold()
         except Unrecorded:
             if time.monotonic() > deadline:
                 raise

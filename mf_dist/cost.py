@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic alone (no torch): parameters, FLOPs, steps, bytes on the wire. --dry-run prints it."""
+"""What a run costs, by arithmetic alone (no torch): parameters, FLOPs, steps, bytes moved. --dry-run prints it."""
 
 import yaml
 
@@ -107,9 +107,9 @@ def weak_scaling(config: Config) -> list[str]:
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         ranks = nodes * GPUS_PER_NODE
         one, other = wire_seconds(config, ranks).values()
-        share = compute / (compute + one + other)
+        share, batch = compute / (compute + one + other), rows * ranks
         lines.append(
-            f"                | {nodes} | {ranks} | {rows * ranks} | {one * 1e3:.1f} | {other * 1e3:.1f} | {share:.0%} |"
+            f"                | {nodes} | {ranks} | {batch} | {one * 1e3:.1f} | {other * 1e3:.1f} | {share:.0%} |"
         )
     return lines
 

@@ -9,7 +9,6 @@ from typing import NamedTuple, NoReturn
 
 from mf_dist.errors import UserError
 
-
 HEARD: list[signal.Signals] = []
 """Signals that came since hear_signals()."""
 

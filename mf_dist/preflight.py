@@ -1,12 +1,12 @@
 """Looks at every node before training does, so that a bad one is named and not searched for among stack traces.
 
-    srun python -m mf_dist.preflight node --into FOLDER --gpus 8 CONFIG      # a process a node: FOLDER/NODE.json
-    srun torchrun ... -m mf_dist.preflight wires --into FOLDER               # a process a GPU: FOLDER/NODE.wires.json
-    python -m mf_dist.preflight judge --into FOLDER n1 n2                    # all is well | bad NODES: why | failed: why
+    srun python -m mf_dist.preflight node --into FOLDER --gpus 8 --ranks 16 CONFIG   # one a node: FOLDER/NODE.json
+    srun torchrun ... -m mf_dist.preflight wires --into FOLDER                       # one a GPU: FOLDER/NODE.wires.json
+    python -m mf_dist.preflight judge --into FOLDER n1 n2                            # good | bad NODES WHY | failed WHY
 
-node: versions, GPUs that compute, room for checkpoints, shards that can be read. wires: an all-reduce within each node
-and over all of them, its sum and its speed. judge also compares the nodes. What nodes say goes through files in a folder
-they share, so that one that says nothing is known by its silence. A missing step is not judged.
+node: versions, GPUs that compute, room for checkpoints, shards that can be read. wires: an all-reduce within each
+node, then over all: its sum and its speed. What nodes say goes through files in a folder they share, so that one that
+says nothing is known by its silence; judge compares them. A step that has not run is not judged.
 """
 
 import argparse
@@ -22,10 +22,12 @@ from typing import Any
 from mf_dist.config import Config, load_config
 from mf_dist.durable import write_json
 from mf_dist.errors import UserError, command_line
+from mf_dist.train import check
 
 GPU_NUMBERS = 64 << 20
 """fp32 numbers in an all-reduce among GPUs: 256 MiB, about one bucket of a large model."""
 CPU_NUMBERS = 1 << 20
+WITHIN, OVER_ALL = "within a node", "over all nodes"
 REPEATS = 5
 
 
@@ -34,7 +36,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def check_node(config: Config, gpus: int) -> dict[str, Any]:
+def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
     """What one node says of itself. problems: a line each, none if it is fit to train."""
     import torch
 
@@ -42,16 +44,17 @@ def check_node(config: Config, gpus: int) -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
+    looks = {
+        "GPUs": lambda: _check_gpus(gpus),
+        "shards": lambda: _check_shards(config),
+        "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=True)),
+    }
     problems = []
-    for what, look in (
-        ("GPUs", lambda: _check_gpus(gpus)),
-        ("shards", lambda: _check_shards(config)),
-        ("checkpoints", lambda: _check_disk(config)),
-    ):
+    for what, look in looks.items():
         try:
             look()
         except (UserError, OSError, RuntimeError) as error:
-            problems.append(f"{what}: {error}")
+            problems.append(f"{what}: {' '.join(str(error).split())}")
     return {"node": node_name(), "same": same, "problems": problems}
 
 
@@ -69,19 +72,12 @@ def _check_gpus(expected: int) -> None:
 
 
 def _check_shards(config: Config) -> None:
-    """All there with the right size, and a sample of the first and the last reads whole."""
-    from mf_dist.data.shards import LatentShards, read_manifest
+    """All there with the right size and index, and the first and the last sample can be read."""
+    from mf_dist.data.shards import LatentShards
 
-    folder, manifest = Path(config.data.path), read_manifest(config.data.path)
-    if manifest is None:
-        raise UserError(f"no manifest.json in {folder}")
-    for shard in manifest["shards"]:
-        found = (folder / shard["name"]).stat().st_size
-        if found != shard["bytes"]:
-            raise UserError(f"{folder / shard['name']} has {found} bytes, the manifest says {shard['bytes']}")
-    shards = LatentShards(folder, manifest)
+    shards = LatentShards(config.data.path)
     for sample in (0, shards.count - 1):
-        shards[sample]
+        shards[sample][0].sum()
 
 
 def _check_disk(config: Config) -> None:
@@ -111,7 +107,7 @@ def check_wires(into: Path) -> None:
             group = dist.new_group(list(range(first, first + here)))
             own = group if first <= ranks.rank < first + here else own
         said: dict[str, Any] = {"node": node_name(), "problems": []}
-        for name, group in (("within the node", own), ("over all nodes", dist.group.WORLD)):
+        for name, group in ((WITHIN, own), (OVER_ALL, dist.group.WORLD)):
             speed, is_right = _all_reduce(group, ranks.device)
             said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group)}
             if not is_right:
@@ -138,35 +134,31 @@ def _all_reduce(group: Any, device: Any) -> tuple[float, bool]:
 
 
 def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(problems of each bad node, lines to log) from what the nodes left in `into`."""
-    bad: dict[str, list[str]] = {}
-    lines: list[str] = []
+    """(problems of each bad node, lines for the log) from what the nodes left in `into`."""
     looked = {node: _read(into / f"{node}.json") for node in nodes}
-    for node, said in looked.items():
-        problems = said["problems"] if said else ["it did not answer"]
-        bad |= {node: problems} if problems else {}
-    surroundings = {node: json.dumps(said["same"], sort_keys=True) for node, said in looked.items() if said}
-    usual = Counter(surroundings.values()).most_common(1)[0][0] if surroundings else "{}"
-    for node, text in surroundings.items():
-        differ = [
-            f"{k} {json.loads(text)[k]}, not {v}" for k, v in json.loads(usual).items() if json.loads(text)[k] != v
+    bad = {node: said["problems"] if said else ["it did not answer"] for node, said in looked.items()}
+    told = {node: said["same"] for node, said in looked.items() if said}
+    usual = json.loads(Counter(json.dumps(same) for same in told.values()).most_common(1)[0][0]) if told else {}
+    for node, same in told.items():
+        bad[node] += [
+            f"{name} is {same[name]}, elsewhere {value}" for name, value in usual.items() if same[name] != value
         ]
-        if differ:
-            bad.setdefault(node, []).append(f"differs from the other nodes: {', '.join(differ)}")
-    wires = {node: _read(into / f"{node}.wires.json") for node in nodes}
-    for node, said in wires.items():
-        if any(wires.values()) and not bad.get(node):
-            problems = said["problems"] if said else ["its ranks did not answer"]
-            bad |= {node: problems} if problems else {}
-    for name in ("within the node", "over all nodes"):
-        speeds = {node: said[name] for node, said in wires.items() if said and name in said}
+    wires = {node: said for node in nodes if (said := _read(into / f"{node}.wires.json"))}
+    if wires:  # if no node has a word to say, none is to blame
+        for node in nodes:
+            bad[node] += wires[node]["problems"] if node in wires else ["its ranks did not answer"]
+    return {node: problems for node, problems in bad.items() if problems}, _speeds(wires)
+
+
+def _speeds(wires: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for where in (WITHIN, OVER_ALL):
+        speeds = {node: said[where] for node, said in wires.items() if where in said}
         if speeds:
             slowest = min(speeds, key=lambda node: speeds[node]["gb_per_second"])
-            one = speeds[slowest]
-            lines.append(
-                f"all-reduce {name}: {one['ranks']} ranks, {one['gb_per_second']:.2f} GB/s ({slowest}, slowest)"
-            )
-    return bad, lines
+            speed, ranks = speeds[slowest]["gb_per_second"], speeds[slowest]["ranks"]
+            lines.append(f"all-reduce {where}: {ranks} ranks, {speed:.2f} GB/s a rank on the slowest node, {slowest}")
+    return lines
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -178,12 +170,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _judge(into: Path, nodes: list[str], reason: str) -> None:
+    """On stderr what is measured, on stdout the verdict; `reason`: why a step before this failed, if one did."""
     bad, lines = judge(into, nodes)
-    for line in lines:
-        print(line, file=sys.stderr)
-    words = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     if bad:
-        print("bad", ",".join(bad), words)
+        print("bad", ",".join(bad), "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items()))
     else:
         print("failed" if reason else "good", "-", reason)
 
@@ -198,13 +189,14 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", metavar="ARG", help="node: CONFIG [section.key=value ...]; judge: nodes")
     parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
     parser.add_argument("--gpus", type=int, default=0, help="node: GPUs that must be there")
+    parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
     parser.add_argument("--reason", default="", help="judge: why the step before failed, if it did")
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
     args = parser.parse_intermixed_args()
     args.into.mkdir(parents=True, exist_ok=True)
     if args.step == "node":
         config = load_config(args.rest[0], args.rest[1:])
-        write_json(args.into / f"{node_name()}.json", check_node(config, args.gpus))
+        write_json(args.into / f"{node_name()}.json", check_node(config, args.gpus, args.ranks))
     elif args.step == "wires":
         check_wires(args.into)
     else:

@@ -114,6 +114,10 @@ class Status:
         except OSError:  # a file system without locks
             pass
 
+    def release(self) -> None:
+        """Gives the run back before this process ends."""
+        os.close(self._held)
+
     def refuse(self, reason: str, has_begun: bool) -> None:
         """A mistake in the call ended the start; `has_begun` tells whether begin() had counted it. It does not count,
         and "refused" says that starting again by machine is pointless."""

@@ -14,6 +14,7 @@ PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-300}
 nodes=$SLURM_JOB_NUM_NODES
+ranks=$((nodes * NPROC_PER_NODE))
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may mean the whole array
 job=${job:-$SLURM_JOB_ID}
@@ -97,7 +98,7 @@ preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes)
   local into=$run_dir/preflight/$start why=''
   # shellcheck disable=SC2016
   step bash -c 'trap "" USR1 TERM; exec timeout --signal=KILL "$@"' - "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
-    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" "$@" || why="srun ended with code $?"
+    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why="srun ended with code $?"
   judge
   [ "$verdict" = good ] || return
   on_ranks "$into/logs" -m mf_dist.preflight wires --into "$into" || why="the all-reduce over all nodes failed, srun's code $?"
@@ -121,7 +122,7 @@ requeue() { # nodes to leave out, or nothing. SLURM then ends this script
 train() { # config, overrides: one attempt, from the check whether there is anything to do to the word why it ended
   local verdict='' reason='' bad='' run_dir code=0
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(ours mf_dist.attempt begin --ranks $((nodes * NPROC_PER_NODE)) "$@")
+  read -r verdict reason < <(ours mf_dist.attempt begin --ranks "$ranks" "$@")
   run_dir=$reason
   if [ "$verdict" = go ]; then
     preflight "$@"

@@ -159,7 +159,7 @@ def test_a_bad_node_is_named_and_left_out(jobs, undisturbed):
     try:
         job = jobs.train("--nodes=2", "--no-requeue")
         assert jobs.wait_end(job) == "FAILED", jobs.log()
-        why = f"preflight: n2: shards: no manifest.json in {jobs.latents}"
+        why = f"preflight: n2: shards: no finished dataset at '{jobs.latents}'"
         assert jobs.last_line().startswith("failed at step 0: ") and why in jobs.last_line()
         job = jobs.train("--nodes=2")
         assert jobs.wait_end(job) == "COMPLETED", jobs.log()
