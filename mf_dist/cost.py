@@ -91,6 +91,15 @@ def compute_seconds(config: Config, rows: int) -> float:
     return rows * forwards_per_image(config) * forward_flops(config.model) / ASSUMED_FLOPS
 
 
+def run_hours(config: Config, world_size: int) -> float:
+    """Of the whole run, compute and wire one after the other; evaluation, samples and saves not counted."""
+    train = config.train
+    assert train.micro_batch is not None
+    accumulation = train.batch_size // (world_size * train.micro_batch)
+    step = compute_seconds(config, train.batch_size // world_size)
+    return config.total_steps * (step + sum(wire_seconds(config, world_size, accumulation).values())) / 3600
+
+
 def weak_scaling(config: Config) -> list[str]:
     """A table over 1 to 64 nodes, each rank with one micro-batch a step; nothing overlaps."""
     rows, sizes = config.train.micro_batch, payload(config, 1)
@@ -126,7 +135,6 @@ def describe(config: Config, world_size: int) -> str:
     count, flops, per_image = parameters(model), forward_flops(model), forwards_per_image(config)
     memory = {name: size / 2**30 for name, size in memory_per_rank(config, world_size).items()}
     accumulation = train.batch_size // (world_size * train.micro_batch)
-    hours = per_image * flops * train.total_images / (ASSUMED_FLOPS * world_size * 3600)
     lines = [
         yaml.safe_dump(to_tree(config), sort_keys=False).rstrip(),
         "---",
@@ -138,7 +146,8 @@ def describe(config: Config, world_size: int) -> str:
         f"(plain flow matching: 3)",
         f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x {accumulation} accumulation",
         f"run             {config.total_steps:,} steps, {per_image * flops * train.total_images:.2e} FLOP",
-        f"time            {hours:,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s a rank, no overheads",
+        f"time            {run_hours(config, world_size):,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
+        "a rank and the speeds of collectives below",
         f"memory a rank   {sum(memory.values()):,.2f} GiB: "
         + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
         f"checkpoint      {checkpoint_bytes(config) / 2**30:,.2f} GiB each (fp32 weights, two moments, EMAs)",
