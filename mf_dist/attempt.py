@@ -4,8 +4,8 @@
     python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
 
 begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
-finished | stopped (a person's wish) | failed (for good) | refused. All is decided from RUN/status.json, since exit codes
-do not survive torchrun and srun. No torch.
+finished | stopped (a person's wish) | failed (for good) | refused. RUN/status.json alone decides, since exit codes do
+not survive torchrun and srun. No torch.
 """
 
 import argparse

@@ -58,7 +58,8 @@ ours() { # a module of mf_dist on this node, which SLURM's signals to this scrip
 step() { # an srun of one task a node: in the background, for in the foreground a trap would wait for its end
   local code pid
   # since SLURM 22.05 srun does not take over how many CPUs a task has
-  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" "${CONTAINER[@]}" "$@" &
+  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+    "${CONTAINER[@]}" "$@" &
   pid=$!
   wait "$pid"
   code=$?
@@ -97,11 +98,14 @@ task() { # a tool and its arguments, in one process on one node; the same call g
 preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes) and reason
   local into=$run_dir/preflight/$start why=''
   # shellcheck disable=SC2016
-  step bash -c 'trap "" USR1 TERM; exec timeout --signal=KILL "$@"' - "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
-    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why="srun ended with code $?"
+  step bash -c 'trap "" USR1 TERM; exec timeout --signal=KILL "$@"' - "$PREFLIGHT_SECONDS" \
+    "$PYTHON" -m mf_dist.preflight node \
+    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" ||
+    why="srun ended with code $?"
   judge
   [ "$verdict" = good ] || return
-  on_ranks "$into/logs" -m mf_dist.preflight wires --into "$into" || why="the all-reduce over all nodes failed, srun's code $?"
+  on_ranks "$into/logs" -m mf_dist.preflight wires --into "$into" ||
+    why="the all-reduce over all nodes failed, srun's code $?"
   judge
 }
 judge() { # uses preflight's into and why
@@ -120,7 +124,8 @@ requeue() { # nodes to leave out, or nothing. SLURM then ends this script
 }
 
 train() { # config, overrides: one attempt, from the check whether there is anything to do to the word why it ended
-  local verdict='' reason='' bad='' run_dir code=0
+  local verdict='' reason='' bad='' run_dir code=0 staging=()
+  [ -z "${LOCAL_SCRATCH:-}" ] || staging=(data.stage=dir data.stage_dir="$LOCAL_SCRATCH")
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
   read -r verdict reason < <(ours mf_dist.attempt begin --ranks "$ranks" "$@")
   run_dir=$reason
@@ -128,7 +133,7 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
     preflight "$@"
     if [ "$verdict" = good ] && [ -z "$asked" ]; then
       say "preflight is good; training in $run_dir"
-      on_ranks "$run_dir/logs/$start" -m mf_dist.train ${LOCAL_SCRATCH:+data.stage=dir "data.stage_dir=$LOCAL_SCRATCH"} "$@" || code=$?
+      on_ranks "$run_dir/logs/$start" -m mf_dist.train "${staging[@]}" "$@" || code=$?
       reason="srun ended with code $code before the run said why"
     else
       reason="preflight: ${reason:-it does not run}"

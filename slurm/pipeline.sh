@@ -1,5 +1,5 @@
 #!/bin/bash
-# Images to metrics.json: submits encode, train and eval (1 and 2 network calls), each to begin when the one before is done.
+# Images to metrics.json: submits encode, train and eval (1 and 2 network calls), each to begin after the one before.
 #
 #     slurm/pipeline.sh TRAIN_SCRIPT RUN_DIR DATA_DIR ENCODE_OPTIONS... [-- OVERRIDES...]
 #     slurm/pipeline.sh slurm/train_xl.sh runs/xl2 data/imagenet256 --images IMAGENET/train \

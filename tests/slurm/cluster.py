@@ -176,12 +176,10 @@ class Cluster:
         subprocess.run(["nsenter", "-t", str(init), "-m", "-u", "-n", "-p", *map(str, command)], check=True, timeout=20)
 
     def ask(self, *command: object, env: dict | None = None, cwd: Path | None = None) -> str:
-        """Output of a SLURM command; empty where it fails, which it then says."""
+        """Output of a command; empty where it fails."""
         done = subprocess.run(
             [*map(str, command)], env=env or self.env, cwd=cwd, capture_output=True, text=True, timeout=30
         )
-        if done.returncode:
-            print(done.stderr)
         return "" if done.returncode else done.stdout
 
     def _tree(self, pid: int) -> list[int]:

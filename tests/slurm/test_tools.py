@@ -1,6 +1,8 @@
 """The other job scripts on a real SLURM: the encode array, the pipeline; and all of them as text."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,14 +61,14 @@ def test_the_whole_pipeline_is_one_command(jobs, images, tmp_path):
     overrides = [o for o in jobs.overrides if not o.startswith(("run_dir", "data.path"))]
     command = ["slurm/pipeline.sh", "slurm/train_b4.sh", jobs.run, data, "--images", images, "--vae", VAE]
     command += ["--resolution", "32", "--shard-size", "60", "--", *overrides, "model.patch_size=2"]
-    out = jobs.cluster.ask(*command, env=jobs.env, cwd=ROOT).split()
-    _, _, _, train, _, one, *_ = out
-    last = out[-6].rstrip(":")
+    said = jobs.cluster.ask(*command, env=jobs.env, cwd=ROOT)
+    _, train, _, last = re.findall(r"^\w+ (\d+)", said, re.MULTILINE)
     jobs.wait_step(20, 180)
     jobs.cluster.ask("scancel", "--batch", "--signal=USR1", train)
-    assert jobs.wait_end(last.rstrip(":"), 240) == "COMPLETED", jobs.log()
+    assert jobs.wait_end(last, 240) == "COMPLETED", jobs.log()
     assert jobs.field(train, "Restarts") == "1" and status(jobs.run)["step"] == STEPS
-    assert (jobs.run / "eval/metrics.json").is_file()
+    measured = json.loads((jobs.run / "eval/metrics.json").read_text())
+    assert sorted((entry["nfe"], entry["step"]) for entry in measured) == [(1, STEPS), (2, STEPS)]
 
 
 def test_what_cannot_run_is_not_waited_for(jobs, images, tmp_path):
