@@ -26,6 +26,14 @@ MAX_STARTS = 3
 WORDLESS = "it ended without a word, as by kill -9 or a lost node"
 
 
+def _starts(entry: dict[str, Any]) -> int:
+    """Without progress, up to this entry. A person's stop and a preemption begin the count anew; a time limit that
+    leaves no time for a step does not."""
+    said = entry.get("status")
+    counts = said in ("starting", "running", "failed") or entry.get("stopped_by") in ("TIME", "SIGUSR1")
+    return int(entry.get("starts_without_progress", 0)) if counts else 0
+
+
 class Status:
     """The file of one run. begin on rank 0 at a start; end on whichever rank knows; a lock lets one at a time."""
 
@@ -48,9 +56,7 @@ class Status:
         here. UserError where that makes a crash loop."""
         with self._alone():
             before = self.read()
-            said = before.get("status")
-            starts = int(before.get("starts_without_progress", 0)) if said in ("starting", "running", "failed") else 0
-            starts += said == "starting"
+            starts = _starts(before) + (before.get("status") == "starting")
             step, reason = before.get("committed_step", 0), str(before.get("reason") or WORDLESS)
             if starts >= MAX_STARTS:
                 raise self._crash_loop(step, starts, reason)
@@ -69,7 +75,7 @@ class Status:
             elif said in ("starting", "running"):
                 self._write("failed", step, reason, **kept)
             before = self.read()
-            if before.get("status") == "failed" and starts >= MAX_STARTS and not before.get("refused"):
+            if _starts(before) >= MAX_STARTS and not before.get("refused"):
                 self._crash_loop(step, starts, str(before["reason"]))
             return self.read()
 
@@ -81,9 +87,7 @@ class Status:
 
     def _begin(self, step: int) -> None:
         before = self.read()
-        starts = 1
-        if before.get("status") in ("starting", "running", "failed") and before.get("committed_step") == step:
-            starts += int(before.get("starts_without_progress", 0))
+        starts = 1 + (_starts(before) if before.get("committed_step") == step else 0)
         if starts > MAX_STARTS:
             raise self._crash_loop(step, starts - 1, str(before.get("reason") or WORDLESS))
         self._write("running", step, "", committed_step=step, starts_without_progress=starts)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -55,16 +56,26 @@ def test_job_scripts_that_die_themselves_are_counted_to_the_cap(config):
         begin(config, 1)
 
 
-def test_an_early_signal_is_no_crash(config):
+def test_a_preempted_start_is_no_crash(config):
     for _ in range(2 * MAX_STARTS):
         begin(config, 1)
-        assert end(config, "", "SIGUSR1").word == "resume"
-    begin(config, 1)
-    assert end(config, "", "SIGTERM").word == "stopped"
+        assert end(config, "", "SIGTERM") == ("stopped", "stopped at step 0: SIGTERM before training began")
+
+
+@pytest.mark.parametrize("where", ["before training", "before a step"])
+def test_a_time_limit_too_short_for_a_step_is_not_tried_for_ever(config, where):
+    for start in range(1, MAX_STARTS + 1):
+        begin(config, 1)
+        if where == "before a step":
+            status = Status(Path(config.run_dir))
+            status.begin(0)
+            status.end("stopped", 0, "the time limit is near", stopped_by="TIME")
+        assert end(config, "", "SIGUSR1").word == ("resume" if start < MAX_STARTS else "failed")
+    assert Status(Path(config.run_dir)).read()["status"] == "crash_loop"
 
 
 def test_what_the_run_said_is_not_replaced(config, tiny_config):
-    status = Status(ROOT / config.run_dir)
+    status = Status(Path(config.run_dir))
     begin(config, 1)
     status.begin(0)
     status.end("failed", 3, "the cause")
