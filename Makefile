@@ -1,5 +1,6 @@
 # make demo   the main job on real digits, offline, about 5 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
+# make test-slurm   jobs on a real SLURM that is set up here (root and apt; else skipped): about 25 minutes
 # make torture   every trial of kill -9 and the other faults (docs/reliability.md), about half an hour
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -10,7 +11,7 @@ MIN_SVC ?= 0.95
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
-.PHONY: install demo test test-dist torture check format clean
+.PHONY: install demo test test-dist test-slurm test-slurm-ci torture check format clean
 install: .venv/installed
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -35,6 +36,13 @@ test: install
 
 test-dist: install
 	$(PY) -m pytest -m dist
+
+test-slurm: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm
+
+# submit, the time limit's signal, a lost node; and every script as sbatch sees it
+test-slurm-ci: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm_ci -rs --durations=0 tests/slurm
 
 torture: install
 	TORTURE=1 $(PY) -m pytest -m dist -s tests/distributed/test_faults.py tests/distributed/test_soak.py

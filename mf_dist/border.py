@@ -15,6 +15,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from mf_dist.launch import HEARD
+
 MARGIN = 120.0
 """Seconds before a time limit at which the run stops, if its last save took no longer."""
 
@@ -40,7 +42,8 @@ class Stop(IntEnum):
 
 class Border:
     def __init__(self, run_dir: Path, is_first: bool, max_hours: float, timeout: timedelta) -> None:
-        self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_first, Stop.NO
+        self.stop_file, self._is_first = run_dir / "STOP", is_first
+        self._signal = max((Stop[early.name] for early in HEARD), default=Stop.NO)
         ends = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
         self._ends = min([*ends, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
         self.margin = MARGIN

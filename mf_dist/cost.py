@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic alone (no torch): parameters, FLOPs, steps. --dry-run prints it."""
+"""What a run costs, by arithmetic alone (no torch): parameters, FLOPs, steps, bytes moved. --dry-run prints it."""
 
 import yaml
 
@@ -10,6 +10,12 @@ KEPT_PER_BLOCK = 18
 """Numbers per token and width that a compiled block keeps for its backward (measured, docs/performance.md)."""
 ASSUMED_FLOPS = 400e12
 """FLOP/s of one GPU in the hours that --dry-run prints: 40 % of an H100's bf16 peak."""
+GPUS_PER_NODE = 8
+BUS_WITHIN, BUS_BETWEEN = 300e9, 200e9
+"""Bytes/s that a rank sends in a collective within a node and over several: assumed, two thirds of NVLink 4's 450 GB/s,
+half of eight 400 Gbit/s network cards. The preflight on a cluster states what it has."""
+REUSED = 10**9
+"""Up to so many weights DeepSpeed's ZeRO-3 keeps what it gathered for later passes (stage3_max_reuse_distance)."""
 FEW_ROWS = 16
 """Rows per GPU below which its matrix products are too small to fill it."""
 
@@ -62,6 +68,61 @@ def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
     }
 
 
+def payload(config: Config, accumulation: int) -> dict[str, int]:
+    """Bytes of the tensors that a step of `accumulation` micro-batches passes through each kind of collective, a few
+    numbers apart. Gradients are fp32; weights are gathered once, after the update, or at ZeRO-3 for each pass."""
+    count, stage = parameters(config.model), config.engine.zero_stage
+    weights = (2 if config.engine.precision == "bf16" else 4) * count
+    if stage == 3:
+        passes = (4 if config.meanflow.guided else 3) if count > REUSED else 1
+        return {"reduce-scatter": 4 * count * accumulation, "all-gather": passes * weights * accumulation}
+    return {"all-reduce": 4 * count * (accumulation if stage == 2 else 1), "all-gather": weights}
+
+
+def wire_seconds(config: Config, world_size: int, accumulation: int = 1) -> dict[str, float]:
+    """Of each kind of collective in a step, in rings: a rank sends (n - 1) / n of its payload, an all-reduce twice."""
+    share = (world_size - 1) / world_size / (BUS_WITHIN if world_size <= GPUS_PER_NODE else BUS_BETWEEN)
+    sizes = payload(config, accumulation).items()
+    return {kind: size * share * (2 if kind == "all-reduce" else 1) for kind, size in sizes}
+
+
+def compute_seconds(config: Config, rows: int) -> float:
+    """Of `rows` images on one GPU."""
+    return rows * forwards_per_image(config) * forward_flops(config.model) / ASSUMED_FLOPS
+
+
+def run_hours(config: Config, world_size: int) -> float:
+    """Of the whole run, compute and wire one after the other; evaluation, samples and saves not counted."""
+    train = config.train
+    assert train.micro_batch is not None
+    accumulation = train.batch_size // (world_size * train.micro_batch)
+    step = compute_seconds(config, train.batch_size // world_size)
+    return config.total_steps * (step + sum(wire_seconds(config, world_size, accumulation).values())) / 3600
+
+
+def weak_scaling(config: Config) -> list[str]:
+    """A table over 1 to 64 nodes, each rank with one micro-batch a step; nothing overlaps."""
+    rows, sizes = config.train.micro_batch, payload(config, 1)
+    assert rows is not None
+    compute, kinds = compute_seconds(config, rows), list(sizes)
+    lines = [
+        f"scaling         at {rows} rows a GPU and step, {compute * 1e3:.0f} ms of compute; "
+        + ", ".join(f"{kind} of {size / 1e9:.2f} GB" for kind, size in sizes.items()),
+        f"                at an assumed {BUS_WITHIN / 1e9:.0f} GB/s a rank in a node, {BUS_BETWEEN / 1e9:.0f} between; "
+        "nothing overlaps",
+        f"                | nodes | GPUs | global batch | {kinds[0]} ms | {kinds[1]} ms | of linear |",
+        "                |---|---|---|---|---|---|",
+    ]
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        ranks = nodes * GPUS_PER_NODE
+        one, other = wire_seconds(config, ranks).values()
+        share, batch = compute / (compute + one + other), rows * ranks
+        lines.append(
+            f"                | {nodes} | {ranks} | {batch} | {one * 1e3:.1f} | {other * 1e3:.1f} | {share:.0%} |"
+        )
+    return lines
+
+
 def checkpoint_bytes(config: Config) -> int:
     """fp32 weights, two moments and the EMAs."""
     return 4 * parameters(config.model) * (3 + len(config.optim.ema_decay))
@@ -73,7 +134,7 @@ def describe(config: Config, world_size: int) -> str:
     assert train.micro_batch is not None
     count, flops, per_image = parameters(model), forward_flops(model), forwards_per_image(config)
     memory = {name: size / 2**30 for name, size in memory_per_rank(config, world_size).items()}
-    hours = per_image * flops * train.total_images / (ASSUMED_FLOPS * world_size * 3600)
+    accumulation = train.batch_size // (world_size * train.micro_batch)
     lines = [
         yaml.safe_dump(to_tree(config), sort_keys=False).rstrip(),
         "---",
@@ -83,20 +144,16 @@ def describe(config: Config, world_size: int) -> str:
         f"forward         {flops / 1e9:,.2f} GFLOP an image (2 per multiply-add)",
         f"step            {per_image:.2f} forwards an image, {per_image * flops * train.batch_size / 1e12:,.3f} TFLOP "
         f"(plain flow matching: 3)",
-        f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x "
-        f"{train.batch_size // (world_size * train.micro_batch)} accumulation",
+        f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x {accumulation} accumulation",
         f"run             {config.total_steps:,} steps, {per_image * flops * train.total_images:.2e} FLOP",
-        f"time            {hours:,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s a rank, no overheads",
+        f"time            {run_hours(config, world_size):,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
+        "a rank and the speeds of collectives below",
         f"memory a rank   {sum(memory.values()):,.2f} GiB: "
         + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
         f"checkpoint      {checkpoint_bytes(config) / 2**30:,.2f} GiB each (fp32 weights, two moments, EMAs)",
     ]
-    if config.engine.zero_stage == 3:
-        gathers = 4 if config.meanflow.guided else 3
-        traffic = (gathers * 2 + 4) * count / 2**30
-        lines.append(
-            f"traffic         {traffic:,.2f} GiB a micro-batch: {gathers} gathers of the weights, 1 reduce-scatter"
-        )
+    wire = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in payload(config, accumulation).items())
+    lines += [f"wire            {wire} GiB a step", *weak_scaling(config)]
     if train.micro_batch < FEW_ROWS and world_size > 1:
         lines.append(
             f"warning: {train.micro_batch} rows a rank and pass are too few to fill a GPU; use {FEW_ROWS} or more"

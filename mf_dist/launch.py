@@ -2,10 +2,26 @@
 
 import atexit
 import os
+import signal
 import sys
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from mf_dist.errors import UserError
+
+HEARD: list[signal.Signals] = []
+"""Signals that came since hear_signals()."""
+
+
+def hear_signals() -> None:
+    """From here on SIGTERM and SIGUSR1 are noted in HEARD, for the trainer to obey at its first border: they may come
+    while a job that starts is still importing."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    HEARD.append(signal.Signals(number))
 
 
 class Place(NamedTuple):

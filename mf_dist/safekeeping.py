@@ -104,7 +104,8 @@ class Safekeeping:
             if self.root.is_dir():
                 self.root.touch()  # the run that tools/fid_eval.py takes is the one that ended last
             where, why = f"step {self.step} ({images} images)", stop.words(self.border.stop_file)
-            self.status.end("stopped" if stop else "finished", self.step, why)
+            who = {"stopped_by": stop.name} if stop else {}
+            self.status.end("stopped" if stop else "finished", self.step, why, **who)
             self._say(f"stopped at {where}: {why}" if stop else f"finished at {where}")
 
     def fail(self, reason: str) -> None:

@@ -2,9 +2,10 @@
 
     {"status": "finished", "step": 1200, "reason": "", "starts_without_progress": 0, ...}
 
-status: running | finished (all steps done) | stopped (asked to; start again to go on) | failed | crash_loop (failed
-again and again without a new checkpoint; do not start again by machine). "refused": true beside failed: a mistake in
-the call, which will fail again. Written by rename, hence never half.
+status: starting (a launcher prepares it) | running | finished (all steps done) | stopped (asked to; start again to go
+on) | failed | crash_loop (failed again and again without a new checkpoint; do not start again by machine).
+"refused": true beside failed: a mistake in the call, which will fail again. "stopped_by" beside stopped: who asked
+(border.Stop). Written by rename, hence never half.
 """
 
 import fcntl
@@ -22,6 +23,15 @@ from mf_dist.errors import Unrecorded, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""
+WORDLESS = "it ended without a word, as by kill -9 or a lost node"
+
+
+def _starts(entry: dict[str, Any]) -> int:
+    """Without progress, up to this entry. A person's stop and a preemption begin the count anew; a time limit that
+    leaves no time for a step does not."""
+    said = entry.get("status")
+    counts = said in ("starting", "running", "failed") or entry.get("stopped_by") in ("TIME", "SIGUSR1")
+    return int(entry.get("starts_without_progress", 0)) if counts else 0
 
 
 class Status:
@@ -41,6 +51,34 @@ class Status:
             return {}
         return found
 
+    def launch(self) -> None:
+        """A launcher prepares a start, which begin() will count. One prepared before that never came so far is counted
+        here. UserError where that makes a crash loop."""
+        with self._alone():
+            before = self.read()
+            starts = _starts(before) + (before.get("status") == "starting")
+            step, reason = before.get("committed_step", 0), str(before.get("reason") or WORDLESS)
+            if starts >= MAX_STARTS:
+                raise self._crash_loop(step, starts, reason)
+            self._write("starting", step, reason, committed_step=step, starts_without_progress=starts)
+
+    def conclude(self, reason: str, asked: str = "") -> dict[str, Any]:
+        """After the last process of a start is gone: what was not said by these themselves. `reason`: what the launcher
+        saw; `asked`: the signal that told it to stop, which excuses a start that never trained. Returns the entry."""
+        with self._alone():
+            before = self.read()
+            said, step = before.get("status"), before.get("committed_step", 0)
+            starts = before.get("starts_without_progress", 0) + (said == "starting")
+            kept = {"committed_step": step, "starts_without_progress": starts}
+            if said == "starting" and asked:
+                self._write("stopped", step, f"{asked} before training began", **kept, stopped_by=asked)
+            elif said in ("starting", "running"):
+                self._write("failed", step, reason, **kept)
+            before = self.read()
+            if _starts(before) >= MAX_STARTS and not before.get("refused"):
+                self._crash_loop(step, starts, str(before["reason"]))
+            return self.read()
+
     def begin(self, step: int) -> None:
         """Counts a start from checkpoint `step`; UserError for the one that makes a crash loop. A start after a crash
         loop was declared is a person's, and counts from 1 again."""
@@ -49,15 +87,16 @@ class Status:
 
     def _begin(self, step: int) -> None:
         before = self.read()
-        starts = 1
-        if before.get("status") in ("running", "failed") and before.get("committed_step") == step:
-            starts += int(before.get("starts_without_progress", 0))
-        reason = str(before.get("reason") or "it ended without a word, as by kill -9 or a lost node")
+        starts = 1 + (_starts(before) if before.get("committed_step") == step else 0)
         if starts > MAX_STARTS:
-            text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
-            self._write("crash_loop", step, text, committed_step=step, starts_without_progress=starts - 1)
-            raise UserError(f"crash loop: {text}. Mend that, then start again")
+            raise self._crash_loop(step, starts - 1, str(before.get("reason") or WORDLESS))
         self._write("running", step, "", committed_step=step, starts_without_progress=starts)
+
+    def _crash_loop(self, step: int, starts: int, reason: str) -> UserError:
+        """Declares it, and has the words for who asked."""
+        text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
+        self._write("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
+        return UserError(f"crash loop: {text}. Mend that, then start again")
 
     def committed(self, step: int) -> None:
         """A checkpoint of this step is safe."""
@@ -79,6 +118,10 @@ class Status:
         except OSError:  # a file system without locks
             pass
 
+    def release(self) -> None:
+        """Gives the run back before this process ends."""
+        os.close(self._held)
+
     def refuse(self, reason: str, has_begun: bool) -> None:
         """A mistake in the call ended the start; `has_begun` tells whether begin() had counted it. It does not count,
         and "refused" says that starting again by machine is pointless."""
@@ -89,14 +132,14 @@ class Status:
             step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
             self._write("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
 
-    def end(self, status: str, step: int, reason: str = "") -> None:
+    def end(self, status: str, step: int, reason: str = "", **more: Any) -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""
         with self._alone():
             before = self.read()
             if status == "failed" and before.get("status") != "running":
                 return
             kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-            self._write(status, step, reason, **kept)
+            self._write(status, step, reason, **kept, **more)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

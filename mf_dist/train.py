@@ -14,7 +14,7 @@ from mf_dist.config import Config, load_config, resolve
 from mf_dist.cost import describe
 from mf_dist.data.shards import read_manifest
 from mf_dist.errors import UserError, command_line
-from mf_dist.launch import launched_place, leave
+from mf_dist.launch import hear_signals, launched_place, leave
 from mf_dist.status import Status
 
 
@@ -51,6 +51,7 @@ def main() -> None:
     if args.dry_run:
         print(describe(config, place.world_size))
         return
+    hear_signals()
     from mf_dist.distributed import process_group  # torch and deepspeed only now that the config is known to be good
     from mf_dist.trainer import Trainer
     from mf_dist.watchdog import longest_wait

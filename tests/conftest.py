@@ -117,3 +117,20 @@ def whole(zygote, tmp_path_factory, latents, images):
         return runs[key]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A SLURM of three nodes on this machine."""
+    from cluster import Cluster, install, why_not
+
+    reason = why_not()
+    if reason:
+        pytest.skip(f"NO SLURM TEST RUNS HERE: the test cluster {reason}")
+    install()
+    made = Cluster(3)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()

@@ -9,7 +9,7 @@ from processes import write_config
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.dist
-WORKER, FAULTS = (Path(__file__).with_name(name) for name in ("worker_gradients.py", "worker_faults.py"))
+WORKER, FAULTS, BYTES = (Path(__file__).with_name(f"worker_{name}.py") for name in ("gradients", "faults", "bytes"))
 
 
 def flat(tensors):
@@ -131,3 +131,33 @@ def test_bf16_accumulation_adds_up_in_fp32(one_step, reference, stage):
     at_once, *_ = one_step(config, 1, *options)
     in_parts, *_ = one_step(config, 1, *options, "train.micro_batch=4")
     assert np.linalg.norm(in_parts - at_once) <= 4e-3 * np.linalg.norm(at_once)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "overrides"),
+    [
+        ("reuse", ["engine.precision=bf16"]),
+        ("reuse", ["engine.precision=bf16", "engine.zero_stage=2", "train.micro_batch=4"]),
+        ("reuse", ["engine.precision=bf16", "engine.zero_stage=3"]),
+        ("no-reuse", ["engine.precision=bf16", "engine.zero_stage=3"]),
+        ("no-reuse", ["engine.zero_stage=3", "train.micro_batch=4", "meanflow.kappa=0"]),
+    ],
+    ids=["zero1", "zero2-accumulation2", "zero3-reuse", "zero3", "zero3-fp32-accumulation2-unguided"],
+)
+def test_the_bytes_on_the_wire_are_those_of_the_cost_model(zygote, config, tmp_path, monkeypatch, reuse, overrides):
+    """Counted over two ranks in a step, but for the few numbers of norms, flags and the border."""
+    from mf_dist import cost
+    from mf_dist.config import load_config, resolve
+    from mf_dist.data.shards import read_manifest
+
+    if reuse == "no-reuse":
+        monkeypatch.setattr(cost, "REUSED", 0)
+    out, overrides = tmp_path / "bytes.json", [*overrides, "train.total_images=48", "model.hidden_size=384"]
+    assert zygote.run(tmp_path / "log", [out, reuse, config, *overrides], 2, script=BYTES) == [0, 0]
+    loaded = load_config(str(config), overrides)
+    resolved = resolve(loaded, read_manifest(loaded.data.path), 2)
+    expected = cost.payload(resolved, resolved.train.batch_size // (2 * resolved.train.micro_batch))
+    counted = json.loads(out.read_text())
+    assert {kind for kind, size in counted.items() if size > 100} == set(expected)
+    for kind, size in expected.items():
+        assert counted[kind] == pytest.approx(size, rel=1e-4), kind

@@ -1,0 +1,108 @@
+"""What a job script asks about its run before and after it trains; the answer is one line, a verdict and its reason.
+
+    python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
+    python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
+
+begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
+finished | stopped (a person's wish) | failed (for good) | refused. RUN/status.json alone decides, since exit codes do
+not survive torchrun and srun. No torch.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mf_dist.config import Config, load_config
+from mf_dist.errors import Unrecorded, UserError, command_line
+from mf_dist.status import Status
+from mf_dist.train import check
+
+LOCK_SECONDS = 120.0
+"""How long the lock of an earlier start may outlive it: a network disk frees those of a dead node late."""
+
+
+class Verdict(NamedTuple):
+    word: str
+    reason: str
+
+
+def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict:
+    """Whether to train; if so the run's state is `starting` from here on. `patience`: seconds to wait for another
+    process to leave the run. Raises UserError on what cannot train."""
+    status, stop_file = Status(Path(config.run_dir)), Path(config.run_dir) / "STOP"
+    said = status.read()
+    if said.get("status") == "finished" and said["step"] >= config.total_steps:
+        return Verdict("finished", f"{config.run_dir} has finished, at step {said['step']}; nothing to do")
+    if stop_file.exists():
+        return Verdict("stopped", f"{stop_file} exists; remove it to go on")
+    _hold(status, patience)
+    try:
+        check(config, ranks, needs_data=True)
+        status.launch()
+    except UserError as error:
+        if status.read().get("status") != "crash_loop":
+            status.refuse(str(error), has_begun=False)
+        raise
+    finally:
+        status.release()
+    return Verdict("go", config.run_dir)
+
+
+def _hold(status: Status, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return status.hold()
+        except Unrecorded:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(min(2.0, patience))
+
+
+def end(config: Config, reason: str, asked: str = "") -> Verdict:
+    """What is to follow the start that has ended."""
+    return judge(Status(Path(config.run_dir)).conclude(reason, asked))
+
+
+def judge(said: dict[str, Any]) -> Verdict:
+    """The verdict on an entry of status.json. Who was stopped by SIGTERM was cancelled, or is requeued by SLURM."""
+    status, text = said.get("status", "failed"), str(said.get("reason", "status.json cannot be read"))
+    at_step = f"at step {said.get('step', 0)}" + (f": {text}" if text else "")
+    if status == "finished":
+        return Verdict("finished", at_step)
+    if status == "stopped":
+        return Verdict("resume" if said.get("stopped_by") in ("TIME", "SIGUSR1") else "stopped", f"stopped {at_step}")
+    if said.get("refused"):
+        return Verdict("refused", text)
+    if status == "failed" and said:
+        starts = said.get("starts_without_progress", 0)
+        return Verdict("retry", f"failed {at_step} (start {starts} since the last checkpoint)")
+    return Verdict("failed", f"{status} {at_step}")
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mf_dist.attempt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("what", choices=("begin", "end"))
+    parser.add_argument("config", help="YAML file, as for mf_dist.train")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that will train (default 1)")
+    parser.add_argument("--reason", default="", help="end: what the launcher saw, should the run have said nothing")
+    parser.add_argument("--asked", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: told it to stop")
+    args = parser.parse_intermixed_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        verdict = begin(config, args.ranks) if args.what == "begin" else end(config, args.reason, args.asked)
+    except UserError as error:
+        verdict = Verdict("refused", str(error))
+    print(verdict.word, " ".join(verdict.reason.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

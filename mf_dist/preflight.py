@@ -1,0 +1,207 @@
+"""Looks at every node before training does, so that a bad one is named and not searched for among stack traces.
+
+    srun python -m mf_dist.preflight node --into FOLDER --gpus 8 --ranks 16 CONFIG   # one a node: FOLDER/NODE.json
+    srun torchrun ... -m mf_dist.preflight wires --into FOLDER                       # one a GPU: FOLDER/NODE.wires.json
+    python -m mf_dist.preflight judge --into FOLDER n1 n2                            # good | bad NODES WHY | failed WHY
+
+node: versions, GPUs that compute, room for checkpoints, shards that can be read. wires: an all-reduce within each
+node, then over all: its sum and its speed. What nodes say goes through files in a folder they share, so that one that
+says nothing is known by its silence; judge compares them. A step that has not run is not judged.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mf_dist.config import Config, load_config
+from mf_dist.durable import write_json
+from mf_dist.errors import UserError, command_line
+from mf_dist.train import check
+
+GPU_NUMBERS = 64 << 20
+"""fp32 numbers in an all-reduce among GPUs: 256 MiB, about one bucket of a large model."""
+CPU_NUMBERS = 1 << 20
+WITHIN, OVER_ALL = "within a node", "over all nodes"
+REPEATS = 5
+
+
+def node_name() -> str:
+    """As SLURM calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
+    """What one node says of itself. problems: a line each, none if it is fit to train."""
+    import torch
+
+    from mf_dist.origin import versions
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
+    looks = {
+        "GPUs": lambda: _check_gpus(gpus),
+        "shards": lambda: _check_shards(config),
+        "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=True)),
+    }
+    problems = []
+    for what, look in looks.items():
+        try:
+            look()
+        except (UserError, OSError, RuntimeError) as error:
+            problems.append(f"{what}: {' '.join(str(error).split())}")
+    return {"node": node_name(), "same": same, "problems": problems}
+
+
+def _check_gpus(expected: int) -> None:
+    """Each must multiply two matrices right."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < expected:
+        raise UserError(f"{found} GPUs visible, {expected} expected")
+    for number in range(expected):
+        ones = torch.ones(512, 512, device=f"cuda:{number}")
+        if float((ones @ ones).sum()) != 512.0**3:
+            raise UserError(f"GPU {number} computes a wrong product")
+
+
+def _check_shards(config: Config) -> None:
+    """All there with the right size and index, and the first and the last sample can be read."""
+    from mf_dist.data.shards import LatentShards
+
+    shards = LatentShards(config.data.path)
+    for sample in (0, shards.count - 1):
+        shards[sample][0].sum()
+
+
+def _check_disk(config: Config) -> None:
+    """The run's folder can be written here and has room."""
+    from mf_dist.cost import checkpoint_bytes
+    from mf_dist.saver import check_room
+
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    probe = run_dir / f".preflight-{node_name()}"
+    probe.write_bytes(b"room")
+    probe.unlink()
+    check_room(run_dir / "checkpoints", checkpoint_bytes(config))
+
+
+def check_wires(into: Path) -> None:
+    """Run by every rank under torchrun: first the ranks of each node among themselves, then all."""
+    import torch.distributed as dist
+
+    from mf_dist.distributed import process_group
+
+    path = into / f"{node_name()}.wires.json"
+    with process_group(120) as ranks:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        own = None
+        for first in range(0, ranks.world_size, here):  # every rank makes every group
+            group = dist.new_group(list(range(first, first + here)))
+            own = group if first <= ranks.rank < first + here else own
+        said: dict[str, Any] = {"node": node_name(), "problems": []}
+        for name, group in ((WITHIN, own), (OVER_ALL, dist.group.WORLD)):
+            speed, is_right = _all_reduce(group, ranks.device)
+            said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group)}
+            if not is_right:
+                said["problems"].append(f"a wrong sum from the all-reduce {name}")
+            if ranks.is_first_here:
+                write_json(path, said)
+
+
+def _all_reduce(group: Any, device: Any) -> tuple[float, bool]:
+    """GB/s that each rank sends and receives (2 (n - 1) / n bytes a byte), the best of REPEATS; whether it adds up."""
+    import torch
+    import torch.distributed as dist
+
+    count, size = dist.get_world_size(group), GPU_NUMBERS if device.type == "cuda" else CPU_NUMBERS
+    best, is_right = float("inf"), True
+    for _ in range(REPEATS):
+        numbers = torch.full((size,), float(dist.get_rank(group) + 1), device=device)
+        dist.barrier(group)
+        start = time.perf_counter()
+        dist.all_reduce(numbers, group=group)
+        is_right &= bool((numbers == count * (count + 1) / 2).all())  # waits for the GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * (count - 1) / count * 4 * size / best / 1e9, is_right
+
+
+def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(problems of each bad node, lines for the log) from what the nodes left in `into`."""
+    looked = {node: _read(into / f"{node}.json") for node in nodes}
+    bad = {node: said["problems"] if said else ["it did not answer"] for node, said in looked.items()}
+    told = {node: said["same"] for node, said in looked.items() if said}
+    usual = json.loads(Counter(json.dumps(same) for same in told.values()).most_common(1)[0][0]) if told else {}
+    for node, same in told.items():
+        bad[node] += [
+            f"{name} is {same[name]}, elsewhere {value}" for name, value in usual.items() if same[name] != value
+        ]
+    wires = {node: said for node in nodes if (said := _read(into / f"{node}.wires.json"))}
+    if wires:  # if no node has a word to say, none is to blame
+        for node in nodes:
+            bad[node] += wires[node]["problems"] if node in wires else ["its ranks did not answer"]
+    return {node: problems for node, problems in bad.items() if problems}, _speeds(wires)
+
+
+def _speeds(wires: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for where in (WITHIN, OVER_ALL):
+        speeds = {node: said[where] for node, said in wires.items() if where in said}
+        if speeds:
+            slowest = min(speeds, key=lambda node: speeds[node]["gb_per_second"])
+            speed, ranks = speeds[slowest]["gb_per_second"], speeds[slowest]["ranks"]
+            lines.append(f"all-reduce {where}: {ranks} ranks, {speed:.2f} GB/s a rank on the slowest node, {slowest}")
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _judge(into: Path, nodes: list[str], reason: str) -> None:
+    """On stderr what is measured, on stdout the verdict; `reason`: why a step before this failed, if one did."""
+    bad, lines = judge(into, nodes)
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+    if bad:
+        print("bad", ",".join(bad), "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items()))
+    else:
+        print("failed" if reason else "good", "-", reason)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mf_dist.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("step", choices=("node", "wires", "judge"))
+    parser.add_argument("rest", nargs="*", metavar="ARG", help="node: CONFIG [section.key=value ...]; judge: nodes")
+    parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
+    parser.add_argument("--gpus", type=int, default=0, help="node: GPUs that must be there")
+    parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
+    parser.add_argument("--reason", default="", help="judge: why the step before failed, if it did")
+    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
+    args = parser.parse_intermixed_args()
+    args.into.mkdir(parents=True, exist_ok=True)
+    if args.step == "node":
+        config = load_config(args.rest[0], args.rest[1:])
+        write_json(args.into / f"{node_name()}.json", check_node(config, args.gpus, args.ranks))
+    elif args.step == "wires":
+        check_wires(args.into)
+    else:
+        _judge(args.into, args.rest, args.reason)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+#!/bin/bash
+# First process of a node of the test cluster, in namespaces of its own: node.sh NAME ADDRESS/PREFIX FOLDER
+set -e
+hostname "$1"
+mount -t proc proc /proc
+mount -t tmpfs -o size=2g tmpfs /dev/shm
+mount --bind "$3/hosts" /etc/hosts
+ip link set lo up
+until ip link show eth0 > /dev/null 2>&1; do sleep 0.02; done  # the parent makes it
+ip addr add "$2" dev eth0
+ip link set eth0 up
+cd /
+slurmd -D -N "$1" &
+while :; do wait || true; sleep 0.2; done  # as init: reaps orphans, and outlives slurmd as the job steps do

@@ -1,0 +1,229 @@
+"""slurm/train_xl.sh submitted to a real SLURM, with real signals, lost nodes and preemption."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from jobs import STEPS, Jobs, assert_whole_curve
+from processes import largest_difference, losses, status, tensors
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def jobs(cluster, tmp_path, latents, images):
+    made = Jobs(cluster, tmp_path, latents, images)
+    yield made
+    cluster.ask("scancel", "--user=root")
+    cluster.wait_idle()
+    made.wait(lambda: not made.orphans(), 10, f"the end of {made.orphans()}")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, tmp_path_factory, latents, images):
+    """The run that nothing disturbed: one job on two nodes with two ranks each."""
+    made = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), latents, images)
+    job = made.train("--nodes=2")
+    assert made.wait_end(job) == "COMPLETED", made.log()
+    assert_whole_curve(made.run)
+    return made
+
+
+def assert_resumed_at(jobs, step):
+    assert f"resuming {jobs.run} from step-{step:08d}" in jobs.log()
+
+
+def assert_same_end(jobs, undisturbed):
+    """Every bit of weights, moments and EMA, and the whole curve."""
+    assert_whole_curve(jobs.run)
+    assert largest_difference(tensors(jobs.run, STEPS), tensors(undisturbed.run, STEPS)) == 0
+    assert losses(jobs.run) == losses(undisturbed.run)
+
+
+@pytest.mark.slurm_ci
+def test_two_nodes_give_the_losses_of_one_process(undisturbed, tmp_path, zygote):
+    """The same global batch without SLURM."""
+    assert undisturbed.last_line() == f"finished at step {STEPS}"
+    alone, overrides = tmp_path / "alone", [f"run_dir={tmp_path / 'alone'}", "train.total_images=800"]
+    argv = ["configs/imagenet256_xl2.yaml", *undisturbed.overrides, *overrides]
+    assert zygote.run(tmp_path / "log", argv) == [0], (tmp_path / "log").read_text()
+    assert_same_losses(losses(undisturbed.run), losses(alone))
+
+
+def assert_same_losses(ours, alone):
+    """But for rounding, which grows with the steps."""
+    for a, b in list(zip(ours, alone, strict=False))[:50]:
+        for name in ("raw_loss_r_equals_t", "raw_loss_r_below_t"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6 if a["step"] == 1 else 1e-3), a["step"]
+
+
+def test_one_node(jobs, undisturbed):
+    job = jobs.train("--nodes=1", overrides=("train.total_images=800",))
+    assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert_same_losses(losses(jobs.run), losses(undisturbed.run))
+
+
+@pytest.mark.slurm_ci
+def test_usr1_saves_requeues_and_resumes(jobs, undisturbed):
+    job = jobs.train("--nodes=2")
+    jobs.wait_step(20)
+    jobs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    jobs.wait(lambda: status(jobs.run)["status"] == "stopped", 30, "the save")
+    step = status(jobs.run)["step"]
+    assert 20 <= step < STEPS
+    assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert jobs.field(job, "Restarts") == "1"
+    assert f"requeued: stopped at step {step}: SIGUSR1" in jobs.log()
+    assert_resumed_at(jobs, step)
+    assert_same_end(jobs, undisturbed)
+
+
+@pytest.mark.slurm_ci
+def test_a_node_without_power_is_replaced(jobs, undisturbed):
+    """Two of three nodes; the checkpoint of step 100 is the newest when the second one dies."""
+    job = jobs.train("--nodes=2")
+    jobs.wait_step(120)
+    jobs.cluster.cut_power("n2")
+    try:
+        assert jobs.wait_end(job, 180) == "COMPLETED", jobs.log()
+        assert jobs.field(job, "NodeList") == "n[1,3]"
+        assert_resumed_at(jobs, 100)
+        assert_same_end(jobs, undisturbed)
+    finally:
+        print(jobs.log())
+        jobs.cluster.start_node("n2")
+
+
+def test_preemption_saves_and_resumes(jobs, undisturbed):
+    job = jobs.train("--nodes=2")
+    jobs.wait_step(50)
+    urgent = jobs.cluster.ask(
+        "sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 3"
+    )
+    jobs.wait(lambda: jobs.field(urgent.strip(), "JobState") == "RUNNING", 30, "the urgent job")
+    step = status(jobs.run)["step"]
+    assert status(jobs.run)["stopped_by"] == "SIGTERM" and step >= 50
+    assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert_resumed_at(jobs, step)
+    assert_same_end(jobs, undisturbed)
+
+
+def test_requeued_by_hand(jobs, undisturbed):
+    job = jobs.train("--nodes=2")
+    jobs.wait_step(50)
+    jobs.cluster.ask("scontrol", "requeue", job)
+    jobs.wait(lambda: status(jobs.run)["status"] == "stopped", 30, "the save")
+    step = status(jobs.run)["step"]
+    assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert jobs.field(job, "Restarts") == "1"
+    assert_resumed_at(jobs, step)
+    assert_same_end(jobs, undisturbed)
+
+
+def test_cancelled_jobs_save_and_are_not_requeued(jobs, undisturbed):
+    """scancel --signal=TERM, the next sbatch; a plain scancel, the next sbatch."""
+    for options, state in ((["--signal=TERM"], "FAILED"), ([], "CANCELLED")):
+        reached = status(jobs.run)["step"] if jobs.run.exists() else 0
+        job = jobs.train("--nodes=2")
+        jobs.wait_step(reached + 50)
+        jobs.cluster.ask("scancel", *options, job)
+        assert jobs.wait_end(job) == state, jobs.log()
+        jobs.wait(lambda: status(jobs.run)["status"] == "stopped", 15, "the save")
+        assert jobs.field(job, "Restarts") == "0" and status(jobs.run)["stopped_by"] == "SIGTERM"
+        assert jobs.last_line().startswith(f"stopped at step {status(jobs.run)['step']}: SIGTERM"), jobs.log()
+    step = status(jobs.run)["step"]
+    assert jobs.wait_end(jobs.train("--nodes=2")) == "COMPLETED"
+    assert_resumed_at(jobs, step)
+    assert_same_end(jobs, undisturbed)
+
+
+@pytest.mark.parametrize(("do", "within"), [("kill", 60), ("stop", 90)])
+def test_a_rank_that_dies_or_hangs_ends_the_job(jobs, do, within):
+    """Stated: 60 s after kill -9; hang_seconds (15) and what the watchdog needs more for one that hangs."""
+    job = jobs.train("--nodes=2", "--no-requeue")
+    jobs.wait_step(30)
+    victim = [pid for pid in jobs.cluster.processes("n2", str(jobs.run)) if "mf_dist.train" in jobs.command(pid)][-1]
+    os.kill(victim, signal.SIGKILL if do == "kill" else signal.SIGSTOP)
+    since = time.monotonic()
+    assert jobs.wait_end(job) == "FAILED" and jobs.field(job, "ExitCode") == "1:0", jobs.log()
+    assert time.monotonic() - since < within
+    assert jobs.last_line().startswith("failed at step"), jobs.log()
+    assert ("made no progress for" if do == "stop" else "onnection") in jobs.last_line()
+
+
+def test_a_bad_node_is_named_and_left_out(jobs, undisturbed):
+    """n2 alone cannot see the shards. One job may not be requeued, the other goes to n1 and n3."""
+    jobs.cluster.run_on("n2", "mount", "-t", "tmpfs", "tmpfs", jobs.latents)
+    try:
+        job = jobs.train("--nodes=2", "--no-requeue")
+        assert jobs.wait_end(job) == "FAILED", jobs.log()
+        why = f"preflight: n2: shards: no finished dataset at '{jobs.latents}'"
+        assert jobs.last_line().startswith("failed at step 0: ") and why in jobs.last_line()
+        job = jobs.train("--nodes=2")
+        assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+        assert f"requeued without n2: failed at step 0: {why}" in jobs.log()
+        assert jobs.field(job, "ExcNodeList") == "n2" and jobs.field(job, "NodeList") == "n[1,3]"
+        assert_same_end(jobs, undisturbed)
+    finally:
+        jobs.cluster.run_on("n2", "umount", jobs.latents)
+
+
+def test_a_crash_at_every_start_stops_after_the_cap(jobs):
+    """A package that cannot be imported by any rank: the run never comes to write a word itself."""
+    broken = jobs.folder / "broken"
+    broken.mkdir()
+    (broken / "deepspeed.py").write_text("raise RuntimeError('broken on purpose')\n")
+    jobs.site(f"PYTHONPATH={broken}")
+    job = jobs.train("--nodes=1")
+    assert jobs.wait_end(job, 240) == "FAILED", jobs.log()
+    assert jobs.field(job, "Restarts") == "2" and status(jobs.run)["status"] == "crash_loop"
+    assert jobs.log().count("requeued: failed") == 2
+    assert jobs.last_line().startswith("failed: crash_loop at step 0: 3 starts brought no new checkpoint")
+
+
+def test_nothing_to_do(jobs):
+    """A run that has finished, the kill switch, and a call that cannot work end at once, in the state they should."""
+    jobs.run.mkdir()
+    (jobs.run / "STOP").touch()
+    finished = {"status": "finished", "step": STEPS, "reason": "", "committed_step": STEPS}
+    for options, state, why in (
+        ((), "FAILED", f"{jobs.run}/STOP exists; remove it to go on"),
+        (("model.depth=0",), "FAILED", "refused: "),
+        (("data.path=/nowhere",), "FAILED", "refused: no finished dataset at '/nowhere'"),
+        ((), "COMPLETED", f"finished {jobs.run} has finished, at step {STEPS}; nothing to do"),
+    ):
+        if options:
+            (jobs.run / "STOP").unlink(missing_ok=True)
+        if state == "COMPLETED":
+            (jobs.run / "status.json").write_text(json.dumps(finished))
+        since = time.monotonic()
+        job = jobs.train("--nodes=2", overrides=options)
+        assert jobs.wait_end(job, 30) == state, jobs.log()
+        assert time.monotonic() - since < 20 and jobs.field(job, "Restarts") == "0"
+        assert why in jobs.last_line()
+
+
+def test_an_array_task_requeues_itself_alone_and_the_kill_switch_stops_all(jobs):
+    """Tasks 1 and 2, one at a time, are the same run. USR1 to the first puts it behind the second."""
+    array = jobs.train("--nodes=2", "--array=1-2%1", overrides=("train.total_images=160000",))
+    jobs.wait_step(20)
+    jobs.cluster.ask("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    jobs.wait(lambda: f"job {array}_2 start 0" in jobs.log(), 60, "the second task")
+    reached = status(jobs.run)["step"]
+    jobs.wait_step(reached + 5)
+    (jobs.run / "STOP").touch()
+    for task in (f"{array}_1", f"{array}_2"):
+        jobs.wait(lambda task=task: jobs.field(task, "JobState") == "FAILED", 60, f"the end of {task}")
+        assert jobs.field(task, "Restarts") == ("1" if task == f"{array}_1" else "0")
+    assert jobs.last_line() == f"{jobs.run}/STOP exists; remove it to go on"
+    assert status(jobs.run)["stopped_by"] == "FILE"
+
+
+def test_the_time_limit_itself(jobs):
+    """SLURM's own signal, which comes up to a minute early."""
+    job = jobs.train("--nodes=2", "--time=1", "--signal=B:USR1@10", overrides=("train.total_images=160000",))
+    jobs.wait(lambda: f"job {job} start 1" in jobs.log(), 150, "the restart")
+    assert "SIGUSR1: the time limit is near" in jobs.log() and "requeued: stopped at step" in jobs.log()
+    assert status(jobs.run)["starts_without_progress"] == 0
