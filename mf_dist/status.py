@@ -5,6 +5,8 @@
 status: running | finished (all steps done) | stopped (asked to; start again to go on) | failed | crash_loop (failed
 again and again without a new checkpoint; do not start again by machine). "refused": true beside failed: a mistake in
 the call, which will fail again. Written by rename, hence never half.
+
+RUN/history.jsonl keeps every start and end, and warnings between them, for people (mf_dist/report).
 """
 
 import fcntl
@@ -55,9 +57,9 @@ class Status:
         reason = str(before.get("reason") or "it ended without a word, as by kill -9 or a lost node")
         if starts > MAX_STARTS:
             text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
-            self._write("crash_loop", step, text, committed_step=step, starts_without_progress=starts - 1)
+            self._turn("crash_loop", step, text, committed_step=step, starts_without_progress=starts - 1)
             raise UserError(f"crash loop: {text}. Mend that, then start again")
-        self._write("running", step, "", committed_step=step, starts_without_progress=starts)
+        self._turn("running", step, "", committed_step=step, starts_without_progress=starts)
 
     def committed(self, step: int) -> None:
         """A checkpoint of this step is safe."""
@@ -87,7 +89,7 @@ class Status:
             if has_begun and before.get("status") != "running":
                 return  # another rank was faster, or it is a crash loop
             step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
-            self._write("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
+            self._turn("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
 
     def end(self, status: str, step: int, reason: str = "") -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""
@@ -96,7 +98,7 @@ class Status:
             if status == "failed" and before.get("status") != "running":
                 return
             kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-            self._write(status, step, reason, **kept)
+            self._turn(status, step, reason, **kept)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -113,6 +115,19 @@ class Status:
             yield
         finally:
             os.close(descriptor)
+
+    def note(self, step: int, text: str) -> None:
+        """Something happened at `step` that a reader of the run should know."""
+        self._remember({"note": text, "step": step})
+
+    def _turn(self, status: str, step: int, reason: str, **more: Any) -> None:
+        self._write(status, step, reason, **more)
+        self._remember({"status": status, "step": step, "reason": reason})
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        entry |= {"time": time.time(), "host": socket.gethostname()}
+        with suppress(OSError), open(self.path.with_name("history.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def _write(self, status: str, step: int, reason: str, **more: Any) -> None:
         entry = {"status": status, "step": step, "reason": reason, **more}
