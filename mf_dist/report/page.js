@@ -26,9 +26,9 @@ function drawPlot(place) {
   const layout = {
     margin: { l: 50, r: 12, t: isTouched ? 34 : 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: colour("--soft") },
-    xaxis: { ...axis, tickformat: "~s", hoverformat: ",", rangemode: "tozero", nticks: 7 },
+    xaxis: { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
     yaxis: { ...axis, rangemode: "tozero", type: isLog ? "log" : "linear", nticks: 6, exponentformat: "power", tickformat: isLog ? "~g" : "" },
-    hovermode: "x unified",
+    hovermode: "x unified", hoverdistance: -1,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     showlegend: traces.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
