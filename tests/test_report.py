@@ -323,7 +323,7 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     (run / "eval/metrics.json").write_text(json.dumps(entries))
     (chart, *_) = report(run)[1]["plots"]["curves"]
     found = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
-    assert found == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99": ([64], [2.75])}
+    assert found == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
 
 
 def test_rates_follow_from_the_config(tmp_path):

@@ -89,6 +89,24 @@ def test_the_slider_and_the_browser_change_pictures(page):
 
 
 @pytest.mark.dist
+def test_names_full_of_markup_are_shown_and_not_run(browser, tmp_path):
+    from mf_dist.report.page import write_report
+
+    names = ["<img src=x onerror=alert(1)>", "<a href='http:x'>b<"]
+    runs = [write_run(tmp_path / name.replace("/", ""), classes=[name] * 3) for name in names]
+    write_report(runs, tmp_path / "report.html")
+    shown, trouble = browser.new_page(), []
+    shown.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    shown.on("console", lambda message: trouble.append(message.text))
+    shown.goto((tmp_path / "report.html").as_uri())
+    shown.wait_for_selector(".plot .main-svg")
+    legends = shown.locator(".plot").first.locator(".legendtext").all_text_contents()
+    assert legends == [f"{run.name} · {part}" for run in runs for part in ("r = t", "r < t")]
+    assert shown.locator(".plot a").count() == 0 and trouble == []
+    shown.close()
+
+
+@pytest.mark.dist
 def test_curves_tell_values_and_zoom(page):
     plot = page.locator(".plot").first
     plot.scroll_into_view_if_needed()

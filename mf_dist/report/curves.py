@@ -73,14 +73,15 @@ def missing(drawn: list[dict[str, Any]], chosen: tuple[Chart, ...]) -> list[str]
 
 
 def distances(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart for every kind of Frechet distance: during training as curves, of checkpoints as single points."""
+    """A chart for every kind of Frechet distance: those during training as curves; those of tools/fid_eval.py as points
+    that nothing joins, since their protocols may differ."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for index, run in enumerate(runs):
-        for (name, nfe, ema), points in _distance_points(run).items():
-            label = f"{steps(nfe)}, EMA {ema}"
-            kinds.setdefault(name, []).extend(
-                _traces(points, run, index, label, max(0, int(nfe).bit_length() - 1), len(runs))
-            )
+        for (name, nfe, ema, are_points), points in _distance_points(run).items():
+            label = f"{steps(nfe)}, EMA {ema}" + (", evaluated" if are_points else "")
+            dash = max(0, int(nfe).bit_length() - 1)
+            for trace in _traces(points, run, index, label, dash, len(runs)):
+                kinds.setdefault(name, []).append({**trace, "points": are_points})
     return [{"title": name, "unit": "lower is better", "log": True, "traces": found} for name, found in kinds.items()]
 
 
@@ -88,27 +89,22 @@ def steps(nfe: Any) -> str:
     return f"{nfe} step{'' if str(nfe) == '1' else 's'}"
 
 
-def _distance_points(run: Run) -> dict[tuple[str, str, str], list[Point]]:
-    """(metric, network calls, EMA) -> its points. In-training entries of metrics.json are those of the lines."""
-    found: dict[tuple[str, str, str], list[Point]] = {}
+def _distance_points(run: Run) -> dict[tuple[str, str, str, bool], list[Point]]:
+    """(metric, network calls, EMA, whether it is of tools/fid_eval.py) -> points. What was measured during training is
+    in the lines, and again in eval/metrics.json."""
+    found: dict[tuple[str, str, str, bool], list[Point]] = {}
     for line in run.lines:
         for key, value in line.items():
             if match := DISTANCE.fullmatch(key):
-                place = found.setdefault((match["name"], match["nfe"], match["ema"]), [])
+                place = found.setdefault((match["name"], match["nfe"], match["ema"], False), [])
                 place.append((line["samples_seen"], value, line["step"]))
     for measured in run.measurements:
         entry = measured.protocol
-        step, nfe = entry.get("step"), entry.get("nfe")
-        if (
-            not measured.is_distance
-            or entry.get("in_training")
-            or not isinstance(step, int)
-            or not isinstance(nfe, int)
-        ):
-            continue
-        seen = run.images(step)
-        if seen is not None:
-            found.setdefault((measured.name, str(nfe), str(entry.get("ema"))), []).append((seen, measured.value, step))
+        step, nfe, ema = entry.get("step"), entry.get("nfe"), str(entry.get("ema"))
+        if measured.is_distance and not entry.get("in_training") and isinstance(step, int) and isinstance(nfe, int):
+            seen = run.images(step)
+            if seen is not None:
+                found.setdefault((measured.name, str(nfe), ema, True), []).append((seen, measured.value, step))
     return {key: sorted(points) for key, points in sorted(found.items())}
 
 

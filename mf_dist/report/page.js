@@ -11,15 +11,17 @@ function drawPlot(place) {
   const isLog = place.dataset.log ? place.dataset.log === "1" : chart.log;
   place.dataset.log = isLog ? "1" : "0";
   place.parentElement.querySelector(".scale").textContent = isLog ? "log" : "linear";
-  const isOneRun = new Set(chart.traces.map((t) => t.run)).size === 1;
+  const isOneRun = data.runs.length === 1;
+  if (chart.traces.length > 3) place.style.height = `${250 + 19 * chart.traces.length}px`;  // room for the legend
+  const colourOf = (t) => colour(`--run${(isOneRun ? t.dash : t.run) % 6}`);
   const traces = chart.traces.map((t) => ({
     x: t.x, y: t.y, customdata: t.step, name: literal(t.name),
-    mode: t.x.length < 30 ? "lines+markers" : "lines",
+    mode: t.points ? "markers" : t.x.length < 30 ? "lines+markers" : "lines",
     line: {
-      color: colour(`--run${(isOneRun ? t.dash : t.run) % 6}`), width: 1.8,
+      color: colourOf(t), width: 1.8,
       dash: isOneRun ? "solid" : ["solid", "dot", "dash", "dashdot"][t.dash % 4],
     },
-    marker: { size: 6 },
+    marker: { size: t.points ? 9 : 6, symbol: t.points ? "diamond-open" : "circle", color: colourOf(t) },
     hovertemplate: "%{y:.4~g}, step %{customdata:,}",
   }));
   const axis = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true };
