@@ -122,7 +122,7 @@ class Status:
 
     def _turn(self, status: str, step: int, reason: str, **more: Any) -> None:
         self._write(status, step, reason, **more)
-        self._remember({"status": status, "step": step, "reason": reason})
+        self._remember({"status": status, "step": step, "reason": reason, **more})
 
     def _remember(self, entry: dict[str, Any]) -> None:
         entry |= {"time": time.time(), "host": socket.gethostname()}

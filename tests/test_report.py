@@ -288,11 +288,12 @@ def test_the_story_tells_starts_ends_and_faults(tmp_path):
     status.end("stopped", 8, "SIGTERM")
     status.begin(8)
     status.end("failed", 9, "a rank died")
+    status.refuse("no such data", has_begun=False)
     run = read_run(status.path.parent, "run")
     what = [(row[1], row[2]) for row in history(run)]
     assert what == [("started", 0), ("warning", 3), ("broke off", ""), ("resumed", 4), ("stopped", 8), ("resumed", 8),
-                    ("failed", 9)]  # fmt: skip
-    assert history(run)[-1][3] == "a rank died"
+                    ("failed", 9), ("refused", 8)]  # fmt: skip
+    assert [row[3] for row in history(run)[-2:]] == ["a rank died", "no such data"]
     run.lines = [line(10), line(20, skipped_steps=2), line(30, skipped_steps=2, clipped_steps=1)]
     assert faults(run) == [
         "2 step(s) left out after step 10, up to step 20",

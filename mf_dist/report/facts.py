@@ -165,7 +165,8 @@ def history(run: Run) -> list[Row]:
                 rows.append(["", "broke off", "", "it ended without a word, as by kill -9 or a lost node"])
             rows.append([when, "resumed" if step else "started", step, f"on {entry.get('host')}"])
         else:
-            rows.append([when, ENDS.get(str(word), str(word)), step, entry.get("reason") or ""])
+            said = "refused" if entry.get("refused") else ENDS.get(str(word), str(word))
+            rows.append([when, said, step, entry.get("reason") or ""])
         is_open = word == "running" or (is_open and "note" in entry)
     return rows[-MAX_ROWS:]
 
