@@ -29,6 +29,8 @@ demo: install
 	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
 	$(PY) tools/fid_eval.py --nfe 50
 	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
+	$(PY) tools/report.py runs/digits
+	$(PY) tools/report.py runs/digits runs/digits_flow
 	$(PY) tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real --min-svc $(MIN_SVC)
 
 test: install

@@ -90,6 +90,7 @@ class Safekeeping:
         self._failures += 1
         self._problem = problem or "another rank failed to write"
         if problem:
+            self.status.note(self.step, problem)
             print(f"warning: {problem}; earlier checkpoints are untouched", file=sys.stderr, flush=True)
         if self._failures >= MAX_FAILED_SAVES:
             raise UserError(f"{self._failures} saves in a row failed; the last: {self._problem}")

@@ -6,6 +6,8 @@ status: starting (a launcher prepares it) | running | finished (all steps done) 
 on) | failed | crash_loop (failed again and again without a new checkpoint; do not start again by machine).
 "refused": true beside failed: a mistake in the call, which will fail again. "stopped_by" beside stopped: who asked
 (border.Stop). Written by rename, hence never half.
+
+RUN/history.jsonl keeps every start and end, and warnings between them, for people (mf_dist/report).
 """
 
 import fcntl
@@ -71,9 +73,9 @@ class Status:
             starts = before.get("starts_without_progress", 0) + (said == "starting")
             kept = {"committed_step": step, "starts_without_progress": starts}
             if said == "starting" and asked:
-                self._write("stopped", step, f"{asked} before training began", **kept, stopped_by=asked)
+                self._turn("stopped", step, f"{asked} before training began", **kept, stopped_by=asked)
             elif said in ("starting", "running"):
-                self._write("failed", step, reason, **kept)
+                self._turn("failed", step, reason, **kept)
             before = self.read()
             if _starts(before) >= MAX_STARTS and not before.get("refused"):
                 self._crash_loop(step, starts, str(before["reason"]))
@@ -90,12 +92,12 @@ class Status:
         starts = 1 + (_starts(before) if before.get("committed_step") == step else 0)
         if starts > MAX_STARTS:
             raise self._crash_loop(step, starts - 1, str(before.get("reason") or WORDLESS))
-        self._write("running", step, "", committed_step=step, starts_without_progress=starts)
+        self._turn("running", step, "", committed_step=step, starts_without_progress=starts)
 
     def _crash_loop(self, step: int, starts: int, reason: str) -> UserError:
         """Declares it, and has the words for who asked."""
         text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
-        self._write("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
+        self._turn("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
         return UserError(f"crash loop: {text}. Mend that, then start again")
 
     def committed(self, step: int) -> None:
@@ -130,7 +132,7 @@ class Status:
             if has_begun and before.get("status") != "running":
                 return  # another rank was faster, or it is a crash loop
             step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
-            self._write("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
+            self._turn("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
 
     def end(self, status: str, step: int, reason: str = "", **more: Any) -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""
@@ -139,7 +141,7 @@ class Status:
             if status == "failed" and before.get("status") != "running":
                 return
             kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-            self._write(status, step, reason, **kept, **more)
+            self._turn(status, step, reason, **kept, **more)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -156,6 +158,19 @@ class Status:
             yield
         finally:
             os.close(descriptor)
+
+    def note(self, step: int, text: str) -> None:
+        """Something happened at `step` that a reader of the run should know."""
+        self._remember({"note": text, "step": step})
+
+    def _turn(self, status: str, step: int, reason: str, **more: Any) -> None:
+        self._write(status, step, reason, **more)
+        self._remember({"status": status, "step": step, "reason": reason, **more})
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        entry |= {"time": time.time(), "host": socket.gethostname()}
+        with suppress(OSError), open(self.path.with_name("history.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def _write(self, status: str, step: int, reason: str, **more: Any) -> None:
         entry = {"status": status, "step": step, "reason": reason, **more}

@@ -63,6 +63,7 @@ class Trainer:
             raise
         finally:
             self.safe.close()
+        self._report()
 
     def _build_or_refuse(self) -> None:
         """A mistake of the user's found here is no crash."""
@@ -252,6 +253,18 @@ class Trainer:
                 continue
             self.logger.log_picture(f"samples/nfe{nfe}", path, self.step)
 
+    def _report(self) -> None:
+        """report.html, after all is saved: nothing that goes wrong here harms the run."""
+        if not self.ranks.is_first:
+            return
+        try:
+            from mf_dist.report.page import write_report
+
+            write_report([self.run_dir], self.run_dir / "report.html")
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._say(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
+
     def _state(self) -> dict[str, Any]:
         batch = self.config.train.batch_size
         return {
@@ -268,6 +281,8 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.ranks.is_first:
+            if line.startswith(("warning", "config changed", "passed over")):
+                self.status.note(self.step, line.removeprefix("warning: "))
             self.logger.say(line)
 
     def _out_of_memory(self) -> UserError:

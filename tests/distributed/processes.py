@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from mf_dist.checkpoint import open_checkpoint, step_folders
 from mf_dist.errors import UserError
+from mf_dist.report.collect import read_run
+from mf_dist.report.facts import history
 
 FULL = os.environ.get("TORTURE") == "1"
 """make torture: all trials; else a seeded sample of them."""
@@ -100,6 +102,11 @@ class Zygote:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def story(run):
+    """What the run's report tells of it: time, what, step, reason."""
+    return history(read_run(run, "run"))
 
 
 def status(run):

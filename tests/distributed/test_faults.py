@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, run_python
-from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, tensors, valid_steps
+from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, story, tensors, valid_steps
 
 pytestmark = pytest.mark.dist
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -44,7 +44,8 @@ def test_kill_9_at_a_random_moment(zygote, whole, config, tmp_path, trial):
     origin = f"from step-{committed[0]:08d}" if committed[0] else "from scratch"
     assert origin in log.read_text()[before:]
     assert_same_end(run, reference)
-    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert not list((run / "checkpoints").glob("*.tmp")) and not list(run.glob("report.html.*"))
+    assert story(run)[-1][1] == "finished" and (run / "report.html").is_file()
     print(f"trial {trial}: {moment}, exit codes {codes}, {'in a save' if was_saving else 'between saves'}")
 
 
@@ -148,6 +149,7 @@ def test_a_failed_save_leaves_training_and_the_checkpoint_before(zygote, whole, 
     (warning,) = [line for line in log.read_text().splitlines() if line.startswith("warning: cannot write")]
     assert str(run) in warning and warning.endswith("MiB free there; earlier checkpoints are untouched")
     assert valid_steps(run) in ([25, 30], [20, 30])
+    assert [row[3] for row in story(run) if row[1] == "warning"] == [warning[9:].partition("; earlier")[0]]
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
@@ -184,12 +186,10 @@ def test_a_crash_loop_stops_and_a_person_starts_again(zygote, config, tmp_path):
         assert status(run)["starts_without_progress"] == start + 1
     assert zygote.run(log, [config]) == [2]
     assert status(run)["status"] == "crash_loop"
-    assert (
-        log.read_text()
-        .splitlines()[-1]
-        .startswith("error: crash loop: 3 starts brought no new checkpoint after step 0")
-    )
+    assert "\nerror: crash loop: 3 starts brought no new checkpoint after step 0" in log.read_text()
     assert zygote.run(log, [config]) == [0] and status(run)["status"] == "finished"
+    ends = ["crash loop: not started again", "started", "finished"]
+    assert [row[1] for row in story(run)] == [*["started", "failed"] * 3, *ends]
 
 
 @pytest.mark.parametrize("how", ["file", "clock"])

@@ -1,0 +1,1 @@
+"""A run as one HTML file that a person can look at: report.html."""

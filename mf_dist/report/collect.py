@@ -1,0 +1,163 @@
+"""What a run's folder says about the run, read as far as it can be; the report says what is damaged or absent."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mf_dist.checkpoint import step_folders
+from mf_dist.errors import UserError
+
+Table = dict[str, Any]
+MEANT_AS_ONE = ("metrics.jsonl", "status.json", "checkpoints", "eval")
+"""A folder with any of these is a run's."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of eval/metrics.json, and under which protocol it was measured."""
+
+    name: str
+    value: float
+    protocol: Table
+
+    @property
+    def is_distance(self) -> bool:
+        """A Frechet distance of pooled features: fid50k, fd_digits."""
+        return self.name.startswith(("fid", "fd_")) and not self.name.endswith("_std")
+
+
+@dataclass
+class Run:
+    folder: Path
+    name: str
+    lines: list[Table] = field(default_factory=list)
+    """Of metrics.jsonl, each with a step and samples_seen; every other value is a finite number too, or left out."""
+    measurements: list[Measurement] = field(default_factory=list)
+    status: Table = field(default_factory=dict)
+    history: list[Table] = field(default_factory=list)
+    """Of history.jsonl: starts, ends and warnings in order."""
+    state: Table = field(default_factory=dict)
+    """state.json of the newest checkpoint: config, versions, data."""
+    checkpoints: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, a sentence each."""
+
+    @property
+    def config(self) -> Table:
+        return table(self.state.get("config"))
+
+    @property
+    def training(self) -> list[Table]:
+        """The lines of training, without those of measurements."""
+        return [line for line in self.lines if "seconds_per_step" in line]
+
+    def images(self, step: float) -> float | None:
+        """Images trained on at a step; None where nothing tells the batch."""
+        batch = table(self.config.get("train")).get("batch_size")
+        if isinstance(batch, int):
+            return step * batch
+        known = [line for line in self.lines if line["step"] > 0]
+        return step * known[-1]["samples_seen"] / known[-1]["step"] if known else None
+
+
+def table(value: Any) -> Table:
+    """The value where it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """UserError for one that is no run's folder. Names are as short as they can be told apart."""
+    for folder in folders:
+        if not any((folder / name).exists() for name in MEANT_AS_ONE):
+            raise UserError(f"{str(folder)!r} is no run: expected a folder with {', '.join(MEANT_AS_ONE[:-1])} or eval")
+    short = [folder.resolve().name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    run = Run(folder, name)
+    run.lines = _metrics(_json_lines(folder / "metrics.jsonl", run.problems), run.problems)
+    run.history = _json_lines(folder / "history.jsonl", run.problems)
+    run.status = table(_json(folder / "status.json", run.problems))
+    entries = _json(folder / "eval/metrics.json", run.problems)
+    run.measurements = _measurements(entries, run.problems)
+    for checkpoint in reversed(step_folders(folder / "checkpoints")):
+        if (checkpoint / "manifest.json").is_file():
+            run.checkpoints.insert(0, checkpoint.name)
+            run.state = run.state or table(_json(checkpoint / "state.json", run.problems))
+    return run
+
+
+def _json(path: Path, problems: list[str]) -> Any:
+    """None where it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read ({error}).")
+        return None
+
+
+def _json_lines(path: Path, problems: list[str]) -> list[Table]:
+    """The lines that are JSON tables; the others are counted."""
+    try:
+        texts = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error}).")
+        return []
+    found = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    if len(found) < len(texts):
+        problems.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} are damaged and left out.")
+    return found
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _metrics(lines: list[Table], problems: list[str]) -> list[Table]:
+    kept = []
+    for line in lines:
+        step, seen = number(line.get("step")), number(line.get("samples_seen"))
+        if step is not None and seen is not None:
+            kept.append({key: value for key, value in line.items() if number(value) is not None})
+    if len(kept) < len(lines):
+        problems.append(
+            f"{len(lines) - len(kept)} lines of metrics.jsonl have no step or samples_seen and are left out."
+        )
+    return sorted(kept, key=lambda line: line["step"])
+
+
+def _measurements(entries: Any, problems: list[str]) -> list[Measurement]:
+    found: list[Measurement] = []
+    damaged = 0
+    for entry in entries if isinstance(entries, list) else []:
+        known = table(entry)
+        numbers = table(known.get("metrics")) or {str(known.get("metric")): known.get("value")}
+        before = len(found)
+        for name, value in numbers.items():
+            if (finite := number(value)) is not None:
+                found.append(Measurement(name, finite, known))
+        damaged += len(found) == before
+    if damaged:
+        problems.append(f"{damaged} entries of eval/metrics.json have no number and are left out.")
+    return found

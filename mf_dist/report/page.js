@@ -1,0 +1,113 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const whole = new Intl.NumberFormat("en");
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const literal = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const isTouched = matchMedia("(pointer: coarse)").matches;
+
+function drawPlot(place) {
+  const chart = data.plots[place.dataset.section][place.dataset.index];
+  const isLog = place.dataset.log ? place.dataset.log === "1" : chart.log;
+  place.dataset.log = isLog ? "1" : "0";
+  place.parentElement.querySelector(".scale").textContent = isLog ? "log" : "linear";
+  const isOneRun = data.runs.length === 1;
+  if (chart.traces.length > 3) place.style.height = `${250 + 19 * chart.traces.length}px`;  // room for the legend
+  const colourOf = (t) => colour(`--run${(isOneRun ? t.dash : t.run) % 6}`);
+  const traces = chart.traces.map((t) => ({
+    x: t.x, y: t.y, customdata: t.step, name: literal(t.name),
+    mode: t.points ? "markers" : t.x.length < 30 ? "lines+markers" : "lines",
+    line: {
+      color: colourOf(t), width: 1.8,
+      dash: isOneRun ? "solid" : ["solid", "dot", "dash", "dashdot"][t.dash % 4],
+    },
+    marker: { size: t.points ? 9 : 6, symbol: t.points ? "diamond-open" : "circle", color: colourOf(t) },
+    hovertemplate: "%{y:.4~g}, step %{customdata:,}",
+  }));
+  const axis = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true };
+  const layout = {
+    margin: { l: 50, r: 12, t: isTouched ? 34 : 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 12, color: colour("--soft") },
+    xaxis: { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
+    yaxis: { ...axis, rangemode: "tozero", type: isLog ? "log" : "linear", nticks: 6, exponentformat: "power", tickformat: isLog ? "~g" : "" },
+    hovermode: "x unified", hoverdistance: -1,
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
+    showlegend: traces.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
+    dragmode: isTouched ? false : "zoom",
+  };
+  const buttons = isTouched ? [] : ["zoom2d", "pan2d", "toImage"];
+  const options = {
+    responsive: true, displaylogo: false, modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", ...buttons]],
+  };
+  Plotly.react(place, traces, layout, options);
+}
+
+function drawPlots() {
+  document.querySelectorAll(".plot").forEach(drawPlot);
+}
+
+function image(one, alt, minimum) {
+  const figure = document.createElement("figure");
+  const img = document.createElement("img");
+  Object.assign(img, { src: one.src, alt, width: one.w, height: one.h });
+  if (minimum && one.w < minimum) {
+    img.width = one.w * Math.ceil(minimum / one.w);
+    img.height = one.h * Math.ceil(minimum / one.w);
+  }
+  const caption = document.createElement("figcaption");
+  caption.textContent = one.caption;
+  figure.append(caption, img);
+  return figure;
+}
+
+document.querySelectorAll(".frames").forEach((place) => {
+  const frames = data.runs[place.dataset.run].frames;
+  const slider = place.querySelector("input");
+  const show = () => {
+    const frame = frames[slider.value];
+    const seen = frame.images === null ? "" : `, ${compact.format(frame.images)} images`;
+    place.querySelector("output").textContent = `step ${whole.format(frame.step)}${seen}`;
+    const figures = frame.pictures.map((one) => image(one, `samples at step ${frame.step}`, 0));
+    place.querySelector(".pictures").replaceChildren(...figures);
+  };
+  slider.addEventListener("input", show);
+  show();
+});
+
+document.querySelectorAll(".browser").forEach((place) => {
+  const classes = data.runs[place.dataset.run].classes;
+  const select = place.querySelector("select");
+  const show = () => {
+    const figures = classes[select.value].pictures.map((one) => image(one, `samples of ${classes[select.value].name}`, 500));
+    place.querySelector(".pictures").replaceChildren(...figures);
+  };
+  const move = (by) => {
+    select.value = (Number(select.value) + by + classes.length) % classes.length;
+    show();
+  };
+  const [before, after] = place.querySelectorAll("button");
+  before.addEventListener("click", () => move(-1));
+  after.addEventListener("click", () => move(1));
+  select.addEventListener("change", show);
+  show();
+});
+
+const dialog = document.querySelector("dialog");
+document.querySelector("main").addEventListener("click", (event) => {
+  if (event.target.matches(".pictures img")) {
+    dialog.querySelector("img").src = event.target.src;
+    dialog.showModal();
+  }
+});
+dialog.addEventListener("click", () => dialog.close());
+
+document.querySelectorAll(".scale").forEach((button) =>
+  button.addEventListener("click", () => {
+    const place = button.closest("figure").querySelector(".plot");
+    place.dataset.log = place.dataset.log === "1" ? "0" : "1";
+    drawPlot(place);
+  }),
+);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPlots);
+drawPlots();

@@ -1,0 +1,132 @@
+"""The report's page in a real browser: what moves when a person moves it."""
+
+import shutil
+import warnings
+
+import pytest
+from PIL import Image
+from test_report import line, write_run, write_samples
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+COLOURS = {2: "red", 4: "green", 6: "blue"}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        reason = f"NO CHROMIUM (none of {', '.join(NAMES)}): nobody looked at the report's page; install one"
+        warnings.warn(reason, stacklevel=1)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root's Chromium has none
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    import numpy as np
+
+    from mf_dist.report.page import write_report
+
+    run = write_run(tmp_path_factory.mktemp("page") / "run", [line(step) for step in (2, 4, 6)])
+    (run / "samples").mkdir()
+    for step, colour in COLOURS.items():
+        Image.new("RGB", (300, 200), colour).save(run / f"samples/step{step:08d}.png")
+    write_samples(run, 12, 32, np.random.default_rng(0))
+    write_report([run], run / "report.html")
+    return run / "report.html"
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request, browser, report):
+    """At both widths: no error, no request, nothing wider than the window."""
+    context = browser.new_context(viewport={"width": request.param, "height": 900})
+    shown, trouble = context.new_page(), []
+    shown.on("console", lambda message: trouble.append(message.text))
+    shown.on("pageerror", lambda error: trouble.append(str(error)))
+    shown.on("request", lambda asked: trouble.append(asked.url[:80]) if asked.url.startswith(("http", "ws")) else None)
+    shown.goto(report.as_uri())
+    shown.wait_for_selector(".plot .main-svg")
+    yield shown
+    assert trouble == []
+    assert shown.evaluate("document.documentElement.scrollWidth") == request.param
+    context.close()
+
+
+def colour_shown(page):
+    """Of the middle of the picture that stands in the samples' frame."""
+    return page.evaluate("""async () => {
+        const img = document.querySelector(".frames .pictures img"), canvas = document.createElement("canvas");
+        await img.decode();
+        canvas.width = canvas.height = 1;
+        const pen = canvas.getContext("2d");
+        pen.drawImage(img, 150, 100, 1, 1, 0, 0, 1, 1);
+        return Array.from(pen.getImageData(0, 0, 1, 1).data).slice(0, 3);
+    }""")
+
+
+@pytest.mark.dist
+def test_the_slider_and_the_browser_change_pictures(page):
+    slider, said = page.locator(".frames input"), page.locator(".frames output")
+    for step, where in ((6, None), (4, "ArrowLeft"), (2, "ArrowLeft"), (4, "ArrowRight")):
+        if where:
+            slider.press(where)
+        red, green, blue = colour_shown(page)
+        seen = "red" if red > 200 else "blue" if blue > 200 else "green" if green > 90 else "none"
+        assert seen == COLOURS[step] and f"step {step}," in said.text_content()
+    first = page.locator(".browser img").get_attribute("src")
+    page.get_by_label("next class").click()
+    assert page.locator(".browser select").input_value() == "1"
+    assert page.locator(".browser img").get_attribute("src") != first
+    page.locator(".browser img").click()
+    assert page.locator("dialog").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.dist
+def test_names_full_of_markup_are_shown_and_not_run(browser, tmp_path):
+    from mf_dist.report.page import write_report
+
+    names = ["<img src=x onerror=alert(1)>", "<a href='http:x'>b<"]
+    runs = [write_run(tmp_path / name.replace("/", ""), classes=[name] * 3) for name in names]
+    write_report(runs, tmp_path / "report.html")
+    shown, trouble = browser.new_page(), []
+    shown.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    shown.on("console", lambda message: trouble.append(message.text))
+    shown.goto((tmp_path / "report.html").as_uri())
+    shown.wait_for_selector(".plot .main-svg")
+    legends = shown.locator(".plot").first.locator(".legendtext").all_text_contents()
+    assert legends == [f"{run.name} · {part}" for run in runs for part in ("r = t", "r < t")]
+    assert shown.locator(".plot a").count() == 0 and trouble == []
+    shown.close()
+
+
+@pytest.mark.dist
+def test_curves_tell_values_and_zoom(page):
+    plot = page.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.locator(".nsewdrag").first.bounding_box()
+
+    def at(x, y):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=5)
+
+    at(0.5, 0.5)
+    label = plot.locator(".hoverlayer")
+    label.locator("text").first.wait_for(timeout=5000)
+    assert "step 4" in label.text_content() and "50" in label.text_content() and "75" in label.text_content()
+    span = "p => { const [a, b] = p._fullLayout.xaxis.range; return b - a; }"
+    before = plot.evaluate(span)
+    at(0.3, 0.5)
+    page.mouse.down()
+    at(0.7, 0.5)
+    page.mouse.up()
+    page.wait_for_function("([p, b]) => { const [x, y] = p._fullLayout.xaxis.range; return y - x < 0.6 * b; }",
+                           arg=[plot.element_handle(), before])  # fmt: skip
+    assert plot.evaluate(span) == pytest.approx(0.4 * before, rel=0.05)
+    page.get_by_label("switch the scale of Raw loss").click()
+    assert plot.evaluate("p => p._fullLayout.yaxis.type") == "linear"

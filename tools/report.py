@@ -1,0 +1,40 @@
+"""Writes a run's report: one HTML file that opens from disk in any browser, with everything inside.
+
+    python tools/report.py                                   # the newest run under runs/, also while it trains
+    python tools/report.py runs/digits
+    python tools/report.py runs/digits runs/digits_flow --out comparison.html
+
+A run's own report is RUN/report.html. Several runs are compared in one: curves on top of each other, differences of
+their configs; that goes to comparison.html in the first one's folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)"
+    )
+    parser.add_argument("--out", type=Path, help="HTML file to write (default: report.html in the run's folder)")
+    args = parser.parse_args()
+    if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):
+        raise UserError(f"--out {str(args.out)!r} must be a file name ending in .html")
+    from mf_dist.checkpoint import newest_run
+    from mf_dist.report.page import write_report
+
+    runs = args.runs or [newest_run(Path("runs"))]
+    out = args.out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_report(runs, out)
+    print(f"{', '.join(map(str, runs))}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
