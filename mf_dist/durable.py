@@ -3,20 +3,36 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic: the file is the old one or the new one, whatever happens."""
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Atomic, as write_json; `write` is given the file."""
     partial = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Atomic, as write_json: uncompressed arrays by name, each with a checksum."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def sync_folder(folder: Path) -> None:

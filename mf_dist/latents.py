@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from mf_dist.durable import sha256_of
 from mf_dist.errors import UserError
+from mf_dist.precision import Precision, computing_in
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,25 +26,14 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """torch's own default lets convolutions use TF32, but not products."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class Vae:
     """A diffusers AutoencoderKL from a local folder or by hub id."""
 
     def __init__(
-        self, source: str, device: torch.device, expected: dict[str, Any] | None = None, precision: str = "fp32"
-    ) -> None:
-        """UserError if it cannot be had, or is not the one whose `identity` is expected. precision: fp32 (products and
-        convolutions in full), tf32 (on a GPU that has it) or bf16, of `encode` alone."""
+        self, source: str, device: torch.device, expected: dict[str, Any] | None = None,
+        precision: Precision = "fp32", compile_decoder: bool = False,
+    ) -> None:  # fmt: skip
+        """UserError if it cannot be had, or is not the one whose `identity` is expected."""
         folder = _vae_folder(source)
         self.source, self.precision = source, precision
         self.sha256 = sha256_of(folder / WEIGHTS)
@@ -53,6 +41,9 @@ class Vae:
         self.model = _load_autoencoder(folder).to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
+        self.model.decoder.conv_out = _InFp32(self.model.decoder.conv_out)
+        if compile_decoder:
+            self.model.decoder.compile(dynamic=False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         self.scaling_factor = float(self.model.config["scaling_factor"])
@@ -76,15 +67,28 @@ class Vae:
         x = pixels.to(self.device).float() / 127.5 - 1
         if self.device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
-        low = self.precision == "bf16"
-        with _tf32(self.precision == "tf32"), torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+        with computing_in(self.precision, self.device):
             posterior = self.model.encode(x).latent_dist
         return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8."""
-        return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+        with computing_in(self.precision, self.device):
+            return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+
+
+class _InFp32(torch.nn.Module):
+    """The decoder's last layer whatever the precision of the others: a bf16 pixel has 8 bits before it is rounded to 8
+    bits, and one in seven would be another level."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
 
 
 def _vae_folder(source: str) -> Path:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import FEATURES
+from mf_dist.features import FeatureNetwork
 
 from mf_dist.data.images import list_images, load_image
 from mf_dist.errors import UserError
-from mf_dist.features import FeatureNetwork
 
 CPU = torch.device("cpu")
 

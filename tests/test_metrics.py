@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from mf_dist.metrics import FeatureStatistics, Gaussian, frechet_distance, read_statistics
 from scipy import linalg
 
 from mf_dist.errors import UserError
-from mf_dist.metrics import FeatureStatistics, Gaussian, frechet_distance, read_statistics
 
 
 def random_gaussian(seed, d=12, rank=None):

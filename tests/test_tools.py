@@ -28,7 +28,7 @@ def test_small_networks_train_and_serve(tmp_path, images):
     run_python("tools/train_features.py", "--images", images, "--name", "few", "--out", tmp_path / "few", "--steps", 3)
     run_python("tools/fid_eval.py", "--images", images, "--features", tmp_path / "few", "--reference", images,
                "--out", tmp_path / "out")  # fmt: skip
-    assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metric"] == "fd_few"
+    assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metrics"]["fd_few_150"] < 1e-6
 
 
 def test_demo_table_and_its_verdict(tmp_path):
@@ -49,7 +49,7 @@ def test_demo_table_and_its_verdict(tmp_path):
         out.mkdir(parents=True)
         (tmp_path / run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         entries = [
-            {"nfe": n, "metric": "fd_digits", "value": 2.0, "num_samples": 100, "reference_images": 7} for n in nfes
+            {"nfe": n, "metrics": {"fd_digits_100": 2.0}, "num_samples": 100, "reference_images": 7} for n in nfes
         ]
         (out / "metrics.json").write_text(json.dumps(entries))
     folders = [("--" + name, tmp_path / name) for name in ("run", "flow", "real")]

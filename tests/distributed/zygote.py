@@ -30,6 +30,7 @@ import torch
 
 import mf_dist.durable
 import mf_dist.saver
+import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
 from mf_dist.launch import leave
@@ -135,11 +136,11 @@ def install(faults):
 
         mf_dist.trainer.Trainer._one_step = with_faults
     if any("draw" in fault for fault in faults):
-        draw = mf_dist.trainer.Trainer._draw_grids
-        mf_dist.trainer.Trainer._draw_grids = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
+        draw = mf_dist.snapshots.Snapshots._draw_grid
+        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
     if any("draws" in fault for fault in faults):
-        draws = mf_dist.trainer.Trainer._draw_grids
-        mf_dist.trainer.Trainer._draw_grids = lambda *a: (do(faults[0]["do"]), draws(*a))
+        draws = mf_dist.snapshots.Snapshots._draw_grid
+        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (do(faults[0]["do"]), draws(*a))
     poisons = {fault["step"]: fault["poison"] for fault in faults if "poison" in fault}
     if poisons:
         poison(poisons)
