@@ -11,6 +11,7 @@ Weights are safetensors, or state dicts read without unpickling objects; TorchSc
 
 import json
 import pickle
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +96,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say, the error says in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
