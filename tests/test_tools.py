@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FEATURES, TINY, run_python
+from conftest import FEATURES, TINY, run_python, write_digits
 from PIL import Image
 
 from mf_dist.data.images import list_images
@@ -100,3 +100,33 @@ def test_step_bench_measures_equal_losses(tmp_path):
         and rows["diffusers"]["flops"] == rows["plain"]["flops"]
     )
     assert rows["ours"]["flops"] < rows["authors"]["flops"] < rows["port"]["flops"]
+
+
+def test_damage_makes_photographs_farther(tmp_path):
+    """Twelve pieces of each of the two photographs that scikit-learn ships; digits are farther still."""
+    from sklearn.datasets import load_sample_images
+
+    for name, image in zip("ab", load_sample_images().images, strict=True):
+        for i in range(12):
+            y, x = divmod(i, 4)
+            piece = image[y * 140 : y * 140 + 140, x * 160 : x * 160 + 140]
+            Image.fromarray(piece).save(tmp_path / f"{name}{i:02d}.png")
+    digits = write_digits(tmp_path.with_name("digits"), 12)
+    done = run_python("tools/bench_degradations.py", "--images", tmp_path, "--other", digits, "--resolution", 140,
+                      "--strengths", 1)  # fmt: skip
+    rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    assert done.stdout.count("every step is farther") == 3 and "NOT" not in done.stdout
+    assert rows[4][0] == "other images" and float(rows[4][2]) > max(float(row[-1]) for row in rows[:4])
+
+
+def test_metrics_bench_agrees_with_its_peers():
+    done = run_python("tools/bench_metrics.py", "--count", 600, "--dimension", 64, "--rounds", 1)
+    differences = [abs(float(line.split()[-1])) for line in done.stdout.splitlines()[-3:]]
+    assert differences[0] == 0 and max(differences) < 1e-9 and "peak memory" in done.stdout
+
+
+@pytest.mark.dist
+def test_decode_bench_sees_rounding_alone():
+    done = run_python("tools/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
+    plain, last, bf16 = (line.split()[-2:] for line in done.stdout.splitlines()[1:4])
+    assert plain == ["0.00%", "0"] and int(last[1]) <= 1 and float(last[0][:-1]) < 1 < float(bf16[0][:-1])

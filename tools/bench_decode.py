@@ -36,14 +36,14 @@ def random_vae(folder, width):
     return folder
 
 
-def variants(source, device):
+def variants(source, device, eager):
     import torch
 
     from mf_dist.latents import Vae
 
     found = {}
     for name, (precision, last, compiled) in FORMS.items():
-        if precision == "tf32" and device.type == "cpu":
+        if (precision == "tf32" and device.type == "cpu") or (eager and compiled):
             continue
         vae = Vae(source, device, precision=precision, compile_decoder=compiled)
         vae.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--latent-size", type=int, default=32, help="side of the latents (default 32)")
     parser.add_argument("--batch", type=int, default=1, help="images decoded together (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled forms")
     args = parser.parse_args()
     if min(args.width, args.latent_size, args.batch, args.rounds) < 1:
         raise UserError("--width, --latent-size, --batch and --rounds must be at least 1")
@@ -83,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(args.batch, 4, args.latent_size, args.latent_size)
     with tempfile.TemporaryDirectory() as folder:
-        forms = variants(args.vae or random_vae(folder, args.width), device)
+        forms = variants(args.vae or random_vae(folder, args.width), device, args.eager)
     first = {name: clocked(vae, x, device) for name, vae in forms.items()}
     times = {name: [] for name in forms}
     for _ in range(args.rounds):

@@ -79,7 +79,7 @@ def distances(args, network, ranks, work):
     reference = gaussian(Part(source, 0, 2, args.count))
     yield "real", 0, frechet_distance(gaussian(Part(source, 1, 2, args.count)), reference)
     for name, strengths in SERIES.items():
-        for strength in strengths:
+        for strength in strengths[:: -(len(strengths) // args.strengths)][::-1]:
             part = Part(source, 1, 2, args.count, SPOILS[name], strength)
             yield name, strength, frechet_distance(gaussian(part), reference)
     if args.other:
@@ -97,6 +97,13 @@ def main() -> None:
     parser.add_argument("--other", help="images of another kind, for the last row")
     parser.add_argument("--resolution", type=int, help="centre crop (default: images as they are)")
     parser.add_argument("--count", type=int, default=500, help="images a row (default 500)")
+    parser.add_argument(
+        "--strengths",
+        type=int,
+        choices=(1, 2, 4),
+        default=4,
+        help="of each damage, the strongest among them (default 4)",
+    )
     parser.add_argument("--features", default="efflite0", help="as in tools/fid_eval.py (default efflite0)")
     parser.add_argument("--inception-weights", help="file of the Inception weights")
     args = parser.parse_args()

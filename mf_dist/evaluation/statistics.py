@@ -35,29 +35,43 @@ class Gaussian:
         return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
 
 
+TOGETHER = 1000
+"""Rows multiplied at once: a product of few rows costs as much as reading and writing all of D x D."""
+
+
 class FeatureSums:
     """Count, sum and sum of products of rows (B, D) around a fixed shift (D,), fp64."""
 
     def __init__(self, shift: Array) -> None:
         self.shift, self.count = shift, 0
         self.total, self.products = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
+        self._waiting: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
-        centred = np.asarray(rows, np.float64) - self.shift
-        self.count += len(centred)
-        self.total += centred.sum(axis=0)
-        self.products += centred.T @ centred
+        self._waiting.append(rows)
+        self.count += len(rows)
+        if sum(map(len, self._waiting)) >= TOGETHER:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        if self._waiting:
+            centred = np.concatenate(self._waiting).astype(np.float64) - self.shift
+            self._waiting = []
+            self.total += centred.sum(axis=0)
+            self.products += centred.T @ centred
 
     def flat(self) -> Array:
         """All sums in one array, which processes add up in one operation."""
+        self._sum_up()
         return np.concatenate([[float(self.count)], self.total, self.products.ravel()])
 
     def set_flat(self, sums: Array) -> None:
-        d = len(self.shift)
+        d, self._waiting = len(self.shift), []
         self.count, self.total = int(sums[0]), sums[1 : d + 1]
         self.products = sums[d + 1 :].reshape(d, d)
 
     def gaussian(self) -> Gaussian:
+        self._sum_up()
         if self.count < 2:
             raise UserError(f"a Frechet distance needs at least 2 images, got {self.count}")
         mean = self.total / self.count
