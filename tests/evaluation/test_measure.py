@@ -145,6 +145,19 @@ def test_an_entry_has_everything(images, network, tmp_path):
     assert "fd_digits_150" in table(entry) and "FID" not in table(entry) and not entry["warnings"]
 
 
+def test_adms_layout_and_bare_images_are_references_too(images, network, tmp_path, pixels):
+    """The first holds statistics and images, for precision and recall; of the second all is computed."""
+    found = measured(images, images, network, tmp_path)[1]
+    adm = as_npz(tmp_path / "adm.npz", pixels, mu=found.pooled.mean, sigma=found.pooled.covariance)
+    bare = as_npz(tmp_path / "bare.npz", pixels)
+    expected = measured(images, images, network, tmp_path)[0].entry["metrics"]
+    for path in (adm, bare):
+        result, reference, _ = measured(images, path, network, tmp_path)
+        assert result.entry["metrics"] == pytest.approx(expected, abs=1e-9)
+        assert np.array_equal(reference.rows, found.rows) and np.array_equal(reference.real_image(9), pixels[9])
+    assert measured(images, adm, network, tmp_path, kinds=("fid",))[1].rows is None
+
+
 def test_streaming_agrees_with_exact(images, network, tmp_path):
     other = write_digits(tmp_path / "more", 110)
     one, two = (measured(other, images, network, tmp_path, exact=exact)[0].entry["metrics"] for exact in (True, False))
