@@ -108,8 +108,8 @@ def measure(
 ) -> Measured:  # fmt: skip
     """All images of `source` against the reference; `protocol` says what they are. All ranks call it."""
     start = time.perf_counter()
+    kinds = choose(settings.kinds, network, reference, source.count) if reference is not None else ()
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
-    kinds = choose(settings.kinds, network, reference, blocks.count) if reference is not None else ()
     middle = time.perf_counter()
     with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
         found = gaussians(blocks, network.is_spatial, network, ranks, settings.exact)

@@ -1,8 +1,10 @@
 """What is written of a measurement: an entry of metrics.json, a table, the images."""
 
+import fcntl
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def record(entry: dict[str, Any], out: Path) -> Path:
-    """Adds the entry to out/metrics.json; only one of the very same protocol and checkpoint is replaced."""
+    """Adds the entry to out/metrics.json; only one of the very same protocol and checkpoint is replaced. A run that
+    measures while it trains may do the same at the same time."""
     path = out / "metrics.json"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -51,9 +54,19 @@ def record(entry: dict[str, Any], out: Path) -> Path:
         return {key: value for key, value in e.items() if key not in RESULTS}
 
     plain = json.loads(json.dumps(entry))
-    kept = [old for old in read_entries(path) if protocol(old) != protocol(plain)]
-    write_json(path, [*kept, plain])
+    with _alone(out / "metrics.lock"):
+        kept = [old for old in read_entries(path) if protocol(old) != protocol(plain)]
+        write_json(path, [*kept, plain])
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process is between reading and writing meanwhile; on a disk without locks we go on without."""
+    with open(path, "w", encoding="utf-8") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def table(entry: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """From images to an entry of metrics.json, with the digits' network: blocks, sources, metrics, records, pictures."""
 
 import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FEATURES, write_digits
+from conftest import FEATURES, ROOT, write_digits
 from PIL import Image
 from test_reference import Bomb
 
@@ -216,6 +218,18 @@ def test_record_replaces_the_very_same_protocol_only(tmp_path):
         with pytest.raises(UserError, match="damaged or of an older version"):
             record(entry, tmp_path)
         assert (tmp_path / "metrics.json").read_text() == damaged
+
+
+def test_two_processes_record_at_once_and_nothing_is_lost(tmp_path):
+    code = """if 1:
+        import sys
+        from pathlib import Path
+        from mf_dist.evaluation.report import record
+        for i in range(40):
+            record({"metrics": {"fd": i}, "nfe": i, "seed": int(sys.argv[2])}, Path(sys.argv[1]))"""
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(seed)], cwd=ROOT) for seed in (0, 1)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(read_entries(tmp_path / "metrics.json")) == 80
 
 
 def test_npz_is_what_adms_reader_streams(images, network, tmp_path, pixels):
