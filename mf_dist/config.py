@@ -152,7 +152,8 @@ class CheckpointConfig:
     keep_every_images: Whole = 0
     """Checkpoints that first passed a multiple of this stay for ever; 0: none."""
     keep_best: Text | None = None
-    """Metric of eval/metrics.json, such as fd_digits: the checkpoint with its lowest value stays."""
+    """Metric of eval/metrics.json, such as fid10k: the checkpoint with its lowest value, at the fewest steps that were
+    measured, stays. A measurement during training (eval.every_images) then also saves."""
 
 
 @dataclass(frozen=True)
@@ -167,20 +168,32 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Defaults of tools/fid_eval.py for this run."""
+    """Defaults of tools/fid_eval.py for this run, and what is measured while it trains."""
 
     nfe: Steps = (1, 2)
-    """Network calls per image of the grids drawn during training."""
+    """Network calls per image of what is measured."""
+    grid_nfe: Steps = (1, 2, 4)
+    """Network calls per image of the grids drawn during training, side by side."""
     num_samples: Count = 50_000
     labels: Literal["random", "balanced"] = "random"
     """random: uniform, as the published FIDs; balanced: class i mod num_classes."""
     seed: Seed = 0
-    features: str | None = None
-    """Folder of a feature network (config.json and model.safetensors)."""
-    reference: str | None = None
-    """Folder of real images, or .npz with mu and sigma."""
+    features: Text = "inception"
+    """Feature network: inception, inception-other, inception-random, efflite0, or a folder with its weights."""
+    inception_weights: Text | None = None
+    """File of the Inception weights; its sha256 must be the published one."""
+    reference: Text | None = None
+    """Statistics of real images (.npz), or the images: a folder, tar or .npz."""
     vae: str | None = None
     """Folder or hub id of the VAE; None: the one recorded in the dataset manifest."""
+    every_images: Whole = 0
+    """Images between measurements of the EMA during training, and one at the end; 0: none."""
+    training_samples: Count = 10_000
+    """Images of a measurement during training, which its name tells: fid10k."""
+    training_emas: Decays | None = None
+    """Which of optim.ema_decay are measured during training; None: the first."""
+    training_seed: Seed = 1
+    """Not `seed`: the best checkpoint must not be chosen by the noise that it is judged with."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,7 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
     _check_model(resolved.model)
     _check_batch(resolved, micro_batch, world_size)
     _check_guidance(resolved)
+    _check_evaluation(resolved)
     return resolved
 
 
@@ -274,3 +288,13 @@ def _check_guidance(config: Config) -> None:
         raise UserError("guidance needs the null class, and meanflow.label_drop=0 never trains it: set it above 0")
     if recipe.guided and config.model.num_classes == 0:
         raise UserError("guidance needs classes, and this dataset has none: set meanflow.omega=1 and meanflow.kappa=0")
+
+
+def _check_evaluation(config: Config) -> None:
+    if not config.eval.every_images:
+        return
+    if config.eval.reference is None:
+        raise UserError("eval.every_images measures during training: set eval.reference too (.npz or real images)")
+    unknown = set(config.eval.training_emas or ()) - {*config.optim.ema_decay}
+    if unknown:
+        raise UserError(f"eval.training_emas has {min(unknown)}, which is not among optim.ema_decay")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 
 def partial_path(path: Path) -> Path:
     """Where to write what will be renamed to `path`: a name that nobody else has, on any machine."""
@@ -32,6 +34,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Atomic, as write_json: uncompressed arrays by name, each with a checksum."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,13 +1,15 @@
 """From a checkpoint to samples and pictures.
 
 Sample i depends on (seed, i) alone: its noise and label come from rng.sample_draw, and images are computed in
-fixed blocks, [k BLOCK, (k + 1) BLOCK), each whole even where fewer are wanted, so that their bits never depend
-on how many were asked for.
+fixed blocks (evaluation/blocks.py), each whole even where fewer are wanted, so that their bits never depend on how
+many were asked for.
 """
 
-from collections.abc import Iterator
+import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,10 @@ from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 from mf_dist.meanflow.sampler import sample_euler, sample_meanflow, uniform_grid
 from mf_dist.models.dit import DiT
+from mf_dist.precision import Precision, computing_in, one_thread
 
-BLOCK = 50
-"""Images computed together; part of the protocol, since a batch's size can change an image's last bits."""
+GRID_BATCH = 50
+"""Images of a picture computed together."""
 GRID_COLUMNS = 8
 IMAGENET_GRID = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes that iMF's and DiT's figures show."""
@@ -44,51 +47,84 @@ def new_net(model: ModelConfig, seed: int) -> DiT:
 class Generator:
     """A network, its VAE and its way of sampling: (noise, labels) to pixels."""
 
-    def __init__(self, net: DiT, vae: Vae, config: Config, device: torch.device) -> None:
-        self.net, self.vae, self.device = net.to(device).eval(), vae, device
+    def __init__(
+        self, net: DiT, vae: Vae, config: Config, device: torch.device, precision: Precision = "fp32",
+        compile_net: bool = False,
+    ) -> None:  # fmt: skip
+        self.net, self.vae, self.device, self.precision = net.to(device).eval(), vae, device, precision
+        if compile_net:
+            self.net.compile(dynamic=False)
         model = config.model
         assert model.latent_size is not None and model.latent_channels is not None and model.num_classes is not None
         self.shape = (model.latent_channels, model.latent_size, model.latent_size)
+        self.resolution = model.latent_size * vae.reduction
+        """Side of an image."""
         self.num_classes = model.num_classes
         # a network trained at r = t alone knows velocities, not averages
         self.is_flow = config.meanflow.share_r_equals_t == 1
         self._sample = sample_euler if self.is_flow else sample_meanflow
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Spent in sampling and in decoding."""
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, labels: Tensor, nfe: int) -> Pixels:
-        """noise (B, C, S, S), labels (B,) -> pixels (B, 3, H, W) uint8."""
-        x = self._sample(self.net, noise.to(self.device), labels.to(self.device), uniform_grid(nfe))
-        if not x.isfinite().all():
+    def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
+        """noise (B, C, S, S), labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
+        start = time.perf_counter()
+        with computing_in(self.precision, self.device):
+            x = self._sample(self.net, noise.to(self.device), labels.to(self.device), times)
+        if not x.isfinite().all():  # which also waits for a GPU
             raise UserError("the model's samples are not finite: its training diverged; use an older checkpoint")
-        return self.vae.decode(x).cpu().numpy()
-
-    def blocks(self, count: int, nfe: int, labels: str, seed: int) -> Iterator[tuple[Pixels, npt.NDArray[np.int64]]]:
-        """Samples [0, count) as (pixels, labels), at most BLOCK at a time; labels 'random' or 'balanced'."""
-        for first in range(0, count, BLOCK):
-            noise, y = self.draw(range(first, first + BLOCK), labels, seed)
-            wanted = min(BLOCK, count - first)
-            yield self(noise, y, nfe)[:wanted], y.numpy()[:wanted]
+        middle = time.perf_counter()
+        pixels: Pixels = self.vae.decode(x.float()).cpu().numpy()
+        self.seconds["sample"] += middle - start
+        self.seconds["decode"] += time.perf_counter() - middle
+        return pixels
 
     def draw(self, indices: range, labels: str, seed: int) -> tuple[Tensor, Tensor]:
-        """Noise (B, C, S, S) and labels (B,) of samples `indices`."""
+        """Noise (B, C, S, S) and labels (B,) of samples `indices`; labels 'random' or 'balanced'."""
         draws = [rng.sample_draw(seed, i, self.shape, self.num_classes) for i in indices]
         y = [label for _, label in draws] if labels == "random" else [i % max(1, self.num_classes) for i in indices]
         return torch.from_numpy(np.stack([noise for noise, _ in draws])), torch.tensor(y)
 
-    def grid(self, nfe: int, seed: int, path: Path, names: list[str], classes: list[int] | None = None) -> None:
-        """Writes a labelled PNG: a row per class (at most ten), the same noise and classes every time."""
+    def grid(self, nfes: list[int], seed: int, path: Path, names: list[str], classes: list[int] | None = None) -> None:
+        """Writes a labelled PNG: a row per class (at most ten), the numbers of steps side by side; the same noise and
+        classes every time."""
         classes = self._grid_classes() if classes is None else classes
-        noise, _ = self.draw(range(len(classes) * GRID_COLUMNS), "random", seed)
-        y = torch.tensor(classes).repeat_interleave(GRID_COLUMNS)
-        parts = [self(z, label, nfe) for z, label in zip(noise.split(BLOCK), y.split(BLOCK), strict=True)]
+        columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
+        noise, _ = self.draw(range(len(classes) * columns), "random", seed)
+        y = torch.tensor(classes).repeat_interleave(columns)
+        batches = list(zip(noise.split(GRID_BATCH), y.split(GRID_BATCH), strict=True))
+        with one_thread(self.device):
+            groups = [np.concatenate([self(z, label, uniform_grid(nfe)) for z, label in batches]) for nfe in nfes]
+        side_by_side = np.stack([group.reshape(len(classes), columns, *group.shape[1:]) for group in groups], axis=1)
         texts = [names[c] if c < len(names) else str(c) if self.num_classes else "any" for c in classes]
+        heads = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in nfes]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(np.concatenate(parts), texts).save(path)
+        image_grid(side_by_side.reshape(-1, *groups[0].shape[1:]), texts, heads if len(nfes) > 1 else []).save(path)
 
     def _grid_classes(self) -> list[int]:
         if self.num_classes == 1000:
             return list(IMAGENET_GRID)
         return list(range(max(1, min(10, self.num_classes))))
+
+
+class Samples:
+    """`count` samples as a Source (evaluation/sources.py). `made_by`: what decides the weights."""
+
+    def __init__(
+        self, generator: Generator, count: int, times: list[float], labels: str, seed: int, made_by: dict[str, Any]
+    ) -> None:
+        self.generator, self.count = generator, count
+        self._draw = labels, seed
+        self._times = times
+        self.identity = {
+            **made_by, "times": times, "labels": labels, "seed": seed, "resolution": generator.resolution,
+            "vae_sha256": generator.vae.sha256, "precision": generator.precision, "euler": generator.is_flow,
+        }  # fmt: skip
+
+    def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
+        noise, labels = self.generator.draw(range(first, last), *self._draw)
+        return self.generator(noise, labels, self._times), labels.numpy()
 
 
 @dataclass(frozen=True)
@@ -102,7 +138,10 @@ class Trained:
     class_names: list[str]
 
 
-def load_trained(checkpoint: Checkpoint, ema_decay: str | None, vae: str | None, device: torch.device) -> Trained:
+def load_trained(
+    checkpoint: Checkpoint, ema_decay: str | None, vae: str | None, device: torch.device, precision: Precision = "fp32",
+    compiles: bool = False,
+) -> Trained:  # fmt: skip
     """The EMA network of a checkpoint with the VAE its latents were made with; UserError if one is missing."""
     state = checkpoint.state
     for key in ("config", "vae", "classes"):
@@ -116,5 +155,6 @@ def load_trained(checkpoint: Checkpoint, ema_decay: str | None, vae: str | None,
     net = new_net(config.model, seed=0)
     net.load_state_dict(checkpoint.load(f"ema-{wanted}"))
     source = vae or config.eval.vae or state["vae"]["source"]
-    loaded = Vae(source, device, state["vae"])
-    return Trained(Generator(net, loaded, config, device), config, checkpoint, wanted, state["classes"])
+    loaded = Vae(source, device, state["vae"], precision, compiles)
+    generator = Generator(net, loaded, config, device, precision, compiles)
+    return Trained(generator, config, checkpoint, wanted, state["classes"])

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from mf_dist.durable import sha256_of
 from mf_dist.errors import UserError
+from mf_dist.precision import Precision, computing_in
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -29,17 +28,6 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """torch's own default lets convolutions use TF32, but not products."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class Vae:
     """A diffusers AutoencoderKL from a local folder or by hub id."""
 
@@ -48,22 +36,23 @@ class Vae:
         source: str,
         device: torch.device,
         expected: dict[str, Any] | None = None,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         compiled: bool = False,
     ) -> None:
-        """UserError if it cannot be had, or is not the one whose `identity` is expected. Of `encode` alone: precision,
-        fp32 (products and convolutions in full), tf32 (on a GPU that has it) or bf16; compiled, one graph for each
-        shape of a batch."""
+        """UserError if it cannot be had, or is not the one whose `identity` is expected. compiled: one graph for each
+        shape of a batch, of `encode` as of `decode`."""
         folder = _vae_folder(source)
         self.source, self.precision, self.compiled = source, precision, compiled
         self.sha256 = sha256_of(folder / WEIGHTS)
         self.device = device
         if precision == "tf32" and device.type != "cuda":
-            raise UserError("--precision tf32 needs a GPU; use fp32 or bf16")
+            raise UserError("precision tf32 needs a GPU; use fp32 or bf16")
         model = _load_autoencoder(folder).eval().requires_grad_(False)
         self.model = model.to(device=device, memory_format=torch.channels_last)
+        self.model.decoder.conv_out = _InFp32(self.model.decoder.conv_out)
         if compiled:
             self.model.encoder.compile(dynamic=False)
+            self.model.decoder.compile(dynamic=False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         shape = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
@@ -100,15 +89,28 @@ class Vae:
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> posterior mean and std (B, 2C, h, w) fp32, unscaled; input range is [-1, 1]."""
         x = (pixels.to(self.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        low = self.precision == "bf16"
-        with _tf32(self.precision == "tf32"), torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+        with computing_in(self.precision, self.device):
             posterior = self.model.encode(x).latent_dist
         return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8."""
-        return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+        with computing_in(self.precision, self.device):
+            return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+
+
+class _InFp32(torch.nn.Module):
+    """The decoder's last layer whatever the precision of the others: a bf16 pixel has 8 bits before it is rounded to 8
+    bits, and one in seven would be another level."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
 
 
 def _vae_folder(source: str) -> Path:

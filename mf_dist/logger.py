@@ -46,13 +46,22 @@ class Logger:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one status line; `metrics` has step and samples_seen."""
+        self._write(metrics)
+        self.say(_status_line(metrics, self.total_steps))
+
+    def log_evaluation(self, metrics: dict[str, Any]) -> None:
+        """The same for what was measured at a step: a line of its own, with step and samples_seen too."""
+        self._write(metrics)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" in name)
+        self.say(f"step {metrics['step']}/{self.total_steps} measured: {values}")
+
+    def _write(self, metrics: dict[str, Any]) -> None:
         line = json.dumps(metrics, allow_nan=False) + "\n"
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             self.say(f"warning: cannot write {self._path}: {error}; training goes on, this line is lost")
-        self.say(_status_line(metrics, self.total_steps))
         self._to_wandb(lambda run: run.log(metrics, step=metrics["step"]))
 
     def log_picture(self, name: str, path: Path, step: int) -> None:

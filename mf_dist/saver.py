@@ -234,14 +234,19 @@ class Retention:
         return min(scores)[1] if scores else None
 
     def scores(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of `best`."""
+        """(value, step) of every measurement of `best` at the fewest steps (nfe) that it was measured at."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
             return []
         try:
             entries = json.loads(self.metrics.read_text(encoding="utf-8"))
-            return [(float(e["value"]), int(e["step"])) for e in entries if e["metric"] == self.best and "step" in e]
+            found = [
+                (int(e["nfe"]), float(e["metrics"][self.best]), int(e["step"]))
+                for e in entries
+                if self.best in e["metrics"] and "step" in e
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             return []
+        return [(value, step) for nfe, value, step in found if nfe == min(found)[0]]
 
 
 def remove(folder: Path) -> None:

@@ -6,6 +6,7 @@ the border, where all ranks agree whether to stop.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from mf_dist.data.staging import Staging
 from mf_dist.distributed import Ranks, first_ranks_number
 from mf_dist.engine import MASTER, Engine
 from mf_dist.errors import Unrecorded, UserError
-from mf_dist.generate import Generator, new_net
-from mf_dist.latents import Vae, sample_posterior
+from mf_dist.generate import new_net
+from mf_dist.latents import sample_posterior
 from mf_dist.logger import Logger
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.meter import Meter
-from mf_dist.models.dit import DiT
 from mf_dist.origin import check_changes, load_initial, surroundings
 from mf_dist.safekeeping import Safekeeping
 from mf_dist.saver import check_room
+from mf_dist.snapshots import Snapshots
 from mf_dist.status import Status
 
 
@@ -82,7 +83,7 @@ class Trainer:
         net = new_net(config.model, config.train.seed)
         if not self.step and config.train.init_from:
             self.story.append(f"initial weights: {load_initial(net, config.train.init_from)}")
-        self.vae = self._sampling_vae()
+        self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         self._load()
         self.safe.committed_step = self.safe.saved_step = self.safe.step = self.step
@@ -152,15 +153,18 @@ class Trainer:
                 self.safe.watchdog.plain_steps_from_here()
             stop = self.safe.meet_others()
             is_last = self.step == config.total_steps
+            measures = not stop and self._is_due_or_last(config.eval.every_images)
             saves = is_last or stop or self._is_due(config.checkpoint.every_images)
+            saves = saves or (measures and config.checkpoint.keep_best is not None)
             if saves or self.step % config.log.every_steps == 0:
                 self._log()
             if saves:  # before anything that could fail
                 with self.meter.pausing():
                     self.safe.begin_save(self.engine, self._state())
-            draws = is_last or self._is_due(config.log.sample_every_images or config.total_steps)
-            if config.log.sample_every_images and draws and not stop:
-                self._draw_samples()
+            if not stop and self._is_due_or_last(config.log.sample_every_images):
+                self._show(self.snapshots.draw)
+            if measures:
+                self._show(self.snapshots.measure)
         if self.step == config.total_steps:
             stop = Stop.NO
         self.safe.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
@@ -203,6 +207,10 @@ class Trainer:
         seen, batch = self.step * self.config.train.batch_size, self.config.train.batch_size
         return seen // every_images > (seen - batch) // every_images
 
+    def _is_due_or_last(self, every_images: int) -> bool:
+        """Never where every_images is 0."""
+        return every_images > 0 and (self.step == self.config.total_steps or self._is_due(every_images))
+
     def _log(self) -> None:
         guard = self.engine.guard
         norm = self.engine.grad_norm()
@@ -226,32 +234,11 @@ class Trainer:
         if self.ranks.is_first:
             self.logger.log(entry)
 
-    def _sampling_vae(self) -> Vae | None:
-        """Loaded before training on the rank that draws, so that a missing one is known at once."""
-        if not self.ranks.is_first or not self.config.log.sample_every_images:
-            return None
-        recorded = self.shards.manifest["vae"]
-        return Vae(self.config.eval.vae or recorded["source"], self.ranks.device, recorded)
-
-    def _draw_samples(self) -> None:
+    def _show(self, show: Callable[[Engine, int, Logger | None], None]) -> None:
+        """Draws or measures with the EMA: every rank takes part, and training waits."""
         with self.meter.pausing(), self.safe.watchdog.patient():
-            ema = self.engine.ema(self.config.optim.ema_decay[0])  # every rank takes part
-            if self.vae is not None:
-                net = new_net(self.config.model, self.config.train.seed)
-                net.load_state_dict(ema)
-                self._draw_grids(net, self.vae)
+            show(self.engine, self.step, self.logger if self.ranks.is_first else None)
             first_ranks_number(0, self.ranks.device)  # all leave together: the others have waited for rank 0
-
-    def _draw_grids(self, net: DiT, vae: Vae) -> None:
-        generator = Generator(net, vae, self.config, self.ranks.device)
-        for nfe in self.config.eval.nfe:
-            path = self.run_dir / "samples" / f"step{self.step:08d}-nfe{nfe}.png"
-            try:
-                generator.grid(nfe, self.config.eval.seed, path, self.shards.manifest["classes"])
-            except OSError as error:
-                self._say(f"warning: cannot write {path}: {error}; training goes on")
-                continue
-            self.logger.log_picture(f"samples/nfe{nfe}", path, self.step)
 
     def _report(self) -> None:
         """report.html, after all is saved: nothing that goes wrong here harms the run."""

@@ -196,10 +196,11 @@ def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
 
 
 def test_retention_over_a_thousand_saves(tmp_path):
-    """The newest 3, every 100th by images, the best by a metric; the newest always stays."""
+    """The newest 3, every 100th by images, the best by a metric in one step; the newest always stays."""
     (tmp_path / "metrics.json").write_text(json.dumps([
-        {"metric": "fd", "value": 9.0, "step": 10}, {"metric": "fd", "value": 3.0, "step": 37},
-        {"metric": "other", "value": 0.0, "step": 5}, {"metric": "fd", "value": 3.5, "step": 990},
+        {"metrics": {"fd": 9.0}, "nfe": 1, "step": 10}, {"metrics": {"fd": 3.0}, "nfe": 1, "step": 37},
+        {"metrics": {"other": 0.0}, "nfe": 1, "step": 5}, {"metrics": {"fd": 3.5}, "nfe": 1, "step": 990},
+        {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700}, {"metrics": {"fd": 0.0}, "images": "x"},
     ]))  # fmt: skip
     keep = Retention(3, 1000, "fd", tmp_path / "metrics.json")
     root = tmp_path / "checkpoints"

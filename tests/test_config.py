@@ -62,6 +62,8 @@ WRONG = [
     (["run_dir=2026-02-03"], r"run_dir: expected a text"),
     (["eval.nfe=0"], r"eval\.nfe: expected whole numbers >= 1"),
     (["eval.nfe=[1, x]"], r"eval\.nfe"),
+    (["eval.every_images=64", "eval.reference="], r"set eval\.reference too"),
+    (["eval.every_images=64", "eval.training_emas=0.5"], r"eval\.training_emas has 0\.5, which is not among"),
     (["run_dir="], "run_dir"),
     (["train"], "expected section.key=value"),
     (["run_dir.x=1"], "'run_dir' is a value, not a section"),

@@ -73,10 +73,12 @@ def test_metrics_have_every_number(runs):
     assert {m["step"] for m in metrics(root / "parts")} == {2, 3, 4, 6}
 
 
-def test_sample_grids_are_drawn_at_one_and_two_steps(runs):
+def test_sample_grids_show_one_two_and_four_steps_side_by_side(runs):
     root, _ = runs
     names = sorted(path.name for path in (root / "whole/samples").iterdir())
-    assert names == [f"step0000000{step}-nfe{nfe}.png" for step in (3, 6) for nfe in (1, 2)]
+    assert names == ["step00000003.png", "step00000006.png"]
+    width, height = Image.open(root / "whole/samples" / names[0]).size
+    assert 3 * 4 * 66 < width < 3 * 4 * 66 + 60 and height == 16 + 10 * 66
     whole, parts = (np.asarray(Image.open(root / run / "samples" / names[-1])) for run in ("whole", "parts"))
     assert np.array_equal(whole, parts)
 
@@ -88,27 +90,58 @@ def test_checkpoint_says_what_it_is(runs):
     assert state["versions"]["torch"] and state["vae"]["sha256"] and state["classes"] == [str(i) for i in range(10)]
 
 
-def test_evaluation_adds_an_entry_per_protocol_and_any_count_has_the_same_images(runs, tmp_path):
+@pytest.fixture(scope="module")
+def evaluated(runs):
+    """The command's output, the entries of metrics.json, and the folder, for 60 samples at 1 and 2 steps."""
     root, _ = runs
-    tool = ["tools/fid_eval.py", "--checkpoint", root / "whole", "--save-npz"]
-    first = run_python(*tool, "--nfe", 1)
-    assert first.stdout.splitlines()[0] == f"evaluating {root / 'whole/checkpoints/step-00000006'}"
-    assert "fd_digits" in first.stdout and "FID" not in first.stdout
-    run_python(*tool, "--nfe", 2)
-    run_python(*tool, "--nfe", 1)
+    done = run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--nfe", "1,2", "--save-npz")
     out = root / "whole/eval"
-    entries = json.loads((out / "metrics.json").read_text())
-    assert sorted(e["nfe"] for e in entries) == [1, 2] and all(e["num_samples"] == 60 for e in entries)
-    assert entries[0]["value"] != entries[1]["value"] and (out / "grid_nfe1.png").is_file()
-    with np.load(out / "samples_nfe1.npz") as file:
+    return done, json.loads((out / "metrics.json").read_text()), out
+
+
+def test_evaluation_says_how_it_was_made(runs, evaluated):
+    root, _ = runs
+    done, entries, out = evaluated
+    assert done.stdout.splitlines()[0] == f"evaluating {root / 'whole/checkpoints/step-00000006'}"
+    assert "fd_digits_60" in done.stdout and "FID" not in done.stdout and "reference" in done.stderr
+    assert [e["nfe"] for e in entries] == [1, 2] and all(e["num_samples"] == 60 for e in entries)
+    assert entries[0]["metrics"]["fd_digits_60"] != entries[1]["metrics"]["fd_digits_60"]
+    for key in ("checkpoint_sha256", "vae_sha256", "features_sha256", "reference_sha256", "pixels_sha256"):
+        assert len(entries[0][key]) == 64
+    assert entries[0]["seconds"].keys() >= {"sample", "decode", "features", "statistics", "fid"}
+    assert entries[0]["arguments"]["save_npz"] is True and entries[0]["labels"] == "balanced"
+    assert {"grid_nfe1.png", "grid_steps.png", "neighbours_nfe1.png"} <= {path.name for path in out.iterdir()}
+    assert not (out / "work").exists()
+
+
+def test_any_count_has_the_same_images(runs, evaluated, tmp_path):
+    """The samples of a shorter set with a time grid of its own, [1, 0], are those of a longer one in one step."""
+    root, _ = runs
+    with np.load(evaluated[2] / "samples_nfe1.npz") as file:
         pixels, labels = file["arr_0"], file["arr_1"]
     assert pixels.shape == (60, 32, 32, 3) and pixels.dtype == np.uint8
     assert np.array_equal(labels, np.arange(60) % 10)
-    run_python(*tool, "--nfe", 1, "--num-samples", 23, "--out", tmp_path)
-    with np.load(tmp_path / "samples_nfe1.npz") as file:
+    run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--times", "1,0", "--num-samples", 23, "--save-npz",
+               "--save-images", 3, "--metrics", "fid", "--out", tmp_path)  # fmt: skip
+    with np.load(tmp_path / "samples_nfe1_times.npz") as file:
         assert np.array_equal(file["arr_0"], pixels[:23])
-    run_python(*tool[:3], "--nfe", 1, "--num-samples", 23, "--labels", "random", "--out", tmp_path)
-    assert len(json.loads((tmp_path / "metrics.json").read_text())) == 2
+    (entry,) = json.loads((tmp_path / "metrics.json").read_text())
+    assert entry["times"] == [1, 0] and entry["metrics"].keys() == {"fd_digits_23"} and entry["warnings"]
+    assert len(list((tmp_path / "images_nfe1_times").iterdir())) == 3
+
+
+def test_statistics_of_real_images_by_the_same_code(images, runs, evaluated, tmp_path):
+    """A file of ours gives the numbers that the images themselves give, and says where it came from."""
+    root, _ = runs
+    stats = tmp_path / "stats.npz"
+    done = run_python("tools/reference_stats.py", "--images", images, "--features", FEATURES, "--out", stats)
+    assert "150 images of side 32, features digits" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
+    run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--nfe", 1, "--reference", stats,
+               "--out", tmp_path)  # fmt: skip
+    (one,), two = json.loads((tmp_path / "metrics.json").read_text()), evaluated[1][0]
+    assert one["metrics"] == two["metrics"] and one["pixels_sha256"] == two["pixels_sha256"]
+    assert one["reference_made"]["images_sha256"] == two["reference_sha256"]
 
 
 def test_measuring_a_folder(images, tmp_path):
@@ -116,8 +149,9 @@ def test_measuring_a_folder(images, tmp_path):
         "tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--out", tmp_path
     )
     (entry,) = json.loads((tmp_path / "metrics.json").read_text())
-    assert abs(entry["value"]) < 1e-6 and entry["num_samples"] == entry["reference_images"] == 150
-    assert "fd_digits" in done.stdout
+    assert abs(entry["metrics"]["fd_digits_150"]) < 1e-6
+    assert entry["num_samples"] == entry["reference_images"] == 150 and (tmp_path / "neighbours.png").is_file()
+    assert "fd_digits_150" in done.stdout
 
 
 def test_sampling_one_class(runs, tmp_path):
@@ -138,8 +172,15 @@ def test_sampling_one_class(runs, tmp_path):
         (["tools/fid_eval.py", "--images", "x"], "error: --images needs"),
         (
             ["tools/fid_eval.py", "--images", "x", "--nfe", "2"],
-            "error: --images measures all of a folder: leave out --nfe",
+            "error: --images measures all of a set of images: leave out --nfe",
         ),
+        (
+            ["tools/fid_eval.py", "--images", "x", "--features", "inception", "--reference", "y", "--out", "z"],
+            "error: the Inception weights are missing: no --inception-weights given. On a machine with network run",
+        ),
+        (["tools/fid_eval.py", "--times", "1,0.5"], "error: --times must fall from 1 to 0"),
+        (["tools/fid_eval.py", "--nfe", "1,x"], "error: --nfe must be from 1 to 10000, got x"),
+        (["tools/reference_stats.py", "--images", "x", "--out", "x.npy"], "error: --out 'x.npy' must be"),
         (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),
         (["tools/write_digits.py", "--out", "README.md/x"], "error:"),
         (

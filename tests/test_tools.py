@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FEATURES, TINY, VAE, run_python
+from conftest import FEATURES, TINY, VAE, run_python, write_digits
 from PIL import Image
 
 from mf_dist.data.images import list_images
@@ -28,7 +28,7 @@ def test_small_networks_train_and_serve(tmp_path, images):
     run_python("tools/train_features.py", "--images", images, "--name", "few", "--out", tmp_path / "few", "--steps", 3)
     run_python("tools/fid_eval.py", "--images", images, "--features", tmp_path / "few", "--reference", images,
                "--out", tmp_path / "out")  # fmt: skip
-    assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metric"] == "fd_few"
+    assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metrics"]["fd_few_150"] < 1e-6
 
 
 def test_demo_table_and_its_verdict(tmp_path):
@@ -49,7 +49,7 @@ def test_demo_table_and_its_verdict(tmp_path):
         out.mkdir(parents=True)
         (tmp_path / run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         entries = [
-            {"nfe": n, "metric": "fd_digits", "value": 2.0, "num_samples": 100, "reference_images": 7} for n in nfes
+            {"nfe": n, "metrics": {"fd_digits_100": 2.0}, "num_samples": 100, "reference_images": 7} for n in nfes
         ]
         (out / "metrics.json").write_text(json.dumps(entries))
     folders = [("--" + name, tmp_path / name) for name in ("run", "flow", "real")]
@@ -118,3 +118,33 @@ def test_encode_bench_counts_the_convolutions(tmp_path):
     assert float(first.split(": ")[1].split()[0]) * 1e9 == pytest.approx(sum(counted), rel=0.05)  # and attention
     assert fp32.endswith("error 0.0e+00") and 1e-5 < float(bf16.split()[-1]) < 3e-2
     assert "expected some of" in run_python(*tool[:-1], "fast", expect=2).stderr
+
+
+def test_damage_makes_photographs_farther(tmp_path):
+    """Twelve pieces of each of the two photographs that scikit-learn ships; digits are farther still."""
+    from sklearn.datasets import load_sample_images
+
+    for name, image in zip("ab", load_sample_images().images, strict=True):
+        for i in range(12):
+            y, x = divmod(i, 4)
+            piece = image[y * 140 : y * 140 + 140, x * 160 : x * 160 + 140]
+            Image.fromarray(piece).save(tmp_path / f"{name}{i:02d}.png")
+    digits = write_digits(tmp_path.with_name("digits"), 12)
+    done = run_python("tools/bench_degradations.py", "--images", tmp_path, "--other", digits, "--resolution", 140,
+                      "--strengths", 1)  # fmt: skip
+    rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    assert done.stdout.count("every step is farther") == 3 and "NOT" not in done.stdout
+    assert rows[4][0] == "other images" and float(rows[4][2]) > max(float(row[-1]) for row in rows[:4])
+
+
+def test_metrics_bench_agrees_with_its_peers():
+    done = run_python("tools/bench_metrics.py", "--count", 600, "--dimension", 64, "--rounds", 1)
+    differences = [abs(float(line.split()[-1])) for line in done.stdout.splitlines()[-3:]]
+    assert differences[0] == 0 and max(differences) < 1e-9 and "peak memory" in done.stdout
+
+
+@pytest.mark.dist
+def test_decode_bench_sees_rounding_alone():
+    done = run_python("tools/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
+    plain, last, bf16 = (line.split()[-2:] for line in done.stdout.splitlines()[1:4])
+    assert plain == ["0.00%", "0"] and int(last[1]) <= 1 and float(last[0][:-1]) < 1 < float(bf16[0][:-1])

@@ -15,18 +15,22 @@ from mf_dist.errors import UserError, command_line
 
 
 def lines(path):
+    """Of metrics.jsonl, those of training."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in found if "seconds_per_step" in line]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(path)!r}: {error}") from None
 
 
 def result(folder, nfe):
-    """The newest entry of metrics.json at `nfe` steps; None: of a folder of images."""
+    """The newest entry of metrics.json at `nfe` steps (None: of a folder of images) with its Frechet distance as (name,
+    value)."""
     try:
         entries = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return [entry for entry in entries if entry.get("nfe") == nfe][-1]
-    except (OSError, ValueError, IndexError) as error:
+        entry = [entry for entry in entries if entry.get("nfe") == nfe][-1]
+        return entry, next(pair for pair in entry["metrics"].items() if pair[0].startswith(("fid", "fd_")))
+    except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
         raise UserError(f"no result at {nfe} steps in {str(folder)!r} ({error}); run tools/fid_eval.py first") from None
 
 
@@ -55,8 +59,8 @@ def run_rows(name, run, nfes, real, flow):
                   for key in ("raw_loss_r_equals_t", "raw_loss_r_below_t"))  # fmt: skip
     speed = log[-1]["samples_seen"] / seconds
     for nfe in nfes:
-        value = result(run / "eval", nfe)["value"]
-        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:11.2f}{value / real:8.2f}{value / flow:8.2f}"
+        _, (_, value) = result(run / "eval", nfe)
+        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:14.2f}{value / real:8.2f}{value / flow:8.2f}"
 
 
 @command_line
@@ -69,16 +73,15 @@ def main() -> None:
     parser.add_argument("--real", type=Path, required=True, help="folder of the real-vs-real metrics.json")
     parser.add_argument("--min-svc", type=float, default=0.0, help="exit with an error below this share, as 0.95")
     args = parser.parse_args()
-    real, flow = result(args.real, None), result(args.flow / "eval", 50)["value"]
-    count = real["num_samples"]
-    heads = ("steps", 6), ("train s", 8), ("img/s", 8), ("raw r=t", 8), ("raw r<t", 8), (real["metric"], 11)
+    (entry, (metric, real)), (_, (_, flow)) = result(args.real, None), result(args.flow / "eval", 50)
+    heads = ("steps", 6), ("train s", 8), ("img/s", 8), ("raw r=t", 8), ("raw r<t", 8), (metric, 14)
     print("\n" + " " * 15 + "".join(f"{head:>{width}}" for head, width in (*heads, ("x real", 8), ("x flow", 8))))
     for name, run, nfes in (("MeanFlow", args.run, (1, 2)), ("flow matching", args.flow, (50,))):
-        for row in run_rows(name, run, nfes, real["value"], flow):
+        for row in run_rows(name, run, nfes, real, flow):
             print(row)
-    print(f"{'real images':15}{'':38}{real['value']:11.2f}{1:8.2f}{real['value'] / flow:8.2f}")
+    print(f"{'real images':15}{'':38}{real:14.2f}{1:8.2f}{real / flow:8.2f}")
     agreement = svc_agreement(args.run / "eval" / "samples_nfe1.npz")
-    print(f"\n{count} images each against the same {real['reference_images']} real ones. "
+    print(f"\n{entry['num_samples']} images each against the same {entry['reference_images']} real ones. "
           f"SVC agrees with the label of {agreement:.1%} of the one-step samples.")  # fmt: skip
     print(f"look at: {args.run / 'eval' / 'grid_nfe1.png'}\nrun:     {args.run}")
     if agreement < args.min_svc:

@@ -1,105 +1,217 @@
-"""Samples a trained model in few steps and measures the Frechet distance to real images.
+"""Measures a trained model's samples, or any set of images, against real ones.
 
     python tools/fid_eval.py --nfe 1                                  # the newest run under runs/
-    python tools/fid_eval.py --checkpoint runs/digits --nfe 2 --save-npz
-    python tools/fid_eval.py --images DIR --features F --reference DIR2 --out OUT    # any set of images
+    python tools/fid_eval.py --checkpoint runs/imagenet256_xl2 --nfe 1,2 --reference adm_in256.npz \\
+        --inception-weights weights-inception-2015-12-05-6726825d.pth
+    torchrun --nproc_per_node=8 tools/fid_eval.py ...                 # the same numbers, to the last bit
+    python tools/fid_eval.py --checkpoint runs/digits --times 1,0.6,0 --save-npz
+    python tools/fid_eval.py --images samples.npz --features efflite0 --reference photos/ --resolution 256 --out OUT
 
-Writes OUT/metrics.json (an entry per protocol), OUT/grid_nfeK.png and, with --save-npz, OUT/samples_nfeK.npz
-(ADM's layout). What is not given comes from the run's config.
+Writes OUT/metrics.json (an entry per protocol), and of a model OUT/grid_nfeK.png, OUT/grid_steps.png (1, 2 and 4 steps
+side by side) and OUT/neighbours_nfeK.png (samples beside their nearest real images); with --save-npz
+OUT/samples_nfeK.npz (ADM's layout). What is not given comes from the run's config. Killed, the same command goes on
+where it stopped, with any number of processes. docs/evaluation.md says what the numbers mean.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
 from mf_dist.errors import UserError, command_line
+
+MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",
+              "save_npz", "save_images")  # fmt: skip
+GRID_STEPS = [1, 2, 4]
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
-    parser.add_argument("--images", type=Path, help="measure this image folder instead of a model")
-    parser.add_argument("--nfe", type=int, help="network calls per image (default 1)")
-    parser.add_argument("--num-samples", type=int, help="images to generate")
-    parser.add_argument("--labels", choices=("random", "balanced"))
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--ema", help="decay of the EMA to sample from")
-    parser.add_argument("--features", help="folder of the feature network")
-    parser.add_argument("--reference", help="folder of real images, or .npz with mu and sigma")
-    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
-    parser.add_argument("--out", type=Path, help="default: eval/ in the run folder")
-    parser.add_argument("--save-npz", action="store_true")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
+    add("--images", help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
+    add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
+    add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
+    add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
+    add("--labels", choices=("random", "balanced"), help="default: the run's, random")
+    add("--seed", type=int, help="of noise and labels (default: the run's, 0)")
+    add("--ema", help="decay of the EMA to sample from (default: the run's first)")
+    add("--features", help="inception, inception-other, inception-random, efflite0, or a folder (default: the run's)")
+    add("--inception-weights", help="file of the Inception weights")
+    add("--reference", help=".npz of statistics, or real images: folder, .tar, .npz")
+    add("--metrics", help="some of fid,sfid,is,pr,kid (default: all that features and reference allow)")
+    add("--statistics", choices=("exact", "streaming"), default="exact", help="exact: the same bits for any number of"
+        " processes; streaming: each sums up its share, the same to 1e-9 (default exact)")  # fmt: skip
+    add("--resolution", type=int, help="centre crop of --images and of real images (default: as they are)")
+    add("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), help="of sampling and decoding (default: tf32 on a GPU)")
+    add("--block", type=int, default=50, help="images computed together (default 50); can change last bits")
+    add("--compile", action="store_true", help="torch.compile the network and the decoder")
+    add("--out", type=Path, help="default: eval/ in the run folder")
+    add("--save-images", type=int, metavar="N", help="also write the first N samples as PNG")
+    add("--save-npz", action="store_true", help="also write all samples as .npz for ADM's evaluator")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="go on with the blocks of an earlier try at the very same (default), or compute all again")  # fmt: skip
     args = parser.parse_args()
-    if args.images:
-        for name in ("checkpoint", "nfe", "num_samples", "labels", "seed", "ema", "vae", "save_npz"):
-            if getattr(args, name):
-                raise UserError(f"--images measures all of a folder: leave out --{name.replace('_', '-')}")
-    args.nfe = 1 if args.nfe is None else args.nfe
-    for name, low, high in (("nfe", 1, 10_000), ("num_samples", 1, 10_000_000), ("seed", 0, 2**63 - 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
-    if args.images and not (args.features and args.reference and args.out):
-        raise UserError("--images needs --features, --reference and --out")
+    check(args)
     return args
 
 
-def measure_folder(args, device):
-    from mf_dist.data.images import list_images
-    from mf_dist.evaluate import folder_blocks, load_reference, measure
-    from mf_dist.features import FeatureNetwork
+def check(args):
+    """Mistakes that need nothing loaded."""
+    if args.images:
+        for name in MODEL_ONLY:
+            if getattr(args, name):
+                raise UserError(f"--images measures all of a set of images: leave out --{name.replace('_', '-')}")
+        if not (args.features and args.reference and args.out):
+            raise UserError("--images needs --features, --reference and --out")
+    if args.nfe and args.times:
+        raise UserError("--nfe and --times exclude each other: --times is a grid of its own")
+    limits = ("num_samples", 2, 10_000_000), ("seed", 0, 2**63 - 1), ("block", 1, 10_000), ("resolution", 8, 4096)
+    for name, low, high in (*limits, ("save_images", 1, 10_000_000)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
+    args.nfe = [whole(text) for text in args.nfe.split(",")] if args.nfe else None
+    args.times = [number(text) for text in args.times.split(",")] if args.times else None
+    if args.times and (
+        args.times[0] != 1 or args.times[-1] != 0 or sorted(set(args.times), reverse=True) != args.times
+    ):
+        raise UserError("--times must fall from 1 to 0, such as 1,0.6,0")
+    args.metrics = tuple(args.metrics.split(",")) if args.metrics else None
 
-    features = FeatureNetwork(args.features, device)
-    reference = load_reference(args.reference, features)
-    count = len(list_images(args.images).paths)
-    blocks = folder_blocks(args.images, features.resolution)
-    return measure(blocks, count, features, reference, {"images": str(args.images)}), args.out
+
+def whole(text):
+    if not text.isdigit() or not 1 <= int(text) <= 10_000:
+        raise UserError(f"--nfe must be from 1 to 10000, got {text}")
+    return int(text)
 
 
-def measure_model(args, device):
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--times: {text!r} is no number") from None
+
+
+def settings_of(args):
+    from mf_dist.evaluation.measure import Settings
+
+    return Settings(args.metrics, args.statistics == "exact", args.block, args.resume)
+
+
+def measure_images(args, ranks):
+    from mf_dist.evaluation.features import open_features
+    from mf_dist.evaluation.measure import measure, open_reference
+    from mf_dist.evaluation.pictures import save_neighbours
+    from mf_dist.evaluation.sources import NpzImages, open_source
+
+    network = open_features(args.features, args.inception_weights, ranks.device)
+    images = open_source(args.images, network.resolution or args.resolution)
+    if isinstance(images, NpzImages) and ranks.is_first:
+        images.check()
+    settings, work = settings_of(args), args.out / "work"
+    reference = open_reference(args.reference, network, args.resolution, settings, ranks, work)
+    protocol = {"images": args.images}
+    measured = measure(images, "images", network, reference, settings, protocol, ranks, work)
+    if ranks.is_first:
+        finish(args, measured.entry, args.out)
+        save_neighbours(images, measured.blocks, reference, args.out / "neighbours.png")
+        clear(args.out, measured.blocks, reference.blocks)
+
+
+def measure_model(args, ranks):
     from mf_dist.checkpoint import find_checkpoint, newest_run
-    from mf_dist.evaluate import load_reference, measure_samples, save_npz
-    from mf_dist.features import FeatureNetwork
+    from mf_dist.evaluation.features import open_features
+    from mf_dist.evaluation.measure import open_reference
     from mf_dist.generate import load_trained
+    from mf_dist.meanflow.sampler import uniform_grid
 
-    path = args.checkpoint or newest_run(Path("runs"))
-    checkpoint = find_checkpoint(path)
-    print(f"evaluating {checkpoint.folder}")
-    trained = load_trained(checkpoint, args.ema, args.vae, device)
+    checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
+    if ranks.is_first:
+        print(f"evaluating {checkpoint.folder}")
+    precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
+    trained = load_trained(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
     defaults = trained.config.eval
-    chosen = {name: getattr(args, name) or getattr(defaults, name) for name in ("features", "reference")}
-    for name, value in chosen.items():
-        if value is None:
-            raise UserError(f"the run's config has no eval.{name}; give --{name}")
-    features = FeatureNetwork(chosen["features"], device)
-    reference = load_reference(chosen["reference"], features)
-    count, labels = args.num_samples or defaults.num_samples, args.labels or defaults.labels
-    seed = defaults.seed if args.seed is None else args.seed
+    for name in ("features", "inception_weights", "reference", "num_samples", "labels", "seed"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+    if args.reference is None:
+        raise UserError("the run's config has no eval.reference; give --reference")
+    weights = args.inception_weights if args.features in ("inception", "inception-other") else None
+    network = open_features(args.features, weights, ranks.device)
     out = args.out or checkpoint.folder.parent.parent / "eval"
-    out.mkdir(parents=True, exist_ok=True)
-    measured = measure_samples(trained, args.nfe, count, labels, seed, features, reference, args.save_npz)
-    trained.generator.grid(args.nfe, seed, out / f"grid_nfe{args.nfe}.png", trained.class_names)
+    side = args.resolution or trained.generator.resolution
+    reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
+    grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or defaults.nfe]
+    for times in grids:
+        measure_times(args, trained, times, network, reference, ranks, out)
+    if ranks.is_first:
+        steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
+        trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
+        clear(out, reference.blocks)
+
+
+def measure_times(args, trained, times, network, reference, ranks, out):
+    """One time grid: the entry, the pictures and what else is to be saved."""
+    from mf_dist.evaluation.measure import measure
+    from mf_dist.evaluation.pictures import save_neighbours
+    from mf_dist.evaluation.report import save_images, save_npz
+    from mf_dist.generate import Samples
+
+    nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
+    made_by = {"checkpoint_sha256": checkpoint.sha256, "ema": trained.ema_decay, "compiled": args.compile}
+    samples = Samples(generator, args.num_samples, times, args.labels, args.seed, made_by)
+    protocol = {
+        "nfe": nfe, "times": times, "sampler": "euler" if generator.is_flow else "meanflow", "labels": args.labels,
+        "seed": args.seed, **made_by, "checkpoint": str(checkpoint.folder), "step": checkpoint.step,
+        "precision": generator.precision, "vae": generator.vae.source, "vae_sha256": generator.vae.sha256,
+    }  # fmt: skip
+    keep = args.save_npz or bool(args.save_images)
+    name, generator.seconds = f"nfe{nfe}", type(generator.seconds)(float)
+    measured = measure(
+        samples, name, network, reference, settings_of(args), protocol, ranks, out / "work", keep
+    )  # fmt: skip
+    if not ranks.is_first:
+        return
+    measured.entry["seconds"] |= {stage: round(s, 3) for stage, s in generator.seconds.items()}
+    finish(args, measured.entry, out)
+    name += "_times" if args.times else ""
+    generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names)
+    save_neighbours(samples, measured.blocks, reference, out / f"neighbours_{name}.png")
     if args.save_npz:
-        save_npz(measured, out / f"samples_nfe{args.nfe}.npz")
-    return measured, out
+        save_npz(measured.blocks, out / f"samples_{name}.npz")
+    if args.save_images:
+        save_images(measured.blocks, args.save_images, out / f"images_{name}")
+    clear(out, measured.blocks)
+
+
+def clear(out, *finished):
+    """What the record and the pictures were made of is not kept."""
+    for blocks in finished:
+        if blocks is not None:
+            blocks.remove()
+    with contextlib.suppress(OSError):  # another evaluation's, half done, may be there
+        (out / "work").rmdir()
+
+
+def finish(args, entry, out):
+    from mf_dist.evaluation.report import record, table
+
+    entry["arguments"] = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    path = record(entry, out)
+    print(table(entry) + f"\n  written to {path}", flush=True)
 
 
 @command_line
 def main() -> None:
     args = parse()
-    import torch
+    from mf_dist.distributed import process_group
 
-    from mf_dist.evaluate import record
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured, out = measure_folder(args, device) if args.images else measure_model(args, device)
-    path = record(measured.entry, out)
-    for key in ("metric", "value", "num_samples", "nfe", "sampler", "labels", "seed", "ema", "step", "reference"):
-        if key in measured.entry:
-            print(f"  {key:12} {measured.entry[key]}")
-    print(f"written to {path}")
+    with process_group() as ranks:
+        (measure_images if args.images else measure_model)(args, ranks)
 
 
 if __name__ == "__main__":

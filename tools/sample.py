@@ -40,7 +40,7 @@ def main() -> None:
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:
         raise UserError(f"--class {wrong[0]} is not in 0..{known - 1}")
-    trained.generator.grid(args.nfe, args.seed, args.out, trained.class_names, args.classes)
+    trained.generator.grid([args.nfe], args.seed, args.out, trained.class_names, args.classes)
     print(f"{trained.checkpoint.folder}, {args.nfe} network calls an image: {args.out}")
 
 

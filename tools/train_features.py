@@ -33,7 +33,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from mf_dist.data.images import list_images, load_image
-    from mf_dist.features import WEIGHTS
+    from mf_dist.evaluation.features import WEIGHTS
 
     folder = list_images(args.images)
     if not folder.classes:
@@ -57,7 +57,7 @@ def fit(pixels, labels, num_classes, steps, seed, g):
     import torch
     import torch.nn.functional as F
 
-    from mf_dist.features import SmallClassifier
+    from mf_dist.evaluation.features import SmallClassifier
     from mf_dist.progress import progress
 
     with torch.random.fork_rng():  # torch initialises layers from the global generator

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +88,15 @@ def load_image(path: str | Path, resolution: int) -> Pixels:
         raise UserError(f"cannot read image {str(path)!r}: {error.strerror}") from None
 
 
-def decode_image(raw: bytes, name: str, resolution: int) -> Pixels:
+def decode_image(raw: bytes, name: str, resolution: int, must_fit: bool = False) -> Pixels:
     """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As ADM and torchvision do, transparency is dropped
     and EXIF orientation ignored: published reference numbers have them so. 16-bit images keep their upper 8 bits.
-    Unreadable names the image that cannot be decoded whole."""
+    Unreadable names the image that cannot be decoded whole, or, with must_fit, is no such square before the crop."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
+            if must_fit and image.size != (resolution, resolution):
+                raise ValueError(f"it is {image.width}x{image.height}, the first is {resolution}x{resolution}; to crop "
+                                 "all to one size give --resolution")  # fmt: skip
             if max(image.size) * resolution > MAX_PIXELS * min(image.size) / resolution:
                 raise ValueError(f"its sides, {image.width} x {image.height}, differ too much")
             rgb = _jpeg(raw) if image.format == "JPEG" and image.mode == "RGB" else None
@@ -134,19 +137,22 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def image_grid(images: Pixels, row_labels: list[str], gap: int = 2) -> Image.Image:
-    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row. Images below
-    64 pixels are shown enlarged, each pixel a square."""
+def image_grid(images: Pixels, row_labels: list[str], heads: Sequence[str] = (), gap: int = 2) -> Image.Image:
+    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row, and each of `heads`
+    above an equal share of the columns. Images below 64 pixels are shown enlarged, each pixel a square."""
     zoom = max(1, 64 // images.shape[2])
     images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
     rows, (_, _, height, width) = len(row_labels), images.shape
-    columns = len(images) // rows
-    margin = 10 + 7 * max(map(len, row_labels))
-    canvas = Image.new("RGB", (margin + columns * (width + gap), rows * (height + gap)), "white")
+    columns, top = len(images) // rows, 16 if heads else 0
+    in_group, margin = columns // max(1, len(heads)), 10 + 7 * max(map(len, row_labels))
+    left = [margin + c * (width + gap) + c // in_group * 4 * gap for c in range(columns)]
+    canvas = Image.new("RGB", (left[-1] + width + gap, top + rows * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        canvas.paste(Image.fromarray(image.transpose(1, 2, 0)), (margin + column * (width + gap), row * (height + gap)))
+        canvas.paste(Image.fromarray(image.transpose(1, 2, 0)), (left[column], top + row * (height + gap)))
     for row, label in enumerate(row_labels):
-        draw.text((4, row * (height + gap) + height // 2 - 6), label, fill="black")
+        draw.text((4, top + row * (height + gap) + height // 2 - 6), label, fill="black")
+    for number, head in enumerate(heads):
+        draw.text((left[number * in_group], 2), head, fill="black")
     return canvas

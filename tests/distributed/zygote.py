@@ -13,6 +13,7 @@ that stops half-way in silence). When:
                                  once before and once after it
     {"call": name, "nth": n}     in place of the n-th write, fsync or rename, and of the `for` after it
     {"draws": 1}                 while samples are drawn
+    {"block": n}                 while the n-th block of features is written, half of it on the disk
 Without `do`: {"draw": s} makes drawing take s seconds more; {"poison": loss, gradient or tangent, "step": n} makes it
 not finite in that step.
 """
@@ -29,7 +30,9 @@ import time
 import torch
 
 import mf_dist.durable
+import mf_dist.evaluation.measure
 import mf_dist.saver
+import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
 from mf_dist.launch import leave
@@ -135,14 +138,32 @@ def install(faults):
 
         mf_dist.trainer.Trainer._one_step = with_faults
     if any("draw" in fault for fault in faults):
-        draw = mf_dist.trainer.Trainer._draw_grids
-        mf_dist.trainer.Trainer._draw_grids = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
+        draw = mf_dist.snapshots.Snapshots._draw_grid
+        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
     if any("draws" in fault for fault in faults):
-        draws = mf_dist.trainer.Trainer._draw_grids
-        mf_dist.trainer.Trainer._draw_grids = lambda *a: (do(faults[0]["do"]), draws(*a))
+        draws = mf_dist.snapshots.Snapshots._draw_grid
+        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (do(faults[0]["do"]), draws(*a))
+    for fault in faults:
+        if "block" in fault:
+            install_block(fault)
     poisons = {fault["step"]: fault["poison"] for fault in faults if "poison" in fault}
     if poisons:
         poison(poisons)
+
+
+def install_block(fault):
+    """The n-th write of a block stops half-way."""
+    savez, count = mf_dist.durable.np.savez, [0]
+
+    def half(file, **arrays):
+        count[0] += 1
+        if count[0] == fault["block"]:
+            file.write(b"PK" * 1000)
+            file.flush()
+            do(fault["do"])
+        savez(file, **arrays)
+
+    mf_dist.durable.np.savez = half
 
 
 def poison(poisons):
@@ -180,6 +201,8 @@ def child(request):
         if request.get("script"):
             runpy.run_path(request["script"], run_name="__main__")
         leave(train.main())
+    except SystemExit as end:
+        leave(int(end.code or 0))
     except BaseException:
         import traceback
 

@@ -1,0 +1,172 @@
+"""Features of a set of images in blocks of files, made by any number of processes, resumable after any fault.
+
+    WORK/NAME-HASH/plan.json          everything that decides the features; HASH is of it
+    WORK/NAME-HASH/block-00000.npz    pooled, spatial, logits, labels, the pixels' sha256, pixels if they are kept
+
+Block k holds images [k B, (k + 1) B) and is complete or absent. It is always computed whole, so that the bits of an
+image do not depend on how many were asked for, on how many processes worked, or on what was already there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from mf_dist.data.images import Pixels
+from mf_dist.distributed import Ranks
+from mf_dist.durable import write_json, write_npz
+from mf_dist.errors import UserError
+from mf_dist.evaluation.features import FeatureNetwork
+from mf_dist.evaluation.sources import Source
+from mf_dist.precision import one_thread
+from mf_dist.progress import progress
+
+BLOCK = 50
+"""Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A finished set of blocks, read in the order of the images."""
+
+    folder: Path
+    count: int
+    block: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of this rank, by stage."""
+
+    def parts(self, name: str, wanted: range | None = None) -> Iterator[npt.NDArray[Any]]:
+        """One array block by block; `wanted`: the numbers of the blocks."""
+        for number in wanted or range(number_of_blocks(self.count, self.block)):
+            yield read_block(self.folder, number)[name]
+
+    def rows(self, name: str) -> npt.NDArray[Any]:
+        """One array of all images, in order."""
+        return np.concatenate(list(self.parts(name)))
+
+    @property
+    def pixels_sha256(self) -> str:
+        """Of the sha256s of all blocks' pixels: equal for equal images."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in self.parts("pixels_sha256"))).hexdigest()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class EachPart:
+    """Something to run through twice."""
+
+    def __init__(self, blocks: Blocks, name: str) -> None:
+        self._blocks, self._name = blocks, name
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return self._blocks.parts(self._name)
+
+
+def compute_blocks(
+    source: Source, network: FeatureNetwork, ranks: Ranks, work: Path, name: str, block: int = BLOCK,
+    resume: bool = True, keep_pixels: bool = False,
+) -> Blocks:  # fmt: skip
+    """Features of all of `source`, by all ranks together. Blocks of an earlier try at the very same are taken over,
+    unless resume is False."""
+    plan = {
+        **source.identity, "count": source.count, "block": block, "keep_pixels": keep_pixels,
+        "features": network.name, "features_sha256": network.sha256, "torch": str(torch.__version__),
+        "device": device_name(ranks.device),
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    folder = work / f"{name}-{digest}"
+    if ranks.is_first:
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", plan)
+    barrier(ranks)
+    mine = range(ranks.rank, number_of_blocks(source.count, block), ranks.world_size)
+    missing = [number for number in mine if not _is_whole(folder, number)]
+    seconds: dict[str, float] = defaultdict(float)
+    with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_first) as bar:
+        bar.update(min(source.count, (len(mine) - len(missing)) * block * ranks.world_size))
+        for number in missing:
+            first, last = number * block, min((number + 1) * block, source.count)
+            arrays = _compute(source, network, first, last, block, keep_pixels, seconds)
+            start = time.perf_counter()
+            write_npz(_path(folder, number), arrays)
+            seconds["write"] += time.perf_counter() - start
+            bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
+    barrier(ranks)
+    return Blocks(folder, source.count, block, dict(seconds))
+
+
+def _compute(
+    source: Source, network: FeatureNetwork, first: int, last: int, block: int, keep: bool, seconds: dict[str, float]
+) -> Arrays:
+    start = time.perf_counter()
+    pixels, labels = source.read(first, first + block)
+    middle = time.perf_counter()
+    seconds["images"] += middle - start
+    features = network(_padded(pixels, block))
+    seconds["features"] += time.perf_counter() - middle
+    count = last - first
+    arrays: Arrays = {key: value[:count] for key, value in features._asdict().items()}
+    digest = hashlib.sha256(np.ascontiguousarray(pixels[:count]).tobytes()).digest()
+    arrays |= {"labels": labels[:count], "pixels_sha256": np.frombuffer(digest, np.uint8)}
+    return arrays | ({"pixels": pixels[:count]} if keep else {})
+
+
+def _padded(pixels: Pixels, block: int) -> Pixels:
+    """To whole blocks, by copies of the last image."""
+    missing = block - len(pixels)
+    return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)]) if missing else pixels
+
+
+def number_of_blocks(count: int, block: int) -> int:
+    return -(-count // block)
+
+
+def read_block(folder: Path, number: int) -> Arrays:
+    """UserError where it is damaged: every array has a checksum in the file."""
+    path = _path(folder, number)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or gone ({error}); run the same command again") from None
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    if not _path(folder, number).is_file():
+        return False
+    try:
+        read_block(folder, number)
+    except UserError:
+        os.unlink(_path(folder, number))
+        return False
+    return True
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"block-{number:05d}.npz"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def barrier(ranks: Ranks) -> None:
+    """All ranks wait for the slowest."""
+    if ranks.world_size > 1:
+        dist.barrier()

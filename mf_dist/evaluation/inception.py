@@ -1,0 +1,98 @@
+"""The Inception network of published FIDs: torch-fidelity's port of the 2015-12-05 graph (uint8 in, TF1's bilinear
+resize to 299, (x - 128) / 128), with the spatial features of sFID (ADM's evaluator: mixed_6/conv, 7 channels).
+"""
+
+import io
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mf_dist.durable import sha256_of
+from mf_dist.errors import UserError
+from mf_dist.evaluation.features import FeatureNetwork, fit, load_weights
+from mf_dist.torchvision_repair import repair_torchvision
+
+repair_torchvision()
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402
+
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of torch-fidelity's weights file, which is also pytorch-fid's."""
+SPATIAL_CHANNELS = 7
+
+
+class _Graph(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """Without its loader, which would unpickle whatever file it is given."""
+
+    def __init__(self) -> None:
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # type: ignore[override]
+        """Weights come afterwards, by `fit`."""
+
+
+def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inception":
+    """The true network (its file's sha256 is checked before anything reads it), another's weights, or random ones."""
+    graph = _Graph()
+    if spec == "inception-random":
+        if weights:
+            raise UserError("inception-random takes no weights file")
+        _randomise(graph)
+        return Inception(graph, "inception_random", "0" * 64, device)
+    if spec not in ("inception", "inception-other"):
+        raise UserError(f"no features {spec!r}; expected inception, inception-other or inception-random")
+    if not weights or not Path(weights).is_file():
+        where = f"no file at {weights!r}" if weights else "no --inception-weights given"
+        raise UserError(
+            f"the Inception weights are missing: {where}. On a machine with network run `curl -L -o FILE "
+            f"{URL_INCEPTION_V3}` (95,628,359 bytes, sha256 {SHA256}), then give --inception-weights FILE; or measure "
+            "with --features efflite0, which is no FID"
+        )
+    sha256 = sha256_of(weights)
+    if spec == "inception" and sha256 != SHA256:
+        raise UserError(
+            f"{weights} is not the published Inception: its sha256 is {sha256}, expected {SHA256}; nothing of it was "
+            "loaded. With --features inception-other it is used, and the metric gets another name than FID"
+        )
+    fit(graph, load_weights(Path(weights)), weights)
+    return Inception(graph, "inception" if sha256 == SHA256 else f"inception_{sha256[:8]}", sha256, device)
+
+
+def _randomise(graph: nn.Module) -> None:
+    """Weights whose signal keeps its size through all layers (arXiv 1502.01852); normalisations stay identities."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in graph.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                fan_in = module.weight[0].numel()
+                module.weight.normal_(0, math.sqrt(2 / fan_in), generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+class Inception(FeatureNetwork):
+    """pooled (B, 2048), logits (B, 1008) without bias as in the original inception score, spatial (B, 17 * 17 * 7) in
+    TensorFlow's order: row, column, channel."""
+
+    dimension, is_spatial = 2048, True
+    resize = "TF1 bilinear to 299 (torch-fidelity)"
+
+    def __init__(self, graph: nn.Module, name: str, sha256: str, device: torch.device) -> None:
+        super().__init__(device)
+        self.name, self.sha256 = name, sha256
+        self.is_inception = sha256 == SHA256
+        self.graph = graph.to(device).eval()
+        self._spatial: Tensor | None = None
+        graph.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._tap)
+
+    def _tap(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled, logits = self.graph(pixels)
+        assert self._spatial is not None
+        return pooled, self._spatial, logits

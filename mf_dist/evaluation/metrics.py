@@ -1,0 +1,150 @@
+"""Numbers about one set of features, and their names. Inception score, KID, precision and recall are torch-fidelity's.
+
+    fid        Frechet distance of the pooled features (arXiv 1706.08500)
+    sfid       the same of the spatial features (arXiv 2103.03841, ADM's layout)
+    is         inception score: 10 splits, shuffled with seed 2020 (ADM's evaluator does not shuffle)
+    pr         precision and recall, k = 3 (arXiv 1904.06991), against the real images whose features are at hand
+    kid        squared maximum mean discrepancy, 100 subsets of up to 1000 (arXiv 1801.01401)
+
+Only the true Inception's are called fid, sfid, is and kid: fid50k is of 50,000 images, fd_efflite0_1k of 1000 by
+EfficientNet.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mf_dist.distributed import Ranks, sum_over_ranks
+from mf_dist.errors import UserError
+from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
+from mf_dist.evaluation.features import FeatureNetwork, Floats
+from mf_dist.evaluation.reference import Reference
+from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
+from mf_dist.torchvision_repair import repair_torchvision
+
+repair_torchvision()
+from torch_fidelity.metric_isc import isc_features_to_metric  # noqa: E402
+from torch_fidelity.metric_kid import kid_features_to_metric  # noqa: E402
+from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
+
+KINDS = ("fid", "sfid", "is", "pr", "kid")
+SPLITS, NEIGHBOURS, SUBSET = 10, 3, 1000
+OTHER_NAMES = {"fid": "fd", "sfid": "sfd", "kid": "kd"}
+
+
+@dataclass
+class Values:
+    """What was measured: name -> number; settings that belong to it; seconds by stage."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def metric_name(kind: str, network: FeatureNetwork, count: int) -> str:
+    """Such as fid50k, fid10k, precision50k, fd_digits_1k."""
+    size = f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    return f"{kind}{size}" if network.is_inception else f"{OTHER_NAMES.get(kind, kind)}_{network.name}_{size}"
+
+
+def choose(
+    wanted: tuple[str, ...] | None, network: FeatureNetwork, reference: Reference, count: int
+) -> tuple[str, ...]:
+    """The kinds to measure: all that can be, or those wanted; UserError says why one cannot."""
+    why_not = {}
+    if reference.spatial is None:
+        why_not["sfid"] = "the reference has no mu_s and sigma_s"
+    if reference.rows is None:
+        why_not["pr"] = why_not["kid"] = "the reference holds no real images or their features"
+    if count < SPLITS:
+        why_not["is"] = f"{count} images are fewer than its {SPLITS} splits"
+    if min(count, len(reference.rows) if reference.rows is not None else count) <= NEIGHBOURS:
+        why_not["pr"] = why_not["kid"] = "there are too few images"
+    for kind in wanted or ():
+        if kind not in KINDS:
+            raise UserError(f"--metrics {kind!r}: expected some of {','.join(KINDS)}")
+        if kind in why_not:
+            raise UserError(f"--metrics {kind}: {why_not[kind]}")
+    return wanted or tuple(kind for kind in KINDS if kind not in why_not)
+
+
+def gaussians(
+    blocks: Blocks, spatial: bool, network: FeatureNetwork, ranks: Ranks, exact: bool
+) -> tuple[Gaussian | None, Gaussian | None]:
+    """Of pooled and, if asked, spatial features; on rank 0, else None. Exact: rank 0 reads all in the images' order.
+    Streaming: each rank sums up its share around the first block's mean, and one reduction adds them."""
+    found: list[Gaussian | None] = []
+    for name in ("pooled", "spatial") if spatial else ("pooled",):
+        first = next(blocks.parts(name, range(1)))
+        if exact or blocks.count <= first.shape[1]:
+            whole = exact_gaussian(EachPart(blocks, name), first.shape[1]) if ranks.is_first else None
+        else:
+            sums = FeatureSums(first.mean(axis=0, dtype=np.float64))
+            for part in blocks.parts(
+                name, range(ranks.rank, number_of_blocks(blocks.count, blocks.block), ranks.world_size)
+            ):
+                sums.add(part)
+            reduce_sums(sums, ranks)
+            whole = sums.gaussian() if ranks.is_first else None
+        found.append(whole)
+    return found[0], found[1] if spatial else None
+
+
+def reduce_sums(sums: FeatureSums, ranks: Ranks) -> None:
+    """Adds up what all ranks have, in one reduction."""
+    if ranks.world_size > 1:
+        total = sum_over_ranks(torch.from_numpy(sums.flat()).to(ranks.device))
+        sums.set_flat(total.cpu().numpy())
+
+
+def measure_blocks(
+    blocks: Blocks, kinds: tuple[str, ...], network: FeatureNetwork, reference: Reference,
+    found: tuple[Gaussian, Gaussian | None], device: torch.device,
+) -> Values:  # fmt: skip
+    """On rank 0. `found`: the Gaussians of the blocks."""
+    values = Values()
+    names = {kind: metric_name(kind, network, blocks.count) for kind in (*KINDS, "precision", "recall")}
+    for kind, a, b in (("fid", found[0], reference.pooled), ("sfid", found[1], reference.spatial)):
+        if kind in kinds and a is not None and b is not None:
+            with values.timing(kind):
+                values.numbers[names[kind]] = frechet_distance(a, b)
+    if "is" in kinds:
+        with values.timing("is"):
+            score = isc_features_to_metric(torch.from_numpy(blocks.rows("logits")), splits=SPLITS)
+        values.numbers[names["is"]] = score["inception_score_mean"]
+        values.numbers[names["is"] + "_std"] = score["inception_score_std"]
+    if reference.rows is not None and {"pr", "kid"} & {*kinds}:
+        _against_rows(values, blocks.rows("pooled"), reference.rows, kinds, names, device)
+    return values
+
+
+def _against_rows(
+    values: Values, generated: Floats, real: Floats, kinds: tuple[str, ...], names: dict[str, str], device: torch.device
+) -> None:
+    """torch-fidelity takes the generated images first: the other way round precision and recall change places."""
+    ours, theirs = torch.from_numpy(generated).to(device), torch.from_numpy(real).to(device)
+    if "pr" in kinds:
+        with values.timing("pr"):
+            found = prc_features_to_metric(
+                ours, theirs, prc_neighborhood=NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
+            )
+        values.numbers |= {names["precision"]: found["precision"], names["recall"]: found["recall"]}
+        values.settings["pr_real_images"] = len(real)
+    if "kid" in kinds:
+        size = min(SUBSET, len(ours), len(theirs))
+        with values.timing("kid"):
+            found = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
+        values.numbers[names["kid"]] = found["kernel_inception_distance_mean"]
+        values.numbers[names["kid"] + "_std"] = found["kernel_inception_distance_std"]
+        values.settings |= {"kid_subset_size": size, "kid_real_images": len(real)}

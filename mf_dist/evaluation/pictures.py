@@ -1,0 +1,40 @@
+"""The nearest real images of some samples: what a model that memorised its data would give away."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from mf_dist.data.images import image_grid
+from mf_dist.evaluation.blocks import Blocks
+from mf_dist.evaluation.reference import Reference
+from mf_dist.evaluation.sources import Source
+from mf_dist.evaluation.statistics import Rows
+
+SAMPLES, NEIGHBOURS = 10, 7
+
+
+def nearest_rows(pooled: Rows, real: Rows, count: int) -> tuple[Rows, Rows]:
+    """Numbers (N, count) of the nearest rows of real (K, D) to each of pooled (N, D), nearest first, and their
+    Euclidean distances."""
+    distances = cdist(pooled, real)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return order, np.take_along_axis(distances, order, axis=1)
+
+
+def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: Path) -> bool:
+    """A row for each of the first samples of `source`, whose features are `blocks`: it, then the nearest real images in
+    feature space. The label is the nearest's distance, relative to the median over these real images of the distance to
+    another real one. False where the real images are not at hand, or of another size."""
+    if reference.rows is None or reference.pictures is None or len(reference.rows) < NEIGHBOURS + 1:
+        return False
+    pixels = source.read(0, blocks.block)[0][:SAMPLES]
+    if reference.real_image(0).shape != pixels.shape[1:]:
+        return False
+    order, distances = nearest_rows(next(blocks.parts("pooled"))[:SAMPLES], reference.rows, NEIGHBOURS)
+    _, among_real = nearest_rows(reference.rows[order[:, 0]], reference.rows, 2)
+    usual = max(float(np.median(among_real[:, 1])), 1e-30)
+    rows = [np.stack([sample, *map(reference.real_image, near)]) for sample, near in zip(pixels, order, strict=False)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(np.concatenate(rows), [f"{distance / usual:.2f}" for distance in distances[:, 0]]).save(path)
+    return True

@@ -1,0 +1,148 @@
+"""What images are measured against: statistics of real ones, and where they came from.
+
+Known layouts of .npz, none of which needs unpickling:
+    ADM's                mu, sigma, mu_s, sigma_s, arr_0 (10,000 images, for precision and recall)
+    MeanFlow's (JAX)     ref_mu, ref_sigma
+    plain                mu, sigma
+    ours                 mu, sigma, mu_s, sigma_s, rows (features of up to ROWS images), provenance (a JSON text)
+"""
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+from mf_dist.data.images import Pixels
+from mf_dist.durable import sha256_of, write_npz
+from mf_dist.errors import UserError
+from mf_dist.evaluation.blocks import Blocks
+from mf_dist.evaluation.features import FeatureNetwork, Floats
+from mf_dist.evaluation.sources import Source
+from mf_dist.evaluation.statistics import Array, Gaussian
+
+ROWS = 10_000
+"""Real images whose features are kept for precision, recall, KID and nearest neighbours, as in ADM's files."""
+KNOWN = {
+    "925e8b5b4ced42137f9847f97a63250a2bd59b70f33f3f356e03453d0775f1ac": "nanogen-evals imagenet_256_fid_stats.npz",
+}
+"""sha256 -> published reference files; the name of any other is its path alone."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    pooled: Gaussian
+    spatial: Gaussian | None
+    rows: Floats | None
+    """Features (K, D) of real images."""
+    provenance: dict[str, Any]
+    """Goes into the record: the source, its sha256, its images."""
+    warnings: list[str] = field(default_factory=list)
+    pictures: Source | None = None
+    """The images that rows came from, if they are at hand."""
+    picks: list[int] | None = None
+    """rows[i] is of image picks[i] of `pictures`; None: of image i."""
+    blocks: Blocks | None = None
+    """Of the real images, where they were computed for this."""
+
+    def real_image(self, row: int) -> Pixels:
+        """(3, R, R) of the image behind rows[row], where `pictures` is there."""
+        assert self.pictures is not None
+        number = row if self.picks is None else self.picks[row]
+        return self.pictures.read(number, number + 1)[0][0]
+
+
+def read_reference(path: str, network: FeatureNetwork) -> Reference:
+    """A statistics file of these features; UserError on a wrong shape, numbers that are not finite, a sigma that is not
+    symmetric or not positive, or features of another network."""
+    arrays = _load(path)
+    pooled = _gaussian(path, arrays, ("mu", "sigma"), network.dimension)
+    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), None) if "mu_s" in arrays else None
+    rows = arrays.get("rows")
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != network.dimension or not np.isfinite(rows).all()):
+        raise UserError(
+            f"reference {path!r}: rows have shape {rows.shape}, expected (K, {network.dimension}) and finite"
+        )
+    provenance, warnings = _provenance(path, arrays, network)
+    picks = arrays["picks"].astype(int).tolist() if "picks" in arrays else None
+    return Reference(pooled, spatial, rows, provenance, warnings, picks=picks)
+
+
+def write_reference(path: Path, pooled: Gaussian, spatial: Gaussian | None, rows: Floats, picks: list[int],
+                    provenance: dict[str, Any]) -> None:  # fmt: skip
+    """Ours: atomic, with where it came from inside."""
+    arrays: dict[str, Any] = {"mu": pooled.mean, "sigma": pooled.covariance, "rows": rows, "picks": np.array(picks)}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    arrays["provenance"] = np.array(json.dumps(provenance))
+    write_npz(path, arrays)
+
+
+def _load(path: str) -> dict[str, Any]:
+    """All arrays but the images, under one set of names."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name.removeprefix("ref_"): file[name] for name in file.files if name not in ("arr_0", "arr_1")}
+            arrays["has_images"] = "arr_0" in file.files
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read reference statistics {path!r}: {error}; expected an .npz with mu and sigma (or ref_mu and "
+            "ref_sigma)"
+        ) from None
+    if "mu" not in arrays or "sigma" not in arrays:
+        raise UserError(f"reference {path!r} has {', '.join(arrays)}; expected mu and sigma, or ref_mu and ref_sigma")
+    return arrays
+
+
+def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], dimension: int | None) -> Gaussian:
+    try:
+        mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"reference {path!r}: {names} are no numbers ({error})") from None
+    d = dimension or mean.size
+    if mean.shape != (d,) or covariance.shape != (d, d):
+        raise UserError(
+            f"reference {path!r}: {names[0]} and {names[1]} have shapes {mean.shape}, {covariance.shape}; these "
+            f"features need ({d},), ({d}, {d})"
+        )
+    problem = _problem(mean, covariance)
+    if problem:
+        raise UserError(f"reference {path!r}: {problem}; it is damaged or no covariance, make it again")
+    return Gaussian(mean, (covariance + covariance.T) / 2)
+
+
+def _problem(mean: Array, covariance: Array) -> str | None:
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        return "its numbers are not finite"
+    if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
+        return "sigma is not symmetric"
+    values = linalg.eigvalsh(covariance)
+    if values[0] < -1e-6 * max(values[-1], 0.0):
+        return f"sigma has the negative eigenvalue {values[0]:.3g} beside its largest {values[-1]:.3g}"
+    return None
+
+
+def _provenance(path: str, arrays: dict[str, Any], network: FeatureNetwork) -> tuple[dict[str, Any], list[str]]:
+    sha256 = sha256_of(path)
+    found: dict[str, Any] = {"reference": path, "reference_sha256": sha256}
+    if "provenance" in arrays:
+        try:
+            inside = json.loads(str(arrays["provenance"]))
+            features, features_sha256 = inside["features"], inside["features_sha256"]
+            found["reference_images"] = inside["count"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"reference {path!r}: its provenance cannot be read ({error}); make it again") from None
+        if features_sha256 != network.sha256:
+            raise UserError(
+                f"reference {path!r} has features {features!r} with weights {features_sha256[:12]}, asked for are "
+                f"{network.name!r} with {network.sha256[:12]}; make it again by tools/reference_stats.py"
+            )
+        return {**found, "reference_made": inside}, []
+    if sha256 in KNOWN:
+        found["reference_known_as"] = KNOWN[sha256]
+    if not network.is_inception:
+        return found, [f"{path} does not say which features it holds; it must be those of {network.name}"]
+    return found, []

@@ -1,0 +1,107 @@
+"""What is written of a measurement: an entry of metrics.json, a table, the images."""
+
+import fcntl
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mf_dist.data.images import Pixels
+from mf_dist.durable import write_json
+from mf_dist.errors import UserError
+from mf_dist.evaluation.blocks import Blocks
+
+RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", "pixels_sha256")
+"""Keys of an entry that are not part of its protocol: a new entry of the same protocol replaces the old one."""
+SHOWN = (
+    "num_samples",
+    "nfe",
+    "sampler",
+    "labels",
+    "seed",
+    "ema",
+    "precision",
+    "step",
+    "images",
+    "features",
+    "reference",
+)
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """Of a metrics.json; none where there is no file. UserError where it is damaged."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if not all(isinstance(entry["metrics"], dict) for entry in entries):
+            raise TypeError("metrics is no table")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of an older version ({error}); move it away and run again") from None
+    return entries  # type: ignore[no-any-return]
+
+
+def record(entry: dict[str, Any], out: Path) -> Path:
+    """Adds the entry to out/metrics.json; only one of the very same protocol and checkpoint is replaced. A run that
+    measures while it trains may do the same at the same time."""
+    path = out / "metrics.json"
+    out.mkdir(parents=True, exist_ok=True)
+
+    def protocol(e: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in e.items() if key not in RESULTS}
+
+    plain = json.loads(json.dumps(entry))
+    with _alone(out / "metrics.lock"):
+        kept = [old for old in read_entries(path) if protocol(old) != protocol(plain)]
+        write_json(path, [*kept, plain])
+    return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process is between reading and writing meanwhile; on a disk without locks we go on without."""
+    with open(path, "w", encoding="utf-8") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def table(entry: dict[str, Any]) -> str:
+    """For people: numbers, protocol, warnings."""
+    lines = [f"  {name:28} {value:.6g}" for name, value in entry["metrics"].items()]
+    lines += [f"  {key:28} {entry[key]}" for key in SHOWN if key in entry]
+    lines.append("  " + "seconds".ljust(28) + " " + ", ".join(f"{k} {v:.1f}" for k, v in entry["seconds"].items()))
+    return "\n".join(lines + [f"  warning: {text}" for text in entry["warnings"]])
+
+
+def save_images(blocks: Blocks, count: int, folder: Path) -> None:
+    """The first `count` images as folder/NUMBER_CLASS.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (pixels, label) in enumerate(_images(blocks, count)):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{number:06d}_{label:03d}.png")
+
+
+def save_npz(blocks: Blocks, path: Path) -> None:
+    """ADM's layout: arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64. Written block by block, uncompressed, since its reader
+    streams; whole or absent."""
+    side = next(blocks.parts("pixels", range(1))).shape[2]
+    partial = path.with_suffix(".npz.tmp")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (blocks.count, side, side, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in blocks.parts("pixels"):
+                file.write(np.ascontiguousarray(part.transpose(0, 2, 3, 1)).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, blocks.rows("labels"), allow_pickle=False)
+    partial.replace(path)
+
+
+def _images(blocks: Blocks, count: int) -> Iterator[tuple[Pixels, int]]:
+    for number in range(-(-min(count, blocks.count) // blocks.block)):
+        pixels, labels = (next(blocks.parts(name, range(number, number + 1))) for name in ("pixels", "labels"))
+        for i in range(min(len(labels), count - number * blocks.block)):
+            yield pixels[i], int(labels[i])

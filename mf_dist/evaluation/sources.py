@@ -1,0 +1,145 @@
+"""Sets of images, read block by block: a folder, a tar, an .npz of ADM's layout."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mf_dist.data.image_tars import ImageTars, open_images
+from mf_dist.data.images import Pixels, decode_image
+from mf_dist.errors import UserError
+
+Labels = npt.NDArray[np.int64]
+
+
+class Source(Protocol):
+    """`count` images in a fixed order."""
+
+    count: int
+    identity: dict[str, Any]
+    """What decides every pixel: blocks of features made from another are of no use."""
+
+    def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
+        """Images [first, last): (B, 3, R, R) uint8, and classes (B,). With the same first, a larger last only adds."""
+
+
+class ImageFiles:
+    """A folder or tar of images in order of their names, cut to the ADM centre crop of `resolution`. None: they must
+    all be squares of one size, and are left as they are."""
+
+    def __init__(self, source: str | Path, resolution: int | None) -> None:
+        self.files, self.resolution = open_images(str(source)), resolution
+        self.count = len(self.files.paths)
+        self._crop = resolution or self._side()
+        self.identity = {"images": str(source), "files": self._fingerprint(), "resolution": self._crop}
+
+    def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
+        pixels = [self._image(i) for i in range(first, min(last, self.count))]
+        return np.stack(pixels), np.array(self.files.labels[first:last], np.int64)
+
+    def _image(self, i: int) -> Pixels:
+        return decode_image(self.files.read(i), self.files.paths[i], self._crop, must_fit=self.resolution is None)
+
+    def _side(self) -> int:
+        from io import BytesIO
+
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(BytesIO(self.files.read(0))) as image:
+                width, height = image.size
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"cannot read image {self.files.paths[0]!r}: {error}") from None
+        if width != height:
+            raise UserError(
+                f"image {self.files.paths[0]!r} is {width}x{height}, no square: give --resolution for its centre crop"
+            )
+        return width
+
+    def _fingerprint(self) -> str:
+        """Of names, sizes and times of change: content that changed meanwhile is not taken for the same."""
+        if isinstance(self.files, ImageTars):
+            paths = sorted({place.tar for place in self.files.places})
+        else:
+            paths = [self.files.root / path for path in self.files.paths]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return hashlib.sha256(json.dumps([stats, self.files.paths]).encode()).hexdigest()
+
+
+class NpzImages:
+    """arr_0 (N, R, R, 3) uint8 and, if it is there, arr_1 (N,), as ADM's sampling scripts write them; never whole in
+    memory. UserError for anything else."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+            self._member, shape, kind = self._open("arr_0")
+            self._start = self._member.tell()
+            self.labels = np.zeros(shape[0], np.int64)
+            if "arr_1.npy" in self._archive.namelist():
+                with np.load(self.path, allow_pickle=False) as file:
+                    self.labels = file["arr_1"].astype(np.int64)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot read images from {str(path)!r}: {error}; expected arr_0 in an .npz") from None
+        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or not shape[0]:
+            raise UserError(
+                f"{str(path)!r} has arr_0 of shape {shape} and type {kind}, expected (N, R, R, 3) uint8; pixels of "
+                "another type must be rounded to 0..255 by who made them"
+            )
+        if self.labels.shape != (shape[0],):
+            raise UserError(f"{str(path)!r}: arr_1 has shape {self.labels.shape}, expected ({shape[0]},)")
+        self.count, self._shape = shape[0], shape[1:]
+        stat = self.path.stat()
+        self.identity = {
+            "images": str(path),
+            "bytes": stat.st_size,
+            "changed": stat.st_mtime_ns,
+            "resolution": shape[1],
+        }
+
+    def check(self) -> None:
+        """Reads everything once against its checksum; UserError where it is damaged."""
+        try:
+            damaged = self._archive.testzip()
+        except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            raise UserError(f"{str(self.path)!r} is damaged: {error}") from None
+        if damaged:
+            raise UserError(f"{str(self.path)!r} is damaged: {damaged} does not fit its checksum")
+
+    def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
+        last = min(last, self.count)
+        size = int(np.prod(self._shape))
+        try:
+            self._member.seek(self._start + first * size)
+            raw = self._member.read((last - first) * size)
+            pixels = np.frombuffer(raw, np.uint8).reshape(last - first, *self._shape)
+        except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            raise UserError(f"{str(self.path)!r} is damaged near image {first}: {error}") from None
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), self.labels[first:last]
+
+    def _open(self, name: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
+        """A member behind its header, read without unpickling."""
+        member = self._archive.open(f"{name}.npy")
+        version = np.lib.format.read_magic(member)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if reader is None:
+            raise ValueError(f"{name}.npy is of unknown version {version}")
+        shape, fortran, kind = reader(member)
+        if fortran:
+            raise ValueError(f"{name} is stored by columns")
+        return member, shape, kind
+
+
+def open_source(source: str, resolution: int | None) -> "ImageFiles | NpzImages":
+    """A folder, .tar or .npz of images."""
+    if not source.endswith(".npz"):
+        return ImageFiles(source, resolution)
+    images = NpzImages(source)
+    if resolution not in (None, images.identity["resolution"]):
+        raise UserError(f"{source!r} has images of side {images.identity['resolution']}, asked for is {resolution}")
+    return images

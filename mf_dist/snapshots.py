@@ -1,0 +1,60 @@
+"""What a run shows of itself while it trains: grids of samples, and distances to real images, both of its EMAs."""
+
+from pathlib import Path
+from typing import Any
+
+from mf_dist.config import Config
+from mf_dist.distributed import Ranks
+from mf_dist.engine import Engine
+from mf_dist.generate import Generator, new_net
+from mf_dist.latents import Vae
+from mf_dist.logger import Logger
+from mf_dist.models.dit import DiT
+
+
+class Snapshots:
+    """All that drawing and measuring need is loaded before training, so that what is missing is known at once."""
+
+    def __init__(self, config: Config, manifest: dict[str, Any], ranks: Ranks) -> None:
+        self.config, self.classes = config, manifest["classes"]
+        self.evaluation, self.vae = None, None
+        if config.eval.every_images:
+            from mf_dist.evaluation.during import TrainingEvaluation  # its libraries take seconds to import
+
+            self.evaluation = TrainingEvaluation(config, manifest, ranks)
+            self.vae = self.evaluation.vae
+        elif config.log.sample_every_images and ranks.is_first:
+            self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
+        self.ranks = ranks
+
+    def draw(self, engine: Engine, step: int, logger: Logger | None) -> None:
+        """A grid of the first EMA's samples in RUN/samples. Rank 0 draws, but every rank must call: it gathers."""
+        ema = engine.ema(self.config.optim.ema_decay[0])
+        if logger is None:
+            return
+        assert self.vae is not None
+        net = new_net(self.config.model, self.config.train.seed)
+        net.load_state_dict(ema)
+        self._draw_grid(net, self.vae, step, logger)
+
+    def _draw_grid(self, net: DiT, vae: Vae, step: int, logger: Logger) -> None:
+        generator = Generator(net, vae, self.config, self.ranks.device)
+        path = Path(self.config.run_dir) / "samples" / f"step{step:08d}.png"
+        chosen = self.config.eval
+        try:
+            generator.grid(list(chosen.grid_nfe), chosen.seed, path, self.classes)
+        except OSError as error:
+            logger.say(f"warning: cannot write {path}: {error}; training goes on")
+            return
+        logger.log_picture("samples", path, step)
+
+    def measure(self, engine: Engine, step: int, logger: Logger | None) -> None:
+        """The distances of the chosen EMAs, a line of metrics.jsonl. All ranks share the work."""
+        assert self.evaluation is not None
+        values: dict[str, Any] = {"step": step, "samples_seen": step * self.config.train.batch_size}
+        for decay in self.config.eval.training_emas or self.config.optim.ema_decay[:1]:
+            values |= self.evaluation.measure(engine.ema(decay), decay, step)
+        if logger is not None:
+            for warning in self.evaluation.warnings:
+                logger.say(warning)
+            logger.log_evaluation(values)

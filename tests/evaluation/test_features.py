@@ -1,0 +1,93 @@
+"""The feature networks: what they compute, their names, and what is refused."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import FEATURES
+from safetensors.torch import save_file
+from test_reference import Bomb
+
+from mf_dist.data.images import list_images, load_image
+from mf_dist.errors import UserError
+from mf_dist.evaluation.features import FolderNetwork, load_weights, open_features
+
+CPU = torch.device("cpu")
+
+
+def test_it_knows_the_digits(images):
+    network = open_features(str(FEATURES), None, CPU)
+    folder = list_images(images)
+    pixels = np.stack([load_image(folder.root / path, 32) for path in folder.paths])
+    found = network(pixels)
+    assert found.pooled.shape == (150, 64) and found.spatial.shape == (150, 0) and found.pooled.dtype == np.float32
+    assert (found.logits.argmax(1) == folder.labels).mean() > 0.97
+
+
+def test_efficientnet_knows_photographs():
+    """Two photographs that scikit-learn ships, a Chinese palace and a yellow flower: ImageNet's palace and daisy."""
+    from sklearn.datasets import load_sample_images
+
+    network = open_features("efflite0", None, CPU)
+    pixels = np.stack([image[:400, 120:520].transpose(2, 0, 1) for image in load_sample_images().images])
+    found = network(np.ascontiguousarray(pixels))
+    assert found.pooled.shape == (2, 1280) and network.sha256.startswith("579344248a93")
+    assert found.logits.argmax(1).tolist() == [698, 985] and not network.is_inception
+
+
+def test_refused_folders(tmp_path):
+    with pytest.raises(UserError, match="no feature network"):
+        open_features(str(tmp_path), None, CPU)
+    copy = shutil.copytree(FEATURES, tmp_path / "copy")
+
+    def config(**changes):
+        (copy / "config.json").write_text(json.dumps({"name": "x", "resolution": 32, "classes": 10} | changes))
+
+    config(classes=11)
+    with pytest.raises(UserError, match=r"classify.bias has shape \(10,\), this network needs \(11,\)"):
+        FolderNetwork(copy, CPU)
+    config(name="inception")
+    with pytest.raises(UserError, match="other than inception"):
+        FolderNetwork(copy, CPU)
+    config()
+    tensors = load_weights(copy / "model.safetensors")
+    save_file({**tensors, "classify.bias": tensors["classify.bias"] * np.nan}, copy / "model.safetensors")
+    with pytest.raises(UserError, match="classify.bias is not finite"):
+        FolderNetwork(copy, CPU)
+    with pytest.raises(UserError, match="side 32, got 16x16"):
+        FolderNetwork(FEATURES, CPU)(np.zeros((1, 3, 16, 16), np.uint8))
+    with pytest.raises(UserError, match="--inception-weights belongs to"):
+        open_features(str(FEATURES), "x", CPU)
+
+
+def test_no_weights_file_runs_code(tmp_path):
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"x": Bomb()}, tmp_path / "object.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pt")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "short.safetensors").write_bytes(b"\x08")
+    (tmp_path / "empty.pth").touch()
+    for name in ("pickle.pth", "object.pth", "script.pt", "list.pth", "short.safetensors", "empty.pth"):
+        with pytest.raises(UserError, match=r"no plain state dict|hold list, expected tensors") as caught:
+            load_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot read weights"):
+        load_weights(tmp_path / "nowhere.pth")
+    torch.save({"x": torch.ones(2)}, tmp_path / "good.pth")
+    assert load_weights(tmp_path / "good.pth")["x"].tolist() == [1, 1]
+
+
+def test_the_true_inception_is_known_by_its_hash_before_it_is_read(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="nothing of it was loaded"):
+        open_features("inception", str(tmp_path / "weights.pth"), CPU)
+    for weights in (None, str(tmp_path / "nowhere")):
+        with pytest.raises(UserError, match=r"curl -L -o FILE https://.*6726825d0af5f729"):
+            open_features("inception", weights, CPU)
+    with pytest.raises(UserError, match="no plain state dict"):
+        open_features("inception-other", str(tmp_path / "weights.pth"), CPU)
+    with pytest.raises(UserError, match="no features 'inception-v3'"):
+        open_features("inception-v3", None, CPU)

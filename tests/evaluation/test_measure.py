@@ -1,0 +1,274 @@
+"""From images to an entry of metrics.json, with the digits' network: blocks, sources, metrics, records, pictures."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FEATURES, ROOT, write_digits
+from PIL import Image
+from test_reference import Bomb
+
+from mf_dist.distributed import Ranks
+from mf_dist.errors import UserError
+from mf_dist.evaluation.blocks import compute_blocks, read_block
+from mf_dist.evaluation.features import FolderNetwork
+from mf_dist.evaluation.measure import Settings, measure, open_reference, pick
+from mf_dist.evaluation.metrics import choose, metric_name
+from mf_dist.evaluation.pictures import nearest_rows, save_neighbours
+from mf_dist.evaluation.report import read_entries, record, save_images, save_npz, table
+from mf_dist.evaluation.sources import ImageFiles, NpzImages, open_source
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def network():
+    return FolderNetwork(FEATURES, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pixels(images):
+    return ImageFiles(images, None).read(0, 150)[0]
+
+
+def as_npz(path, pixels, **more):
+    np.savez(path, arr_0=pixels.transpose(0, 2, 3, 1), **more)
+    return str(path)
+
+
+def test_blocks_are_taken_over_or_made_again(images, network, tmp_path):
+    """Damaged ones and those of another plan are not; a shorter set has the same rows."""
+    source = ImageFiles(images, None)
+    whole = compute_blocks(source, network, ALONE, tmp_path, "x", block=40)
+    rows = whole.rows("pooled")
+    assert rows.shape == (150, 64) and sorted(p.name for p in whole.folder.glob("*.npz"))[-1] == "block-00003.npz"
+    files = sorted(whole.folder.glob("*.npz"))
+    times = [path.stat().st_mtime_ns for path in files]
+    raw = bytearray(files[1].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    files[1].write_bytes(raw)
+    files[2].unlink()
+    again = compute_blocks(source, network, ALONE, tmp_path, "x", block=40)
+    assert again.folder == whole.folder and np.array_equal(again.rows("pooled"), rows)
+    assert [a == path.stat().st_mtime_ns for a, path in zip(times, files, strict=True)] == [True, False, False, True]
+    compute_blocks(source, network, ALONE, tmp_path, "x", block=40, resume=False)
+    assert all(path.stat().st_mtime_ns not in times for path in files)
+    other = compute_blocks(source, network, ALONE, tmp_path, "x", block=50)
+    assert other.folder != whole.folder and other.pixels_sha256 != whole.pixels_sha256  # hashes of other blocks
+    np.testing.assert_allclose(other.rows("pooled"), rows, atol=1e-5)
+    files[0].write_bytes(b"")
+    with pytest.raises(UserError, match="block-00000.npz is damaged or gone"):
+        read_block(whole.folder, 0)
+
+
+def test_a_folder_a_tar_and_an_npz_of_the_same_images(images, network, tmp_path, pixels):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for path in sorted(images.rglob("*.png")):
+            archive.add(path, f"{path.parent.name}_{path.name}")
+    sources = [open_source(str(s), None) for s in (images, tmp_path / "x.tar", as_npz(tmp_path / "x.npz", pixels))]
+    for source in sources:
+        assert source.count == 150 and source.identity["resolution"] == 32
+        assert np.array_equal(source.read(60, 90)[0], pixels[60:90]) and np.array_equal(
+            source.read(0, 9)[0], pixels[:9]
+        )
+    sources[2].check()
+    hashes = {compute_blocks(s, network, ALONE, tmp_path / "work", "x").pixels_sha256 for s in sources}
+    assert len(hashes) == 1
+
+
+def test_images_of_several_sizes_need_a_resolution(tmp_path):
+    for name, size in {"a": (32, 32), "b": (48, 40)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    with pytest.raises(
+        UserError, match="'b.png': it is 48x40, the first is 32x32; to crop all to one size give --reso"
+    ):
+        ImageFiles(tmp_path, None).read(0, 2)
+    assert ImageFiles(tmp_path, 16).read(0, 2)[0].shape == (2, 3, 16, 16)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="is 48x40, no square: give --resolution"):
+        ImageFiles(tmp_path, None)
+
+
+def test_refused_npz_images(tmp_path, pixels):
+    floats = np.full((4, 8, 8, 3), np.nan, np.float32)
+    for arrays, text in (
+        ({"arr_0": floats}, "type float32, expected .* uint8"),
+        ({"arr_0": pixels}, r"expected \(N, R, R, 3\)"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "expected"),
+        ({"x": pixels}, "arr_0"),
+        ({"arr_0": np.array([Bomb()], object)}, "expected"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, "arr_1 has shape"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.array([Bomb()] * 4, object)}, "cannot read"),
+    ):
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(UserError, match=text):
+            NpzImages(tmp_path / "x.npz")
+    path = as_npz(tmp_path / "good.npz", pixels)
+    raw = bytearray((tmp_path / "good.npz").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "good.npz").write_bytes(raw)
+    with pytest.raises(UserError, match="is damaged"):
+        NpzImages(path).check()
+    (tmp_path / "good.npz").write_bytes(raw[:-40])
+    with pytest.raises(UserError, match="cannot read images"):
+        NpzImages(path)
+
+
+def test_names_tell_network_and_count(network):
+    true = SimpleNamespace(is_inception=True, name="inception")
+    assert metric_name("fid", true, 50_000) == "fid50k" and metric_name("sfid", true, 10_000) == "sfid10k"
+    assert metric_name("kid", true, 1234) == "kid1234" and metric_name("precision", true, 50_000) == "precision50k"
+    assert metric_name("fid", network, 1000) == "fd_digits_1k" and metric_name("kid", network, 60) == "kd_digits_60"
+
+
+def measured(images, reference, network, tmp_path, **settings):
+    chosen = Settings(**settings)
+    real = open_reference(str(reference), network, None, chosen, ALONE, tmp_path / "work")
+    source = open_source(str(images), None)
+    return measure(source, "x", network, real, chosen, {"images": str(images)}, ALONE, tmp_path / "work"), real, source
+
+
+def test_an_entry_has_everything(images, network, tmp_path):
+    result, _, _ = measured(images, images, network, tmp_path)
+    entry = json.loads(json.dumps(result.entry))
+    assert abs(entry["metrics"]["fd_digits_150"]) < 1e-9
+    assert entry["metrics"]["precision_digits_150"] == entry["metrics"]["recall_digits_150"] == 1
+    assert {"is_digits_150", "is_digits_150_std", "kd_digits_150", "kd_digits_150_std"} < entry["metrics"].keys()
+    assert entry["features_sha256"] == network.sha256 and entry["pixels_sha256"] == entry["reference_sha256"]
+    assert entry["num_samples"] == entry["reference_images"] == entry["kid_subset_size"] == 150
+    assert entry["versions"].keys() >= {"torch", "torch-fidelity", "numpy", "scipy", "pillow"} and entry["ranks"] == 1
+    assert entry["seconds"].keys() >= {"images", "features", "write", "statistics", "fid", "pr", "kid", "all"}
+    assert "fd_digits_150" in table(entry) and "FID" not in table(entry) and not entry["warnings"]
+
+
+def test_adms_layout_and_bare_images_are_references_too(images, network, tmp_path, pixels):
+    """The first holds statistics and images, for precision and recall; of the second all is computed."""
+    found = measured(images, images, network, tmp_path)[1]
+    adm = as_npz(tmp_path / "adm.npz", pixels, mu=found.pooled.mean, sigma=found.pooled.covariance)
+    bare = as_npz(tmp_path / "bare.npz", pixels)
+    expected = measured(images, images, network, tmp_path)[0].entry["metrics"]
+    for path in (adm, bare):
+        result, reference, _ = measured(images, path, network, tmp_path)
+        assert result.entry["metrics"] == pytest.approx(expected, abs=1e-9)
+        assert np.array_equal(reference.rows, found.rows) and np.array_equal(reference.real_image(9), pixels[9])
+    assert measured(images, adm, network, tmp_path, kinds=("fid",))[1].rows is None
+
+
+def test_streaming_agrees_with_exact(images, network, tmp_path):
+    other = write_digits(tmp_path / "more", 110)
+    one, two = (measured(other, images, network, tmp_path, exact=exact)[0].entry["metrics"] for exact in (True, False))
+    assert one.keys() == two.keys() and one["fd_digits_110"] == pytest.approx(two["fd_digits_110"], rel=1e-9)
+
+
+def test_a_collapsed_generator_is_precise_and_recalls_little(images, network, tmp_path, pixels):
+    """The trap: the other order of arguments gives the same two numbers the other way round."""
+    few = as_npz(tmp_path / "few.npz", np.concatenate([pixels[:5]] * 20))
+    numbers = measured(few, images, network, tmp_path, kinds=("pr",))[0].entry["metrics"]
+    assert numbers["precision_digits_100"] == 1 and numbers["recall_digits_100"] < 0.1
+
+
+def test_the_inception_score_does_not_depend_on_the_order_of_classes(images, network, tmp_path, pixels):
+    """The trap: splits of samples sorted by class see one class each, and an unshuffled score falls to about 1."""
+    scores = []
+    for name, order in {"sorted": np.arange(150), "mixed": np.random.default_rng(1).permutation(150)}.items():
+        path = as_npz(tmp_path / f"{name}.npz", pixels[order])
+        scores.append(measured(path, images, network, tmp_path, kinds=("is",))[0].entry["metrics"]["is_digits_150"])
+    assert scores[0] == pytest.approx(scores[1], rel=0.1) and min(scores) > 4
+
+
+def test_what_cannot_be_measured_says_why(images, network, tmp_path):
+    _, reference, _ = measured(images, images, network, tmp_path, kinds=("fid",))
+    assert choose(None, network, reference, 150) == ("fid", "is", "pr", "kid")
+    for kind, count, text in (
+        ("sfid", 150, "no mu_s"), ("is", 9, "fewer than its 10 splits"), ("pr", 3, "too few images"),
+        ("fdd", 150, "expected some of fid,sfid,is,pr,kid"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=text):
+            choose((kind,), network, reference, count)
+
+
+def test_protocols_that_do_not_match_are_warned_about(images, network, tmp_path, pixels):
+    small = as_npz(tmp_path / "few.npz", pixels[:40])
+    result, reference, source = measured(small, images, network, tmp_path)
+    (warning,) = result.entry["warnings"]
+    assert warning == "40 images are too few for 64 features: the distance is biased upwards"
+    from mf_dist.evaluation.measure import warnings_of
+
+    true = SimpleNamespace(dimension=10, is_inception=True, resize="TF1")
+    made = {"reference_made": {"resolution": 64, "resize": "bicubic"}}
+    other = SimpleNamespace(provenance=made)
+    found = warnings_of(source, result.blocks, true, other, {"labels": "balanced"})
+    assert len(found) == 4 and "of 50,000 images" in found[0] and "side 64, these have 32" in found[1]
+    assert "resized by bicubic" in found[2] and "balanced" in found[3] and reference is not None
+
+
+def test_record_replaces_the_very_same_protocol_only(tmp_path):
+    entry = {"metrics": {"fd": 1.0}, "nfe": 1, "seed": 0, "seconds": {"all": 1}}
+    for value, nfe in ((1.0, 1), (2.0, 2), (3.0, 1)):
+        record({**entry, "metrics": {"fd": value}, "nfe": nfe}, tmp_path)
+    assert [(e["nfe"], e["metrics"]["fd"]) for e in read_entries(tmp_path / "metrics.json")] == [(2, 2.0), (1, 3.0)]
+    for damaged in ("{", '[{"metric": "fd", "value": 1}]', "[1]"):
+        (tmp_path / "metrics.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged or of an older version"):
+            record(entry, tmp_path)
+        assert (tmp_path / "metrics.json").read_text() == damaged
+
+
+def test_two_processes_record_at_once_and_nothing_is_lost(tmp_path):
+    code = """if 1:
+        import sys
+        from pathlib import Path
+        from mf_dist.evaluation.report import record
+        for i in range(40):
+            record({"metrics": {"fd": i}, "nfe": i, "seed": int(sys.argv[2])}, Path(sys.argv[1]))"""
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(seed)], cwd=ROOT) for seed in (0, 1)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(read_entries(tmp_path / "metrics.json")) == 80
+
+
+def test_npz_is_what_adms_reader_streams(images, network, tmp_path, pixels):
+    """Its reader opens the member inside the zip, reads the header, then raw bytes; no Fortran order, no objects."""
+    blocks = compute_blocks(ImageFiles(images, None), network, ALONE, tmp_path, "x", keep_pixels=True)
+    save_npz(blocks, tmp_path / "samples.npz")
+    with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as member:
+        assert np.lib.format.read_magic(member) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(member) == ((150, 32, 32, 3), False, np.uint8)
+        first = np.frombuffer(member.read(64 * 32 * 32 * 3), np.uint8).reshape(64, 32, 32, 3)
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert np.array_equal(first, pixels[:64].transpose(0, 2, 3, 1))
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert np.array_equal(file["arr_0"], pixels.transpose(0, 2, 3, 1))
+        assert np.array_equal(file["arr_1"], ImageFiles(images, None).files.labels)
+    save_images(blocks, 60, tmp_path / "png")
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert len(names) == 60 and names[0] == "000000_000.png"
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / names[59])), pixels[59].transpose(1, 2, 0))
+
+
+def test_neighbours_of_a_memorised_image_are_that_image(images, network, tmp_path, pixels):
+    """Of ten samples five are copies of training images, and five are noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32)).astype(np.uint8)
+    path = as_npz(tmp_path / "x.npz", np.concatenate([pixels[[7, 70, 30, 99, 140]], noise]))
+    result, reference, source = measured(path, images, network, tmp_path)
+    rows = result.blocks.rows("pooled")
+    order, distances = nearest_rows(rows, reference.rows, 3)
+    brute = ((rows[:, None].astype(float) - reference.rows[None]) ** 2).sum(2)
+    assert np.array_equal(order, np.argsort(brute, axis=1)[:, :3])
+    assert order[:5, 0].tolist() == [7, 70, 30, 99, 140] and distances[:5, 0].max() == 0 < distances[5:, 0].min()
+    assert np.array_equal(reference.real_image(int(order[1, 0])), pixels[70])
+    assert save_neighbours(source, result.blocks, reference, tmp_path / "near.png")
+    picture = np.asarray(Image.open(tmp_path / "near.png"))
+    margin = picture.shape[1] - 8 * 66
+    shown = picture[:64:2, margin : margin + 64 : 2], picture[:64:2, margin + 66 : margin + 130 : 2]
+    assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], pixels[7].transpose(1, 2, 0))
+
+
+def test_at_most_ten_thousand_real_images_are_kept():
+    assert pick(3) == [0, 1, 2] and len(pick(25_000)) == 10_000 and pick(20_000)[:3] == [0, 2, 4]
+    assert max(pick(1_281_167)) < 1_281_167 and len({*pick(10_001)}) == 10_000

@@ -1,0 +1,107 @@
+"""References in every layout, and what is refused."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import FEATURES
+from test_statistics import random_gaussian
+
+from mf_dist.errors import UserError
+from mf_dist.evaluation.features import FolderNetwork
+from mf_dist.evaluation.reference import KNOWN, read_reference, write_reference
+
+D = 64
+
+
+@pytest.fixture(scope="module")
+def network():
+    return FolderNetwork(FEATURES, torch.device("cpu"))
+
+
+def test_every_layout_gives_the_same_gaussian(tmp_path, network):
+    good, small = random_gaussian(0, D), random_gaussian(1, 7)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    layouts = {
+        "plain": {"mu": good.mean, "sigma": good.covariance},
+        "jax": {"ref_mu": good.mean, "ref_sigma": good.covariance},
+        "adm": {
+            "arr_0": images,
+            "mu": good.mean,
+            "sigma": good.covariance,
+            "mu_s": small.mean,
+            "sigma_s": small.covariance,
+        },
+        "single": {"mu": good.mean.astype(np.float32), "sigma": good.covariance.astype(np.float32)},
+    }
+    for name, arrays in layouts.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        found = read_reference(str(tmp_path / f"{name}.npz"), network)
+        np.testing.assert_allclose(found.pooled.mean, good.mean, rtol=1e-6)
+        np.testing.assert_allclose(found.pooled.covariance, good.covariance, rtol=1e-6, atol=1e-6)
+        assert (found.spatial is not None) == (name == "adm") and found.rows is None
+        assert len(found.provenance["reference_sha256"]) == 64
+        assert found.warnings == [
+            f"{tmp_path / name}.npz does not say which features it holds; it must be those of digits"
+        ]
+
+
+def test_ours_carries_rows_and_where_it_came_from(tmp_path, network):
+    good, rows = random_gaussian(0, D), np.ones((5, D), np.float32)
+    made = {"features": "digits", "features_sha256": network.sha256, "count": 9, "resize": "none", "resolution": 32}
+    path = tmp_path / "ours.npz"
+    write_reference(path, good, None, rows, [0, 2, 4, 6, 8], made)
+    found = read_reference(str(path), network)
+    assert np.array_equal(found.rows, rows) and found.picks == [0, 2, 4, 6, 8] and not found.warnings
+    assert found.provenance["reference_made"] == made and found.provenance["reference_images"] == 9
+    write_reference(path, good, None, rows, [0], {**made, "features_sha256": "0" * 64})
+    with pytest.raises(UserError, match="has features 'digits' with weights 000000000000, asked for are"):
+        read_reference(str(path), network)
+
+
+def test_published_files_are_recognised(tmp_path, network, monkeypatch):
+    good = random_gaussian(0, D)
+    np.savez(tmp_path / "x.npz", mu=good.mean, sigma=good.covariance)
+    sha256 = read_reference(str(tmp_path / "x.npz"), network).provenance["reference_sha256"]
+    monkeypatch.setitem(KNOWN, sha256, "a published file")
+    assert read_reference(str(tmp_path / "x.npz"), network).provenance["reference_known_as"] == "a published file"
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in a file was run')",))
+
+
+def test_refusals(tmp_path, network):
+    good = random_gaussian(0, D)
+    mu, sigma = good.mean, good.covariance
+    skew, negative = sigma.copy(), sigma - 3 * np.eye(D)
+    skew[0, 1] += 1e-3 * np.abs(sigma).max()
+    cases = {
+        "missing": ({"mu": mu}, "expected mu and sigma"),
+        "shape": ({"mu": mu[:3], "sigma": sigma}, "shapes"),
+        "square": ({"mu": mu, "sigma": sigma[:3]}, "shapes"),
+        "finite": ({"mu": mu * np.nan, "sigma": sigma}, "not finite"),
+        "symmetric": ({"mu": mu, "sigma": skew}, "not symmetric"),
+        "positive": ({"mu": mu, "sigma": negative}, "negative eigenvalue"),
+        "text": ({"mu": np.array(["x"] * D), "sigma": sigma}, "no numbers"),
+        "pickle": ({"mu": np.array([Bomb()] * D, object), "sigma": sigma}, "cannot read"),
+        "rows": ({"mu": mu, "sigma": sigma, "rows": np.zeros((4, 3))}, "rows have shape"),
+        "provenance": ({"mu": mu, "sigma": sigma, "provenance": np.array("{")}, "provenance cannot be read"),
+    }
+    for name, (arrays, text) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(UserError, match=text):
+            read_reference(str(tmp_path / f"{name}.npz"), network)
+    np.savez(tmp_path / "good.npz", mu=mu, sigma=sigma)
+    whole = bytearray((tmp_path / "good.npz").read_bytes())
+    flipped = whole.copy()
+    flipped[len(whole) // 2] ^= 1
+    np.save(tmp_path / "plain.npy", mu)
+    for raw in (b"garbage", b"", whole[:-30], flipped, (tmp_path / "plain.npy").read_bytes(), pickle.dumps(Bomb())):
+        (tmp_path / "broken.npz").write_bytes(raw)
+        with pytest.raises(UserError, match="cannot read"):
+            read_reference(str(tmp_path / "broken.npz"), network)
+    with pytest.raises(UserError, match="cannot read"):
+        read_reference(str(tmp_path / "nowhere.npz"), network)

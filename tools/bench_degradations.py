@@ -1,0 +1,130 @@
+"""Shows what a feature network's distance makes of spoilt photographs: it should grow with every kind of damage.
+
+    python tools/bench_degradations.py --images photos.tar --resolution 256 --other fashion.npz
+    python tools/bench_degradations.py --images DIR --resolution 256 --features inception --inception-weights FILE
+
+Every second image is the reference; the others are measured as they are, then as JPEG, blurred, with noise, and with
+other images in their place, as many of them. Small sets are biased upwards, all rows alike: the first row says by how
+much.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+SERIES = {
+    "JPEG, quality": (90, 50, 20, 5),
+    "blur, sigma in pixels": (0.5, 1, 2, 4),
+    "noise, std in levels": (4, 8, 16, 32),
+}
+
+
+def jpeg(pixels, quality, number):
+    import numpy as np
+    from PIL import Image
+
+    raw = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(raw, "JPEG", quality=quality)
+    return np.asarray(Image.open(raw)).transpose(2, 0, 1)
+
+
+def blur(pixels, sigma, number):
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(pixels.astype(float), (0, sigma, sigma)).round().clip(0, 255).astype(pixels.dtype)
+
+
+def noise(pixels, std, number):
+    import numpy as np
+
+    noisy = pixels + std * np.random.default_rng(number).standard_normal(pixels.shape)
+    return noisy.round().clip(0, 255).astype(pixels.dtype)
+
+
+# the mildest steps are hardly visible, and few images may not tell them from none
+SPOILS = dict(zip(SERIES, (jpeg, blur, noise), strict=True))
+
+
+class Part:
+    """Images first, first + 2, ... of a source, each changed by `spoil`(pixels, strength, number)."""
+
+    def __init__(self, source, first, step, count, spoil=None, strength=0):
+        self.source, self.numbers = source, range(first, source.count, step)[:count]
+        self.count, self.spoil, self.strength = len(self.numbers), spoil, strength
+        self.identity = {**source.identity, "numbers": str(self.numbers), "spoil": str(spoil), "strength": strength}
+
+    def read(self, first, last):
+        import numpy as np
+
+        pixels = [self.source.read(n, n + 1)[0][0] for n in self.numbers[first:last]]
+        if self.spoil:
+            pixels = [self.spoil(p, self.strength, n) for p, n in zip(pixels, self.numbers[first:last], strict=True)]
+        return np.ascontiguousarray(pixels), np.zeros(len(pixels), int)
+
+
+def distances(args, network, ranks, work):
+    """(series, strength, distance) of every row."""
+    from mf_dist.evaluation.blocks import EachPart, compute_blocks
+    from mf_dist.evaluation.sources import open_source
+    from mf_dist.evaluation.statistics import exact_gaussian, frechet_distance
+
+    def gaussian(part):
+        blocks = compute_blocks(part, network, ranks, work, "part")
+        return exact_gaussian(EachPart(blocks, "pooled"), network.dimension)
+
+    source = open_source(args.images, network.resolution or args.resolution)
+    reference = gaussian(Part(source, 0, 2, args.count))
+    yield "real", 0, frechet_distance(gaussian(Part(source, 1, 2, args.count)), reference)
+    for name, strengths in SERIES.items():
+        for strength in strengths[:: -(len(strengths) // args.strengths)][::-1]:
+            part = Part(source, 1, 2, args.count, SPOILS[name], strength)
+            yield name, strength, frechet_distance(gaussian(part), reference)
+    if args.other:
+        other = open_source(args.other, None if args.other.endswith(".npz") else network.resolution or args.resolution)
+        part = Part(other, 0, 1, len(Part(source, 1, 2, args.count).numbers))
+        yield "other images", part.count, frechet_distance(gaussian(part), reference)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--images", required=True, help="photographs: folder, .tar, or .npz with arr_0")
+    parser.add_argument("--other", help="images of another kind, for the last row")
+    parser.add_argument("--resolution", type=int, help="centre crop (default: images as they are)")
+    parser.add_argument("--count", type=int, default=500, help="images a row (default 500)")
+    parser.add_argument(
+        "--strengths",
+        type=int,
+        choices=(1, 2, 4),
+        default=4,
+        help="of each damage, the strongest among them (default 4)",
+    )
+    parser.add_argument("--features", default="efflite0", help="as in tools/fid_eval.py (default efflite0)")
+    parser.add_argument("--inception-weights", help="file of the Inception weights")
+    args = parser.parse_args()
+    if args.count < 2:
+        raise UserError(f"--count must be at least 2, got {args.count}")
+    from mf_dist.distributed import process_group
+    from mf_dist.evaluation.features import open_features
+
+    with process_group() as ranks, tempfile.TemporaryDirectory() as work:
+        if ranks.world_size > 1:
+            raise UserError("this bench is one process")
+        network = open_features(args.features, args.inception_weights, ranks.device)
+        found = {}
+        for name, strength, distance in distances(args, network, ranks, Path(work)):
+            found.setdefault(name, []).append(distance)
+            print(f"{name:24}{strength or '':>8}{distance:14.3f}", flush=True)
+    for name in SERIES:
+        is_rising = found[name] == sorted(found[name]) and found[name][-1] > found["real"][0]
+        print(f"{name.split(',')[0]}: {'every step is farther' if is_rising else 'NOT IN ORDER'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Statistics of real images, by the very code that measures samples: what tools/fid_eval.py takes as --reference.
+
+    python tools/reference_stats.py --images IMAGENET/train --resolution 256 --out imagenet256_inception.npz \\
+        --inception-weights weights-inception-2015-12-05-6726825d.pth
+    torchrun --nproc_per_node=8 tools/reference_stats.py ...       # the same file, with any number of processes
+    python tools/reference_stats.py --images photos.tar --resolution 256 --features efflite0 --out photos_efflite0.npz
+
+Writes mu, sigma (of a network with spatial features also mu_s, sigma_s), features of up to 10,000 of the images for
+precision, recall, KID and nearest neighbours, and where all that came from. Killed, the same command goes on where it
+stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mf_dist.errors import UserError, command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--images", required=True, help="folder, .tar, or .npz with arr_0")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    parser.add_argument("--resolution", type=int, help="ADM centre crop to this side (default: images as they are)")
+    parser.add_argument("--features", default="inception", help="as in tools/fid_eval.py (default inception)")
+    parser.add_argument("--inception-weights", help="file of the Inception weights")
+    parser.add_argument("--block", type=int, default=50, help="images computed together (default 50)")
+    args = parser.parse_args()
+    if args.out.suffix != ".npz" or args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} must be a file name ending in .npz")
+    if (args.resolution is not None and args.resolution < 8) or args.block < 1:
+        raise UserError("--resolution must be at least 8, --block at least 1")
+    from mf_dist.distributed import process_group
+    from mf_dist.evaluation.features import open_features
+    from mf_dist.evaluation.measure import Settings, open_reference
+    from mf_dist.evaluation.sources import NpzImages
+    from mf_dist.origin import versions
+
+    if args.images.endswith(".npz"):
+        NpzImages(args.images).check()
+    with process_group() as ranks:
+        network = open_features(args.features, args.inception_weights, ranks.device)
+        work = args.out.with_suffix(".work")
+        settings = Settings(block=args.block)
+        found = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
+        if found is not None:
+            write(args, found, network, versions())
+            found.blocks.remove()
+            work.rmdir()
+
+
+def write(args, found, network, versions):
+    from mf_dist.evaluation.reference import write_reference
+
+    provenance = {
+        "features": network.name, "features_sha256": network.sha256, "resize": network.resize,
+        "images": args.images, "images_sha256": found.provenance["reference_sha256"],
+        "count": found.provenance["reference_images"], "resolution": found.provenance["reference_resolution"],
+        "block": args.block, "versions": versions,
+    }  # fmt: skip
+    write_reference(args.out, found.pooled, found.spatial, found.rows, found.picks, provenance)
+    print(f"{args.out}: {provenance['count']} images of side {provenance['resolution']}, features {network.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
