@@ -42,8 +42,7 @@ class Stop(IntEnum):
 
 class Border:
     def __init__(self, run_dir: Path, is_first: bool, max_hours: float, timeout: timedelta) -> None:
-        self.stop_file, self._is_first = run_dir / "STOP", is_first
-        self._signal = max((Stop[early.name] for early in HEARD), default=Stop.NO)
+        self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_first, Stop.NO
         ends = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
         self._ends = min([*ends, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
         self.margin = MARGIN
@@ -53,6 +52,8 @@ class Border:
         )
         self._is_alone = world == 1
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        for early in HEARD:
+            self._note(early, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = max(self._signal, Stop[signal.Signals(number).name])

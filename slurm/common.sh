@@ -19,14 +19,15 @@ mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may mean the whole array
 job=${job:-$SLURM_JOB_ID}
 start=$job.${SLURM_RESTART_COUNT:-0}
-here=() # what puts a program of ours on this node
+deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' -) # runs a program that signals to all of a job must not end
+here=()                                         # what puts a program on this node
 [ ${#CONTAINER[@]} = 0 ] || here=(srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}")
 
 # ---- what ranks inherit
-export PYTHONUNBUFFERED=1                # the last words of a killed rank are in its log
+export PYTHONUNBUFFERED=1                    # the last words of a killed rank are in its log
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else every rank starts a thread a core
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}    # why it failed, and nothing else
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a rank whose peer is gone ends, instead of waiting in a collective
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # why it failed, and nothing else
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1     # a rank whose peer is gone ends, instead of waiting in a collective
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000 # at a timeout each rank writes its last collectives
 
 # ---- signals: noted here, passed on to the ranks, which save at their next step
@@ -50,10 +51,7 @@ trap on_usr1 USR1
 trap on_term TERM
 
 # ---- steps
-ours() { # a module of mf_dist on this node, which SLURM's signals to this script must not end
-  trap '' USR1 TERM
-  exec "${here[@]}" "$PYTHON" -m "$@"
-}
+ours() { "${here[@]}" "${deaf[@]}" "$PYTHON" -m "$@"; } # a module of mf_dist on this node
 
 step() { # an srun of one task a node: in the background, for in the foreground a trap would wait for its end
   local code pid
@@ -97,9 +95,7 @@ task() { # a tool and its arguments, in one process on one node; the same call g
 # ---- training
 preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes) and reason
   local into=$run_dir/preflight/$start why=''
-  # shellcheck disable=SC2016
-  step bash -c 'trap "" USR1 TERM; exec timeout --signal=KILL "$@"' - "$PREFLIGHT_SECONDS" \
-    "$PYTHON" -m mf_dist.preflight node \
+  step "${deaf[@]}" timeout --signal=KILL "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
     --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" ||
     why="srun ended with code $?"
   judge

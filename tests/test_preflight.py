@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import run_python
 
 from mf_dist.config import load_config
 from mf_dist.durable import write_json
@@ -73,3 +74,18 @@ def test_wires(tmp_path):
     bad, lines = judge(tmp_path, ["n1", "n2", "n3"])
     assert bad == {"n2": ["a wrong sum from the all-reduce within a node"], "n3": ["its ranks did not answer"]}
     assert lines == ["all-reduce within a node: 8 ranks, 80.00 GB/s a rank on the slowest node, n2"]
+
+
+def test_what_all_nodes_have_is_no_nodes_fault(tmp_path):
+    node(tmp_path, "n1", ["checkpoints: no room"])
+    node(tmp_path, "n2", ["checkpoints: no room"])
+
+    def verdict(*nodes):
+        return run_python("-m", "mf_dist.preflight", "judge", "--into", tmp_path, *nodes).stdout.strip()
+
+    assert verdict("n1", "n2") == "failed - on all nodes, n1: checkpoints: no room; n2: checkpoints: no room"
+    assert verdict("n1") == "bad n1 n1: checkpoints: no room"
+    node(tmp_path, "n2")
+    assert verdict("n1", "n2") == "bad n1 n1: checkpoints: no room"
+    node(tmp_path, "n1")
+    assert verdict("n1", "n2") == "good -"

@@ -59,9 +59,11 @@ def assert_same_losses(ours, alone):
             assert a[name] == pytest.approx(b[name], rel=1e-6 if a["step"] == 1 else 1e-3), a["step"]
 
 
-def test_one_node(jobs, undisturbed):
+def test_one_node_with_a_local_disk(jobs, undisturbed):
+    jobs.site(f"LOCAL_SCRATCH={jobs.folder}/scratch")
     job = jobs.train("--nodes=1", overrides=("train.total_images=800",))
     assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert f"staged 3 of 3 shards in {jobs.folder}/scratch" in jobs.log()
     assert_same_losses(losses(jobs.run), losses(undisturbed.run))
 
 
@@ -78,6 +80,14 @@ def test_usr1_saves_requeues_and_resumes(jobs, undisturbed):
     assert f"requeued: stopped at step {step}: SIGUSR1" in jobs.log()
     assert_resumed_at(jobs, step)
     assert_same_end(jobs, undisturbed)
+
+
+def test_usr1_before_training_begins_requeues(jobs):
+    job = jobs.train("--nodes=2")
+    jobs.wait((jobs.run / "status.json").exists, 30, "the preflight")
+    jobs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    jobs.wait(lambda: f"job {job} start 1" in jobs.log(), 90, "the restart")
+    assert "requeued: stopped at step 0: SIGUSR1 before training began" in jobs.log()
 
 
 @pytest.mark.slurm_ci
