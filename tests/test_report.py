@@ -208,6 +208,17 @@ def test_what_is_absent_or_cut_short_is_said(tmp_path, damage):
     assert "No pictures of neighbours" in text
 
 
+def test_a_device_in_the_place_of_a_file_is_not_read(tmp_path):
+    """Reading /dev/full never ends."""
+    run = write_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "status.json", "samples/step00000002.png"):
+        (run / "samples").mkdir(exist_ok=True)
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to("/dev/full")
+    text = report(run)[0].text()
+    assert "metrics.jsonl cannot be read (it is no regular file)" in text and "status.json cannot be read" in text
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "is no run" in run_python("tools/report.py", tmp_path, expect=2).stderr
     assert "ending in .html" in run_python("tools/report.py", tmp_path, "--out", "x.pdf", expect=2).stderr
