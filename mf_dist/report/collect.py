@@ -93,12 +93,12 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _text(path: Path, problems: list[str]) -> str:
     """Empty where there is nothing to read. A device or pipe in a file's place has no end, and is not read."""
-    if not path.exists():
-        return ""
     try:
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise OSError("it is no regular file")
         return path.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror or error}).")
         return ""
