@@ -208,6 +208,17 @@ def test_what_is_absent_or_cut_short_is_said(tmp_path, damage):
     assert "No pictures of neighbours" in text
 
 
+def test_a_device_in_the_place_of_a_file_is_not_read(tmp_path):
+    """Reading /dev/full never ends."""
+    run = write_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "status.json", "samples/step00000002.png"):
+        (run / "samples").mkdir(exist_ok=True)
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to("/dev/full")
+    text = report(run)[0].text()
+    assert "metrics.jsonl cannot be read (it is no regular file)" in text and "status.json cannot be read" in text
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "is no run" in run_python("tools/report.py", tmp_path, expect=2).stderr
     assert "ending in .html" in run_python("tools/report.py", tmp_path, "--out", "x.pdf", expect=2).stderr
@@ -307,12 +318,14 @@ def test_headline_is_the_newest_of_its_kind_and_names_its_protocol(tmp_path):
     old = {"metric": "fd_digits", "value": 9.0, "nfe": 1, "step": 2, "num_samples": 99, "reference": "real/"}
     new = {"metrics": {"fd_digits": 7.25, "fd_digits_std": 1.0, "recall_digits": 0.5}, "nfe": 1, "step": 4,
            "ema": "0.9", "num_samples": 1000, "reference": "real/", "reference_images": 797}  # fmt: skip
-    during = {**new, "in_training": True, "nfe": 2, "metrics": {"fd_digits": 6.5}}
-    (run / "eval/metrics.json").write_text(json.dumps([old, new, during]))
+    during = {**new, "in_training": True, "nfe": 2, "metrics": {"fd_digits": 6.5}, "warnings": ["too few samples"]}
+    same = {**new, "in_training": True, "metrics": {"fd_digits": 99.0}}
+    (run / "eval/metrics.json").write_text(json.dumps([old, new, during, same]))
     one, two = headline(read_run(run, "run"))
     assert (one["value"], one["steps"]) == ("7.25", "1 step")
     assert one["protocol"] == "1,000 samples, EMA 0.9, step 4, against real/ (797 real images)"
     assert (two["value"], two["steps"]) == ("6.5", "2 steps") and "measured during training" in two["protocol"]
+    assert "too few samples" in report(run)[0].text() and one["warnings"] == []
 
 
 def test_distances_measured_during_training_are_curves(tmp_path):

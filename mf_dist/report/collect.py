@@ -91,26 +91,32 @@ def read_run(folder: Path, name: str) -> Run:
     return run
 
 
+def _text(path: Path, problems: list[str]) -> str:
+    """Empty where there is nothing to read. A device or pipe in a file's place has no end, and is not read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error.strerror or error}).")
+        return ""
+
+
 def _json(path: Path, problems: list[str]) -> Any:
     """None where it is absent or damaged."""
+    text = _text(path, problems)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error}).")
         return None
 
 
 def _json_lines(path: Path, problems: list[str]) -> list[Table]:
     """The lines that are JSON tables; the others are counted."""
-    try:
-        texts = path.read_bytes().decode("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read ({error}).")
-        return []
+    texts = _text(path, problems).splitlines()
     found = []
     for text in texts:
         try:

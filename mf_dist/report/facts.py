@@ -57,17 +57,23 @@ def headline(run: Run) -> list[Table]:
     for measured in filter(lambda m: m.is_distance, run.measurements):
         key = (measured.name, str(measured.protocol.get("nfe")))
         before = newest.get(key)
-        if before is None or _step(measured) >= _step(before):
+        if before is None or _age(measured) >= _age(before):
             newest[key] = measured
     ranked = sorted(
         newest.values(), key=lambda m: (bool(m.protocol.get("in_training")), number(m.protocol.get("nfe")) or 0)
     )
     return [{"name": m.name, "steps": steps(m.protocol.get("nfe")), "value": f"{m.value:.4g}",
-             "protocol": _protocol(m.protocol)} for m in ranked[:4]]  # fmt: skip
+             "protocol": _protocol(m.protocol), "warnings": _warnings(m.protocol)} for m in ranked[:4]]  # fmt: skip
 
 
-def _step(measured: Measurement) -> float:
-    return number(measured.protocol.get("step")) or 0
+def _age(measured: Measurement) -> tuple[float, bool]:
+    """What is newer is larger; of the same step, an evaluation counts more than a measurement during training."""
+    return number(measured.protocol.get("step")) or 0, not measured.protocol.get("in_training")
+
+
+def _warnings(entry: Table) -> list[str]:
+    said = entry.get("warnings")
+    return [str(one) for one in said] if isinstance(said, list) else []
 
 
 def _protocol(entry: Table) -> str:

@@ -50,6 +50,8 @@ def data_uri(image: Image.Image, lossless: bool = False) -> str:
 
 def picture(path: Path, caption: str) -> Picture | None:
     """None for a file that is no picture, or only half of one."""
+    if not path.is_file():
+        return None
     try:
         with Image.open(path) as image:
             shown = image.convert("RGB")
@@ -126,7 +128,11 @@ def measured_pictures(run: Run, kind: str, captions: dict[str, str], room: int) 
 
 def classes(run: Run, room: int) -> Shown:
     """Per class the first samples of each eval/samples_nfeN.npz, the same noise in all of them."""
-    paths = {int(p.stem[11:]): p for p in (run.folder / "eval").glob("samples_nfe*.npz") if p.stem[11:].isdigit()}
+    paths = {
+        int(p.stem[11:]): p
+        for p in (run.folder / "eval").glob("samples_nfe*.npz")
+        if p.stem[11:].isdigit() and p.is_file()
+    }
     if not paths:
         return Shown([], "No samples_nfeN.npz in this run's folder eval: tools/fid_eval.py --save-npz writes one.")
     sprites: dict[int, dict[int, npt.NDArray[np.uint8]]] = {}
