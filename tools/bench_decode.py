@@ -4,8 +4,8 @@
     python tools/bench_decode.py --vae stabilityai/sd-vae-ft-mse --batch 50 --rounds 10
 
 Every form decodes the same latents, interleaved, `--rounds` times after a first call that compiles. The best round
-counts, since another job may share the machine; pixels that differ from those of the plain fp32 form are counted. On a GPU
-tf32 is among the forms.
+counts, since another job may share the machine; pixels that differ from those of the plain fp32 form are counted. On a
+GPU tf32 is among the forms.
 """
 
 import argparse
