@@ -179,6 +179,7 @@ def test_sampling_one_class(runs, tmp_path):
             "error: the Inception weights are missing: no --inception-weights given. On a machine with network run",
         ),
         (["tools/fid_eval.py", "--times", "1,0.5"], "error: --times must fall from 1 to 0"),
+        (["tools/fid_eval.py", "--times", "1,nan,0"], "error: --times must fall from 1 to 0"),
         (["tools/fid_eval.py", "--nfe", "1,x"], "error: --nfe must be from 1 to 10000, got x"),
         (["tools/reference_stats.py", "--images", "x", "--out", "x.npy"], "error: --out 'x.npy' must be"),
         (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),

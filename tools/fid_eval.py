@@ -16,6 +16,7 @@ where it stopped, with any number of processes. docs/evaluation.md says what the
 import argparse
 import contextlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from mf_dist.errors import UserError, command_line
@@ -63,7 +64,7 @@ def check(args):
     """Mistakes that need nothing loaded."""
     if args.images:
         for name in MODEL_ONLY:
-            if getattr(args, name):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise UserError(f"--images measures all of a set of images: leave out --{name.replace('_', '-')}")
         if not (args.features and args.reference and args.out):
             raise UserError("--images needs --features, --reference and --out")
@@ -76,9 +77,7 @@ def check(args):
             raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
     args.nfe = [whole(text) for text in args.nfe.split(",")] if args.nfe else None
     args.times = [number(text) for text in args.times.split(",")] if args.times else None
-    if args.times and (
-        args.times[0] != 1 or args.times[-1] != 0 or sorted(set(args.times), reverse=True) != args.times
-    ):
+    if args.times and not (args.times[0] == 1 and args.times[-1] == 0 and all(t > r for t, r in pairwise(args.times))):
         raise UserError("--times must fall from 1 to 0, such as 1,0.6,0")
     args.metrics = tuple(args.metrics.split(",")) if args.metrics else None
 
@@ -171,9 +170,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
     }  # fmt: skip
     keep = args.save_npz or bool(args.save_images)
     name, generator.seconds = f"nfe{nfe}", type(generator.seconds)(float)
-    measured = measure(
-        samples, name, network, reference, settings_of(args), protocol, ranks, out / "work", keep
-    )  # fmt: skip
+    measured = measure(samples, name, network, reference, settings_of(args), protocol, ranks, out / "work", keep)
     if not ranks.is_first:
         return
     measured.entry["seconds"] |= {stage: round(s, 3) for stage, s in generator.seconds.items()}

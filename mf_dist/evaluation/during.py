@@ -25,7 +25,7 @@ from mf_dist.evaluation.statistics import FeatureSums, Gaussian, frechet_distanc
 from mf_dist.generate import Generator, Samples, new_net
 from mf_dist.latents import Vae
 from mf_dist.meanflow.sampler import uniform_grid
-from mf_dist.origin import versions
+from mf_dist.origin import surroundings
 from mf_dist.precision import Precision, one_thread
 
 
@@ -102,7 +102,7 @@ class TrainingEvaluation:
             "labels": chosen.labels, "seed": chosen.training_seed, "ema": str(decay), "step": step,
             "num_samples": chosen.training_samples, "features": self.network.name,
             "features_sha256": self.network.sha256, "vae_sha256": self.vae.sha256, "precision": self.precision,
-            "block": BLOCK, "statistics": "streaming", **self.provenance, "versions": versions(),
-            "device": device_name(self.ranks.device), "ranks": self.ranks.world_size,
-            "seconds": {"all": round(seconds, 3)}, "warnings": [],
+            "block": BLOCK, "statistics": "streaming", **self.provenance,
+            "versions": surroundings(self.ranks.world_size), "device": device_name(self.ranks.device),
+            "ranks": self.ranks.world_size, "seconds": {"all": round(seconds, 3)}, "warnings": [],
         }  # fmt: skip

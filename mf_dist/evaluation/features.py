@@ -52,8 +52,8 @@ class FeatureNetwork(ABC):
     """Side that images must have; None: any, the network resizes them."""
     resize: str = "none"
     """How images reach the network's own size, in words."""
-    is_spatial = False
-    """Whether it has spatial features."""
+    spatial_dimension = 0
+    """S of the spatial features; 0: it has none."""
     is_inception = False
     """Whether its Frechet distance may be called FID."""
 

@@ -78,7 +78,7 @@ class Inception(FeatureNetwork):
     """pooled (B, 2048), logits (B, 1008) without bias as in the original inception score, spatial (B, 17 * 17 * 7) in
     TensorFlow's order: row, column, channel."""
 
-    dimension, is_spatial = 2048, True
+    dimension, spatial_dimension = 2048, 17 * 17 * SPATIAL_CHANNELS
     resize = "TF1 bilinear to 299 (torch-fidelity)"
 
     def __init__(self, graph: nn.Module, name: str, sha256: str, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import NpzImages, Source, open_source
-from mf_dist.origin import versions
+from mf_dist.origin import surroundings
 from mf_dist.precision import one_thread
 
 PACKAGES = ("torch-fidelity", "torchvision", "scipy", "pillow")
@@ -87,7 +87,7 @@ def _from_images(
     if not ranks.is_first:
         return None
     with threadpool_limits(1):
-        pooled, spatial = gaussians(blocks, network.is_spatial, network, ranks, exact=True)
+        pooled, spatial = gaussians(blocks, network, ranks, exact=True)
     assert pooled is not None
     picks = pick(images.count)
     provenance = {
@@ -112,7 +112,7 @@ def measure(
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
     middle = time.perf_counter()
     with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
-        found = gaussians(blocks, network.is_spatial, network, ranks, settings.exact)
+        found = gaussians(blocks, network, ranks, settings.exact)
         if reference is None or found[0] is None:
             return Measured({}, blocks)
         end = time.perf_counter()
@@ -139,7 +139,7 @@ def _entry(
         "block": settings.block,
         **values.settings,
         "pixels_sha256": blocks.pixels_sha256,
-        "versions": {**versions(), **{package: version(package) for package in PACKAGES}},
+        "versions": {**surroundings(ranks.world_size), **{package: version(package) for package in PACKAGES}},
         "device": device_name(ranks.device),
         "ranks": ranks.world_size,
         "seconds": {stage: round(seconds, 3) for stage, seconds in values.seconds.items()},

@@ -63,7 +63,9 @@ def choose(
 ) -> tuple[str, ...]:
     """The kinds to measure: all that can be, or those wanted; UserError says why one cannot."""
     why_not = {}
-    if reference.spatial is None:
+    if not network.spatial_dimension:
+        why_not["sfid"] = f"features {network.name!r} have no spatial part"
+    elif reference.spatial is None:
         why_not["sfid"] = "the reference has no mu_s and sigma_s"
     if reference.rows is None:
         why_not["pr"] = why_not["kid"] = "the reference holds no real images or their features"
@@ -80,12 +82,12 @@ def choose(
 
 
 def gaussians(
-    blocks: Blocks, spatial: bool, network: FeatureNetwork, ranks: Ranks, exact: bool
+    blocks: Blocks, network: FeatureNetwork, ranks: Ranks, exact: bool
 ) -> tuple[Gaussian | None, Gaussian | None]:
-    """Of pooled and, if asked, spatial features; on rank 0, else None. Exact: rank 0 reads all in the images' order.
-    Streaming: each rank sums up its share around the first block's mean, and one reduction adds them."""
+    """Of pooled and, where there are any, spatial features; on rank 0, else None. Exact: rank 0 reads all in the
+    images' order. Streaming: each rank sums up its share around the first block's mean, and one reduction adds them."""
     found: list[Gaussian | None] = []
-    for name in ("pooled", "spatial") if spatial else ("pooled",):
+    for name in ("pooled", "spatial") if network.spatial_dimension else ("pooled",):
         first = next(blocks.parts(name, range(1)))
         if exact or blocks.count <= first.shape[1]:
             whole = exact_gaussian(EachPart(blocks, name), first.shape[1]) if ranks.is_first else None
@@ -98,7 +100,7 @@ def gaussians(
             reduce_sums(sums, ranks)
             whole = sums.gaussian() if ranks.is_first else None
         found.append(whole)
-    return found[0], found[1] if spatial else None
+    return found[0], found[1] if network.spatial_dimension else None
 
 
 def reduce_sums(sums: FeatureSums, ranks: Ranks) -> None:

@@ -60,7 +60,8 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference:
     symmetric or not positive, or features of another network."""
     arrays = _load(path)
     pooled = _gaussian(path, arrays, ("mu", "sigma"), network.dimension)
-    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), None) if "mu_s" in arrays else None
+    has_spatial = network.spatial_dimension > 0 and "mu_s" in arrays
+    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), network.spatial_dimension) if has_spatial else None
     rows = arrays.get("rows")
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != network.dimension or not np.isfinite(rows).all()):
         raise UserError(
@@ -97,12 +98,11 @@ def _load(path: str) -> dict[str, Any]:
     return arrays
 
 
-def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], dimension: int | None) -> Gaussian:
+def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], d: int) -> Gaussian:
     try:
         mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"reference {path!r}: {names} are no numbers ({error})") from None
-    d = dimension or mean.size
     if mean.shape != (d,) or covariance.shape != (d, d):
         raise UserError(
             f"reference {path!r}: {names[0]} and {names[1]} have shapes {mean.shape}, {covariance.shape}; these "

@@ -123,16 +123,21 @@ def _trace_of_root(a: Gaussian, b: Gaussian) -> float:
 
 
 def _cholesky(gaussian: Gaussian) -> Array | None:
+    """None where the covariance is singular: also where rounding errors alone made its pivots positive."""
     try:
-        return linalg.cholesky(gaussian.covariance, lower=True)  # type: ignore[no-any-return]
+        factor: Array = linalg.cholesky(gaussian.covariance, lower=True)
     except linalg.LinAlgError:
         return None
+    return factor if _positive(np.diag(factor) ** 2).all() else None
 
 
 def _root(gaussian: Gaussian) -> Array:
     """(D, rank) with root root^T = covariance."""
     if gaussian.factor is not None:
         return gaussian.factor
+    full = _cholesky(gaussian)
+    if full is not None:
+        return full
     values, vectors = linalg.eigh(gaussian.covariance)
     positive = _positive(values)
     return vectors[:, positive > 0] * np.sqrt(positive[positive > 0])  # type: ignore[no-any-return]

@@ -142,7 +142,7 @@ def test_an_entry_has_everything(images, network, tmp_path):
     assert {"is_digits_150", "is_digits_150_std", "kd_digits_150", "kd_digits_150_std"} < entry["metrics"].keys()
     assert entry["features_sha256"] == network.sha256 and entry["pixels_sha256"] == entry["reference_sha256"]
     assert entry["num_samples"] == entry["reference_images"] == entry["kid_subset_size"] == 150
-    assert entry["versions"].keys() >= {"torch", "torch-fidelity", "numpy", "scipy", "pillow"} and entry["ranks"] == 1
+    assert entry["versions"].keys() >= {"torch", "torch-fidelity", "scipy", "pillow", "code"} and entry["ranks"] == 1
     assert entry["seconds"].keys() >= {"images", "features", "write", "statistics", "fid", "pr", "kid", "all"}
     assert "fd_digits_150" in table(entry) and "FID" not in table(entry) and not entry["warnings"]
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_measured_says_why(images, network, tmp_path):
     _, reference, _ = measured(images, images, network, tmp_path, kinds=("fid",))
     assert choose(None, network, reference, 150) == ("fid", "is", "pr", "kid")
     for kind, count, text in (
-        ("sfid", 150, "no mu_s"), ("is", 9, "fewer than its 10 splits"), ("pr", 3, "too few images"),
+        ("sfid", 150, "no spatial part"), ("is", 9, "fewer than its 10 splits"), ("pr", 3, "too few images"),
         ("fdd", 150, "expected some of fid,sfid,is,pr,kid"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=text):

@@ -1,6 +1,7 @@
 """References in every layout, and what is refused."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,11 +41,23 @@ def test_every_layout_gives_the_same_gaussian(tmp_path, network):
         found = read_reference(str(tmp_path / f"{name}.npz"), network)
         np.testing.assert_allclose(found.pooled.mean, good.mean, rtol=1e-6)
         np.testing.assert_allclose(found.pooled.covariance, good.covariance, rtol=1e-6, atol=1e-6)
-        assert (found.spatial is not None) == (name == "adm") and found.rows is None
+        assert found.spatial is None and found.rows is None
         assert len(found.provenance["reference_sha256"]) == 64
         assert found.warnings == [
             f"{tmp_path / name}.npz does not say which features it holds; it must be those of digits"
         ]
+
+
+def test_spatial_statistics_are_read_for_networks_that_have_them(tmp_path):
+    good, small = random_gaussian(0, D), random_gaussian(1, 7)
+    arrays = {"mu": good.mean, "sigma": good.covariance, "mu_s": small.mean, "sigma_s": small.covariance}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    network = SimpleNamespace(dimension=D, spatial_dimension=7, name="x", is_inception=True)
+    found = read_reference(str(tmp_path / "adm.npz"), network)
+    np.testing.assert_allclose(found.spatial.covariance, small.covariance)
+    network.spatial_dimension = 8
+    with pytest.raises(UserError, match=r"mu_s and sigma_s have shapes \(7,\), \(7, 7\)"):
+        read_reference(str(tmp_path / "adm.npz"), network)
 
 
 def test_ours_carries_rows_and_where_it_came_from(tmp_path, network):
