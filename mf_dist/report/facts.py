@@ -11,7 +11,7 @@ from mf_dist.report.curves import steps, tflops_per_image
 MAX_ROWS = 200
 """Of a table that grows with a run: the newest."""
 COLUMNS = {
-    "nfe": "network calls", "sampler": "sampler", "step": "step", "ema": "EMA", "num_samples": "samples",
+    "sampler": "sampler", "step": "step", "ema": "EMA", "num_samples": "samples",
     "labels": "labels", "seed": "seed", "features": "features", "reference": "reference",
     "reference_images": "real images", "precision": "precision",
 }  # fmt: skip
@@ -22,7 +22,9 @@ Row = list[Any]
 
 
 def short(value: Any) -> str:
-    """A number for people; any other value as it is."""
+    """A number for people; nothing for None; any other value as it is."""
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
@@ -153,9 +155,12 @@ def measured(run: Run) -> Table:
     numbers = {id(entry): {m.name: m.value for m in run.measurements if m.protocol == entry} for entry in entries}
     names = list(dict.fromkeys(name for entry in entries for name in numbers[id(entry)]))
     columns = {key: text for key, text in COLUMNS.items() if any(entry.get(key) is not None for entry in entries)}
-    rows = [[numbers[id(e)].get(name, "") for name in names] + [e.get(key, "") for key in columns] for e in entries]
-    return {"heads": [*names, *columns.values()], "rows": rows, "numbers": len(names),
-            "whole": [json.dumps(entry, indent=1) for entry in entries]}  # fmt: skip
+    rows = [
+        [e.get("nfe", ""), *(numbers[id(e)].get(name, "") for name in names), *(e.get(key, "") for key in columns)]
+        for e in entries
+    ]
+    heads = ["network calls", *names, *columns.values()]
+    return {"heads": heads, "rows": rows, "whole": [json.dumps(entry, indent=1) for entry in entries]}
 
 
 def history(run: Run) -> list[Row]:

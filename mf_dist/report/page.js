@@ -26,13 +26,17 @@ function drawPlot(place) {
   }));
   const axis = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true };
   const layout = {
-    margin: { l: 50, r: 12, t: isTouched ? 34 : 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 50, r: 12, t: isTouched ? 34 : 8, b: 36 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: colour("--soft") },
     xaxis: { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
-    yaxis: { ...axis, rangemode: "tozero", type: isLog ? "log" : "linear", nticks: 6, exponentformat: "power", tickformat: isLog ? "~g" : "" },
+    yaxis: {
+      ...axis, rangemode: "tozero", type: isLog ? "log" : "linear", nticks: 6, exponentformat: "power",
+      tickformat: isLog ? "~g" : "",
+    },
     hovermode: "x unified", hoverdistance: -1,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    showlegend: traces.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    showlegend: traces.length > 1 || !isOneRun || "points" in chart.traces[0], legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: isTouched ? false : "zoom",
   };
@@ -79,7 +83,8 @@ document.querySelectorAll(".browser").forEach((place) => {
   const classes = data.runs[place.dataset.run].classes;
   const select = place.querySelector("select");
   const show = () => {
-    const figures = classes[select.value].pictures.map((one) => image(one, `samples of ${classes[select.value].name}`, 500));
+    const chosen = classes[select.value];
+    const figures = chosen.pictures.map((one) => image(one, `samples of ${chosen.name}`, 500));
     place.querySelector(".pictures").replaceChildren(...figures);
   };
   const move = (by) => {
