@@ -129,7 +129,7 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
     preflight "$@"
     if [ "$verdict" = good ] && [ -z "$asked" ]; then
       say "preflight is good; training in $run_dir"
-      on_ranks "$run_dir/logs/$start" -m mf_dist.train "${staging[@]}" "$@" || code=$?
+      on_ranks "$run_dir/logs/$start" -m mf_dist.train "$1" "${staging[@]}" "${@:2}" || code=$?
       reason="srun ended with code $code before the run said why"
     else
       reason="preflight: ${reason:-it does not run}"
