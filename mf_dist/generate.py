@@ -86,16 +86,21 @@ class Generator:
         y = [label for _, label in draws] if labels == "random" else [i % max(1, self.num_classes) for i in indices]
         return torch.from_numpy(np.stack([noise for noise, _ in draws])), torch.tensor(y)
 
-    def grid(self, nfes: list[int], seed: int, path: Path, names: list[str], classes: list[int] | None = None) -> None:
+    def grid(
+        self, nfes: list[int], seed: int, path: Path, names: list[str], classes: list[int] | None = None,
+        times: list[float] | None = None,
+    ) -> None:  # fmt: skip
         """Writes a labelled PNG: a row per class (at most ten), the numbers of steps side by side; the same noise and
-        classes every time."""
+        classes every time. times: a grid of times instead of equal steps."""
         classes = self._grid_classes() if classes is None else classes
         columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
         noise, _ = self.draw(range(len(classes) * columns), "random", seed)
         y = torch.tensor(classes).repeat_interleave(columns)
         batches = list(zip(noise.split(GRID_BATCH), y.split(GRID_BATCH), strict=True))
         with one_thread(self.device):
-            groups = [np.concatenate([self(z, label, uniform_grid(nfe)) for z, label in batches]) for nfe in nfes]
+            groups = [
+                np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
+            ]
         side_by_side = np.stack([group.reshape(len(classes), columns, *group.shape[1:]) for group in groups], axis=1)
         texts = [names[c] if c < len(names) else str(c) if self.num_classes else "any" for c in classes]
         heads = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in nfes]

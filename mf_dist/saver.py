@@ -234,17 +234,19 @@ class Retention:
         return min(scores)[1] if scores else None
 
     def scores(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of `best` at the fewest steps (nfe) that it was measured at."""
+        """(value, step) of every measurement of `best` at the fewest steps (nfe) that it was measured at; where
+        training measures, of its own alone, which are comparable among themselves."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
             return []
         try:
             entries = json.loads(self.metrics.read_text(encoding="utf-8"))
+            entries = [e for e in entries if e.get("in_training")] or entries
             found = [
                 (int(e["nfe"]), float(e["metrics"][self.best]), int(e["step"]))
                 for e in entries
                 if self.best in e["metrics"] and "step" in e
             ]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
         return [(value, step) for nfe, value, step in found if nfe == min(found)[0]]
 

@@ -24,6 +24,7 @@ from mf_dist.errors import UserError, command_line
 MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",
               "save_npz", "save_images")  # fmt: skip
 GRID_STEPS = [1, 2, 4]
+KINDS = ("fid", "sfid", "is", "pr", "kid")
 
 
 def parse():
@@ -80,6 +81,9 @@ def check(args):
     if args.times and not (args.times[0] == 1 and args.times[-1] == 0 and all(t > r for t, r in pairwise(args.times))):
         raise UserError("--times must fall from 1 to 0, such as 1,0.6,0")
     args.metrics = tuple(args.metrics.split(",")) if args.metrics else None
+    for kind in args.metrics or ():
+        if kind not in KINDS:
+            raise UserError(f"--metrics {kind!r}: expected some of {','.join(KINDS)}")
 
 
 def whole(text):
@@ -176,7 +180,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
     measured.entry["seconds"] |= {stage: round(s, 3) for stage, s in generator.seconds.items()}
     finish(args, measured.entry, out)
     name += "_times" if args.times else ""
-    generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names)
+    generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names, times=args.times)
     save_neighbours(samples, measured.blocks, reference, out / f"neighbours_{name}.png")
     if args.save_npz:
         save_npz(measured.blocks, out / f"samples_{name}.npz")

@@ -11,6 +11,7 @@ stopped.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def main() -> None:
         if found is not None:
             write(args, found, network, versions())
             found.blocks.remove()
-            work.rmdir()
+            with contextlib.suppress(OSError):  # another one's, half done, may be there
+                work.rmdir()
 
 
 def write(args, found, network, versions):

@@ -12,10 +12,10 @@ import json
 import os
 import shutil
 import time
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from mf_dist.progress import progress
 
 BLOCK = 50
 """Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""
+COMPUTING = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
+"""Packages that decide the features' bits; blocks made with other versions are not taken over."""
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -50,12 +52,20 @@ class Blocks:
 
     def parts(self, name: str, wanted: range | None = None) -> Iterator[npt.NDArray[Any]]:
         """One array block by block; `wanted`: the numbers of the blocks."""
-        for number in wanted or range(number_of_blocks(self.count, self.block)):
-            yield read_block(self.folder, number)[name]
+        for number in range(number_of_blocks(self.count, self.block)) if wanted is None else wanted:
+            yield read_block(self.folder, number, [name])[name]
 
     def rows(self, name: str) -> npt.NDArray[Any]:
         """One array of all images, in order."""
         return np.concatenate(list(self.parts(name)))
+
+    def picked(self, name: str, images: list[int]) -> npt.NDArray[Any]:
+        """One array of some images, in ascending order; the others are not held."""
+        chosen, found = np.array(images), []
+        for number, part in enumerate(self.parts(name)):
+            first = number * self.block
+            found.append(part[chosen[(chosen >= first) & (chosen < first + len(part))] - first])
+        return np.concatenate(found)
 
     @property
     def pixels_sha256(self) -> str:
@@ -84,8 +94,8 @@ def compute_blocks(
     unless resume is False."""
     plan = {
         **source.identity, "count": source.count, "block": block, "keep_pixels": keep_pixels,
-        "features": network.name, "features_sha256": network.sha256, "torch": str(torch.__version__),
-        "device": device_name(ranks.device),
+        "features": network.name, "features_sha256": network.sha256, "device": device_name(ranks.device),
+        "versions": {package: version(package) for package in COMPUTING},
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{name}-{digest}"
@@ -137,13 +147,13 @@ def number_of_blocks(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def read_block(folder: Path, number: int) -> Arrays:
-    """UserError where it is damaged: every array has a checksum in the file."""
+def read_block(folder: Path, number: int, names: list[str] | None = None) -> Arrays:
+    """Some of its arrays, or all. UserError where it is damaged: every array has a checksum in the file."""
     path = _path(folder, number)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            return {name: file[name] for name in (file.files if names is None else names)}
+    except Exception as error:  # of damaged bytes, zipfile alone raises eight kinds
         raise UserError(f"{path} is damaged or gone ({error}); run the same command again") from None
 
 
@@ -163,7 +173,9 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def barrier(ranks: Ranks) -> None:

@@ -94,7 +94,7 @@ def _from_images(
         "reference": images.identity["images"], "reference_sha256": blocks.pixels_sha256,
         "reference_images": images.count, "reference_resolution": images.identity["resolution"],
     }  # fmt: skip
-    return Reference(pooled, spatial, blocks.rows("pooled")[picks], provenance, [], images, picks, blocks)
+    return Reference(pooled, spatial, blocks.picked("pooled", picks), provenance, [], images, picks, blocks)
 
 
 def pick(count: int) -> list[int]:

@@ -16,8 +16,8 @@ from mf_dist.durable import write_json
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
 
-RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", "pixels_sha256")
-"""Keys of an entry that are not part of its protocol: a new entry of the same protocol replaces the old one."""
+RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments")
+"""Keys of an entry that are not part of its protocol: a new entry of the same protocol and pixels joins the old one."""
 SHOWN = (
     "num_samples",
     "nfe",
@@ -45,8 +45,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def record(entry: dict[str, Any], out: Path) -> Path:
-    """Adds the entry to out/metrics.json; only one of the very same protocol and checkpoint is replaced. A run that
-    measures while it trains may do the same at the same time."""
+    """Adds the entry to out/metrics.json, or to the one there of the very same protocol and pixels, whose other metrics
+    stay. A run that measures while it trains may do the same at the same time."""
     path = out / "metrics.json"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -55,8 +55,11 @@ def record(entry: dict[str, Any], out: Path) -> Path:
 
     plain = json.loads(json.dumps(entry))
     with _alone(out / "metrics.lock"):
-        kept = [old for old in read_entries(path) if protocol(old) != protocol(plain)]
-        write_json(path, [*kept, plain])
+        entries = read_entries(path)
+        for old in entries:
+            if protocol(old) == protocol(plain):
+                plain["metrics"] = {**old["metrics"], **plain["metrics"]}
+        write_json(path, [*(old for old in entries if protocol(old) != protocol(plain)), plain])
     return path
 
 
@@ -78,8 +81,10 @@ def table(entry: dict[str, Any]) -> str:
 
 
 def save_images(blocks: Blocks, count: int, folder: Path) -> None:
-    """The first `count` images as folder/NUMBER_CLASS.png."""
+    """The first `count` images as folder/NUMBER_CLASS.png, instead of any that were there."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     for number, (pixels, label) in enumerate(_images(blocks, count)):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{number:06d}_{label:03d}.png")
 

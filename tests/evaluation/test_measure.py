@@ -57,6 +57,8 @@ def test_blocks_are_taken_over_or_made_again(images, network, tmp_path):
     again = compute_blocks(source, network, ALONE, tmp_path, "x", block=40)
     assert again.folder == whole.folder and np.array_equal(again.rows("pooled"), rows)
     assert [a == path.stat().st_mtime_ns for a, path in zip(times, files, strict=True)] == [True, False, False, True]
+    assert list(whole.parts("pooled", range(5, 4))) == []  # of a rank that has none, not of all
+    assert np.array_equal(whole.picked("pooled", [3, 39, 40, 149]), rows[[3, 39, 40, 149]])
     compute_blocks(source, network, ALONE, tmp_path, "x", block=40, resume=False)
     assert all(path.stat().st_mtime_ns not in times for path in files)
     other = compute_blocks(source, network, ALONE, tmp_path, "x", block=50)
@@ -213,6 +215,11 @@ def test_record_replaces_the_very_same_protocol_only(tmp_path):
     for value, nfe in ((1.0, 1), (2.0, 2), (3.0, 1)):
         record({**entry, "metrics": {"fd": value}, "nfe": nfe}, tmp_path)
     assert [(e["nfe"], e["metrics"]["fd"]) for e in read_entries(tmp_path / "metrics.json")] == [(2, 2.0), (1, 3.0)]
+    record({**entry, "metrics": {"is": 9.0}, "pixels_sha256": "a"}, tmp_path / "more")
+    record({**entry, "metrics": {"fd": 1.0}, "pixels_sha256": "a"}, tmp_path / "more")  # nothing measured is lost
+    record({**entry, "metrics": {"fd": 5.0}, "pixels_sha256": "b"}, tmp_path / "more")  # other images at the same place
+    found = [e["metrics"] for e in read_entries(tmp_path / "more/metrics.json")]
+    assert found == [{"is": 9.0, "fd": 1.0}, {"fd": 5.0}]
     for damaged in ("{", '[{"metric": "fd", "value": 1}]', "[1]"):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match="damaged or of an older version"):

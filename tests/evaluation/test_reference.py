@@ -118,3 +118,20 @@ def test_refusals(tmp_path, network):
             read_reference(str(tmp_path / "broken.npz"), network)
     with pytest.raises(UserError, match="cannot read"):
         read_reference(str(tmp_path / "nowhere.npz"), network)
+
+
+def test_any_byte_of_a_compressed_file_is_a_line_or_harmless(tmp_path, network):
+    good = random_gaussian(0, D)
+    np.savez_compressed(tmp_path / "a.npz", mu=good.mean, sigma=good.covariance)
+    raw, g, refused = (tmp_path / "a.npz").read_bytes(), np.random.default_rng(0), 0
+    for place in g.choice(len(raw), 80, replace=False):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << int(g.integers(8))
+        (tmp_path / "b.npz").write_bytes(damaged)
+        try:
+            found = read_reference(str(tmp_path / "b.npz"), network)
+            assert np.array_equal(found.pooled.mean, good.mean)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 60
