@@ -61,9 +61,15 @@ def _hold(status: Status, patience: float) -> None:
             time.sleep(min(2.0, patience))
 
 
-def end(config: Config, reason: str, asked: str = "") -> Verdict:
-    """What is to follow the start that has ended."""
-    return judge(Status(Path(config.run_dir)).conclude(reason, asked))
+def end(config: Config, reason: str, asked: str = "", patience: float = LOCK_SECONDS) -> Verdict:
+    """What is to follow the start that has ended. Raises UserError where another process has the run by now: it is that
+    one's to say."""
+    status = Status(Path(config.run_dir))
+    _hold(status, patience)
+    try:
+        return judge(status.conclude(reason, asked))
+    finally:
+        status.release()
 
 
 def judge(said: dict[str, Any]) -> Verdict:
@@ -98,9 +104,15 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
+    except UserError as error:
+        print("refused", " ".join(str(error).split()))
+        return
+    try:
         verdict = begin(config, args.ranks) if args.what == "begin" else end(config, args.reason, args.asked)
     except UserError as error:
         verdict = Verdict("refused", str(error))
+    except OSError as error:  # a disk that is away says nothing of the run
+        verdict = Verdict("failed", f"{error.filename or config.run_dir}: {error.strerror or error}")
     print(verdict.word, " ".join(verdict.reason.split()))
 
 

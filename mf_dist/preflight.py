@@ -133,7 +133,9 @@ def _all_reduce(group: Any, device: Any) -> tuple[float, bool]:
         dist.all_reduce(numbers, group=group)
         is_right &= bool((numbers == count * (count + 1) / 2).all())  # waits for the GPU
         best = min(best, time.perf_counter() - start)
-    return 2 * (count - 1) / count * 4 * size / best / 1e9, is_right
+    of_all = torch.tensor([float(is_right)], device=device)
+    dist.all_reduce(of_all, dist.ReduceOp.MIN, group=group)  # one rank of the group speaks for all
+    return 2 * (count - 1) / count * 4 * size / best / 1e9, bool(of_all.item() == 1)
 
 
 def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -141,16 +143,30 @@ def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]
     looked = {node: _read(into / f"{node}.json") for node in nodes}
     bad = {node: said["problems"] if said else ["it did not answer"] for node, said in looked.items()}
     told = {node: said["same"] for node, said in looked.items() if said}
-    usual = json.loads(Counter(json.dumps(same) for same in told.values()).most_common(1)[0][0]) if told else {}
-    for node, same in told.items():
-        bad[node] += [
-            f"{name} is {same[name]}, elsewhere {value}" for name, value in usual.items() if same[name] != value
-        ]
+    for node, lines in _odd_ones(told).items():
+        bad[node] += lines
     wires = {node: said for node in nodes if (said := _read(into / f"{node}.wires.json"))}
     if wires:  # if no node has a word to say, none is to blame
         for node in nodes:
             bad[node] += wires[node]["problems"] if node in wires else ["its ranks did not answer"]
     return {node: problems for node, problems in bad.items() if problems}, _speeds(wires)
+
+
+def _odd_ones(told: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """What a node has unlike most. Where there is no majority, nobody knows who is right: all are named."""
+    counts = Counter(json.dumps(same) for same in told.values()).most_common()
+    if len(counts) < 2:
+        return {}
+    usual, has_majority = json.loads(counts[0][0]), 2 * counts[0][1] > len(told)
+    differing = [name for name in usual if len({json.dumps(same[name]) for same in told.values()}) > 1]
+    if not has_majority:
+        return {
+            node: [f"{name} is {same[name]}, and nodes differ" for name in differing] for node, same in told.items()
+        }
+    return {
+        node: [f"{name} is {same[name]}, elsewhere {usual[name]}" for name in differing if same[name] != usual[name]]
+        for node, same in told.items()
+    }
 
 
 def _speeds(wires: dict[str, dict[str, Any]]) -> list[str]:

@@ -8,8 +8,12 @@ leave() { say "$2"; exit "$1"; } # code, why: the last line of the log
 # ---- the site, and where we are in it
 CONTAINER=()
 site=${SITE_ENV:-slurm/site.env}
-# shellcheck source=/dev/null
-[ ! -f "$site" ] || source "$site"
+if [ -f "$site" ]; then
+  set +u # modules and conda read variables that are not set
+  # shellcheck source=/dev/null
+  source "$site"
+  set -u
+fi
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-300}
@@ -24,17 +28,16 @@ here=()                                         # what puts a program on this no
 [ ${#CONTAINER[@]} = 0 ] || here=(srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}")
 
 # ---- what ranks inherit
+export SLURM_EXPORT_ENV=ALL                  # srun passes all of this on, also after sbatch --export=NONE
 export PYTHONUNBUFFERED=1                    # the last words of a killed rank are in its log
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else every rank starts a thread a core
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # why it failed, and nothing else
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1     # a rank whose peer is gone ends, instead of waiting in a collective
-export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000 # at a timeout each rank writes its last collectives
 
 # ---- signals: noted here, passed on to the ranks, which save at their next step
 asked='' # which one told this job to stop
 ask_again() { # as long as this script lives, since a program that just starts is deaf; to the steps, not to this script
   while kill -0 $$ 2> /dev/null; do
-    scancel --quiet --signal=USR1 "$SLURM_JOB_ID"
+    scancel --quiet --signal=USR1 "$job"
     sleep 5
   done
 }
@@ -95,7 +98,8 @@ task() { # a tool and its arguments, in one process on one node; the same call g
 # ---- training
 preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes) and reason
   local into=$run_dir/preflight/$start why=''
-  step "${deaf[@]}" timeout --signal=KILL "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
+  # one node that fails early must not end the others, which would then seem silent
+  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" timeout --signal=KILL "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
     --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" ||
     why="srun ended with code $?"
   judge
@@ -112,7 +116,7 @@ requeue() { # nodes to leave out, or nothing. SLURM then ends this script
   local before
   [ "$asked" != SIGTERM ] || return # cancelled, or SLURM has done it
   trap '' TERM
-  before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  before=$(scontrol show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   [ "$before" != '(null)' ] || before=''
   scontrol requeue "$job" || return
   # only a job that waits takes another list

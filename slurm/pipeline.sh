@@ -14,8 +14,12 @@ if [ $# -lt 4 ] || [ ! -f "$1" ] || [ ! -f slurm/common.sh ]; then
 fi
 ENCODE_SBATCH=() TRAIN_SBATCH=() EVAL_SBATCH=()
 site=${SITE_ENV:-slurm/site.env}
-# shellcheck source=/dev/null
-[ ! -f "$site" ] || source "$site"
+if [ -f "$site" ]; then
+  set +eu # modules and conda fail and read variables that are not set
+  # shellcheck source=/dev/null
+  source "$site"
+  set -eu
+fi
 train=$1 run=$2 data=$3
 shift 3
 encode=()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_python
 
 from mf_dist.attempt import begin, end, judge
 from mf_dist.config import load_config
@@ -124,3 +124,19 @@ def test_the_command_answers_in_one_line(tiny_config, tmp_path):
     (tmp_path / "run/STOP").touch()
     assert ask("begin", tiny_config) == f"stopped {tmp_path}/run/STOP exists; remove it to go on"
     assert ask("begin", tmp_path / "gone.yaml").startswith("refused cannot read config")
+
+
+def test_the_end_of_one_job_says_nothing_of_anothers(config):
+    status = Status(Path(config.run_dir))
+    status.hold()
+    status.begin(0)
+    with pytest.raises(UserError, match="is being trained by"):
+        end(config, "srun ended with code 1", patience=0.1)
+    assert status.read()["status"] == "running"
+    status.release()
+    assert end(config, "srun ended with code 1").word == "retry"
+
+
+def test_a_disk_that_is_away_is_named(tiny_config):
+    said = run_python("-m", "mf_dist.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
+    assert said.startswith("failed /proc/nope: No such file")

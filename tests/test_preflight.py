@@ -89,3 +89,11 @@ def test_what_all_nodes_have_is_no_nodes_fault(tmp_path):
     assert verdict("n1", "n2") == "bad n1 n1: checkpoints: no room"
     node(tmp_path, "n1")
     assert verdict("n1", "n2") == "good -"
+
+
+def test_two_nodes_that_differ_are_both_named(tmp_path):
+    """Nobody knows which is right, so none is left out."""
+    node(tmp_path, "n1", torch="bad")
+    node(tmp_path, "n2")
+    bad, _ = judge(tmp_path, ["n1", "n2"])
+    assert bad == {"n1": ["torch is bad, and nodes differ"], "n2": ["torch is 2, and nodes differ"]}
