@@ -26,6 +26,9 @@ FORMS = {
 
 def random_vae(folder, width):
     """Stable Diffusion's shape at `width` 128, with weights that keep the signal's size."""
+    from mf_dist.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
     from diffusers import AutoencoderKL
 
     widths = [width, 2 * width, 4 * width, 4 * width]

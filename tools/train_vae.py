@@ -66,6 +66,10 @@ def _fit(vae, images, args, g):
 
 def _new_vae(resolution, seed):
     import torch
+
+    from mf_dist.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng():  # diffusers initialises from the global generator
