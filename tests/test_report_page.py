@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from PIL import Image
-from test_report import line, write_run, write_samples
+from report_runs import line, write_run, write_samples
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 COLOURS = {2: "red", 4: "green", 6: "blue"}

@@ -1,0 +1,129 @@
+"""What the report says of a run: its story, headline, curves and rates."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_runs import CONFIG, line, report, write_run
+
+from mf_dist.errors import UserError
+from mf_dist.report.collect import read_run, read_runs
+from mf_dist.report.curves import device_peak, tflops_per_image, thin
+from mf_dist.report.facts import faults, headline, history, training_seconds
+from mf_dist.report.page import write_report
+from mf_dist.report.pictures import fit, grids
+from mf_dist.status import Status
+
+
+def test_spread_keeps_the_ends_and_the_room():
+    def make(n):
+        return {"n": n, "pictures": [{"src": "x" * 800}]}
+
+    assert [one["n"] for one in fit(range(11), make, 5999, 50)] == [0, 2, 5, 8, 10]
+    assert [one["n"] for one in fit(range(11), make, 10**6, 3)] == [0, 5, 10]
+    assert [one["n"] for one in fit(range(11), make, 1000, 3)] == [10] and not fit(range(11), make, 999, 3)
+
+
+def test_thinning_loses_no_extreme():
+    values = np.random.default_rng(3).normal(size=10_000)
+    values[[1234, 7777]] = 50, -50
+    kept = thin([(16 * i, v, i) for i, v in enumerate(values.tolist())], 500)
+    assert len(kept) <= 500 and {50, -50} <= {v for _, v, _ in kept}
+    assert [p[2] for p in kept] == sorted(p[2] for p in kept) and (kept[0][2], kept[-1][2]) == (0, 9999)
+
+
+def test_the_story_tells_starts_ends_and_faults(tmp_path):
+    status = Status(tmp_path / "run")
+    status.begin(0)
+    status.note(3, "step left out: the gradient is not finite")
+    status.begin(4)  # after a kill -9
+    status.committed(8)
+    status.end("stopped", 8, "SIGTERM")
+    status.begin(8)
+    status.end("failed", 9, "a rank died")
+    status.refuse("no such data", has_begun=False)
+    run = read_run(status.path.parent, "run")
+    what = [(row[1], row[2]) for row in history(run)]
+    assert what == [("started", 0), ("warning", 3), ("broke off", ""), ("resumed", 4), ("stopped", 8), ("resumed", 8),
+                    ("failed", 9), ("refused", 8)]  # fmt: skip
+    assert [row[3] for row in history(run)[-2:]] == ["a rank died", "no such data"]
+    run.lines = [line(10), line(20, skipped_steps=2), line(30, skipped_steps=2, clipped_steps=1)]
+    assert faults(run) == [
+        "2 step(s) left out after step 10, up to step 20",
+        "1 step(s) clipped after step 20, up to step 30",
+    ]
+
+
+def test_headline_is_the_newest_of_its_kind_and_names_its_protocol(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "eval").mkdir()
+    old = {"metric": "fd_digits", "value": 9.0, "nfe": 1, "step": 2, "num_samples": 99, "reference": "real/"}
+    new = {"metrics": {"fd_digits": 7.25, "fd_digits_std": 1.0, "recall_digits": 0.5}, "nfe": 1, "step": 4,
+           "ema": "0.9", "num_samples": 1000, "reference": "real/", "reference_images": 797}  # fmt: skip
+    during = {**new, "in_training": True, "nfe": 2, "metrics": {"fd_digits": 6.5}, "warnings": ["too few samples"]}
+    same = {**new, "in_training": True, "metrics": {"fd_digits": 99.0}}
+    (run / "eval/metrics.json").write_text(json.dumps([old, new, during, same]))
+    one, two = headline(read_run(run, "run"))
+    assert (one["value"], one["steps"]) == ("7.25", "1 step")
+    assert one["protocol"] == "1,000 samples, EMA 0.9, step 4, against real/ (797 real images)"
+    assert (two["value"], two["steps"]) == ("6.5", "2 steps") and "measured during training" in two["protocol"]
+    assert "too few samples" in report(run)[0].text() and one["warnings"] == []
+
+
+def test_distances_measured_during_training_are_curves(tmp_path):
+    seen = [{"step": s, "samples_seen": 16 * s, "fd_digits_1k/nfe1/ema0.99": 10.0 / s} for s in (2, 4)]
+    run = write_run(tmp_path / "run", [line(2), seen[0], line(4), seen[1]])
+    (run / "eval").mkdir()
+    entries = [{"metrics": {"fd_digits_1k": 2.5}, "in_training": True, "nfe": 1, "ema": "0.99", "step": 4},
+               {"metrics": {"fd_digits_1k": 2.75}, "nfe": 2, "ema": "0.99", "step": 4}]  # fmt: skip
+    (run / "eval/metrics.json").write_text(json.dumps(entries))
+    (chart, *_) = report(run)[1]["plots"]["curves"]
+    found = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
+    assert found == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
+
+
+def test_rates_follow_from_the_config(tmp_path):
+    """2 ranks share 640 images/s; a GPU's share of its peak only where that is known and the run is in bf16."""
+    from mf_dist.config import Config
+    from mf_dist.config_loader import from_tree
+    from mf_dist.cost import forward_flops
+
+    run = read_run(write_run(tmp_path / "run"), "run")
+    forward = forward_flops(from_tree(Config, CONFIG, "test").model)
+    assert tflops_per_image(run) == pytest.approx(
+        (3 + 1 + 0.25 + 0.5) * forward / 2e12
+    )  # 4.75 forwards: docs/design.md
+    assert training_seconds(run.training) == pytest.approx(4 * 0.025)
+    assert device_peak(run) is None
+    run.state["versions"]["device"] = "NVIDIA H100 80GB HBM3"
+    run.config["engine"] = {"precision": "bf16"}
+    assert device_peak(run) == 989e12
+    run.state["versions"]["device"] = "NVIDIA H100 PCIe"
+    assert device_peak(run) == 756e12
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    report(run)
+    before = (run / "report.html").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_report([run], run / "report.html")
+    assert (run / "report.html").read_bytes() == before and not list(run.glob("*.tmp"))
+
+
+def test_grids_of_one_step_stand_side_by_side(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "samples").mkdir()
+    for name in ("step00000004-nfe2", "step00000004-nfe1", "step00000004-nfe10", "step00000002", "step3.partial"):
+        Image.new("RGB", (20, 20), "red").save(run / f"samples/{name}.png")
+    shown = grids(read_run(run, "run"), 10**6)
+    assert [frame["step"] for frame in shown.items] == [2, 4] and shown.note == ""
+    assert [one["caption"] for one in shown.items[1]["pictures"]] == ["1 step", "2 steps", "10 steps"]
+
+
+def test_user_error_names_the_folder(tmp_path):
+    with pytest.raises(UserError, match="is no run: expected a folder with metrics.jsonl"):
+        read_runs([tmp_path])
