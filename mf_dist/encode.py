@@ -20,7 +20,7 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
-from mf_dist.data.shard_writer import Record, is_whole, sweep, write_shard
+from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.durable import sha256_of, write_json
 from mf_dist.errors import UserError
@@ -85,9 +85,8 @@ def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task
         writing.set_result(None)
         for number in mine:
             tar = out / shard_name(number)
-            index = read_index(tar)
-            if index is not None and is_whole(tar, plan_sha256):
-                all_bad += index.skipped
+            if made := whole_index(tar, plan_sha256):
+                all_bad += made.skipped
                 bar.update(len(blocks[number]))
                 continue
             bad: list[str] = []

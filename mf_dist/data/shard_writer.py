@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mf_dist.data.shards import Moments, index_checksum, index_path, read_index
+from mf_dist.data.shards import Index, Moments, index_checksum, index_path, read_index
 from mf_dist.durable import partial_path, sha256_of, sync_folder
 
 
@@ -47,7 +47,7 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str], plan: str)
         os.replace(partial_index, index_path(tar))
         os.replace(partial, tar)
     except FileNotFoundError:  # another process finished the dataset, this shard included, and swept the folder
-        if not is_whole(tar, plan):
+        if whole_index(tar, plan) is None:
             raise
     finally:
         for path in (partial, partial_index):
@@ -93,12 +93,12 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_whole(tar: Path, plan: str) -> bool:
-    """Whether a shard was made by this plan and is what its index was written with, to the last bit."""
+def whole_index(tar: Path, plan: str) -> Index | None:
+    """The index of a shard that was made by this plan and is what its index was written with, to the last bit; else None."""
     index = read_index(tar)
-    return (
-        index is not None and index.plan == plan and tar.is_file() and tar.stat().st_size == index.size and sha256_of(tar) == index.sha256
-    )
+    if index is None or index.plan != plan or not tar.is_file() or tar.stat().st_size != index.size:
+        return None
+    return index if sha256_of(tar) == index.sha256 else None
 
 
 def array_offsets(tar: Path, suffix: str) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -185,17 +185,20 @@ class LatentShards:
 
     def place(self, index: int) -> tuple[Path, int]:
         """Where sample `index` lies: its tar, and its number in the source list, which is its key there."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[shard])
+        shard, row = self._shard_and_row(index)
         return self.folder / self.manifest["shards"][shard]["name"], int(self._indices[shard].numbers[row])
+
+    def _shard_and_row(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
 
     def batch(self, rows: list[int], flipped: list[bool]) -> tuple[Moments, npt.NDArray[np.int64]]:
         """(B, 2C, S, S) fp16 and labels (B,) of images by index, of the mirrored image where `flipped`, which only a
         dataset encoded with --flip has. UserError where a sample is not what was written."""
         moments, labels = np.empty((len(rows), *self.moments_shape), np.float16), np.empty(len(rows), np.int64)
         for i, (index, mirror) in enumerate(zip(rows, flipped, strict=True)):
-            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            row, found = index - int(self._starts[shard]), self._indices[shard]
+            shard, row = self._shard_and_row(index)
+            found = self._indices[shard]
             offset, crc = (found.flipped, found.flipped_crc32) if mirror else (found.offsets, found.crc32)
             path, mapped = self._map(shard)
             moments[i].view(np.uint8).reshape(-1)[:] = mapped[offset[row] : offset[row] + self._nbytes]
