@@ -1,0 +1,27 @@
+"""Trains as `python -m mf_dist.train` does, but with du/dt along the wrong direction (v, 0, 0) in place of (v, 0, 1).
+
+python tests/wrong_tangent.py configs/fashion_cpu.yaml run_dir=runs/fashion/wrong-tangent-0
+
+The paper's Table 1b trains so to show that the direction matters; tools/ablation.py does the same.
+"""
+
+import sys
+
+import torch
+
+from mf_dist.models.dit import DiT
+from mf_dist.train import main
+
+right = DiT.forward
+
+
+def without_time(self, z, r, t, y, tangent=None):
+    if tangent is not None:
+        dz, dr, dt = tangent
+        tangent = dz, dr, torch.zeros_like(dt)
+    return right(self, z, r, t, y, tangent)
+
+
+if __name__ == "__main__":
+    DiT.forward = without_time
+    sys.exit(main())
