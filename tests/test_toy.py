@@ -74,9 +74,40 @@ def test_tangent_of_the_network(field):
     torch.testing.assert_close((u, du), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_distance_and_share_off_the_modes(field):
+    """A shifted set is as far as the shift; sorted is the best coupling on a line."""
+    from toy_flow import off_modes, wasserstein
+
+    a = points(40)[0]
+    assert wasserstein(a, (a + torch.tensor([0.3, -0.4])).flip(0)) == pytest.approx(0.5)
+    line, other = a[:, :1] * torch.tensor([[1.0, 0.0]]), 3 * a[:, 1:] * torch.tensor([[1.0, 0.0]])
+    coupled = (line[:, 0].sort()[0] - other[:, 0].sort()[0]).square().mean().sqrt()
+    assert wasserstein(line, other) == pytest.approx(coupled.item())
+    at = field.means()[[0, 1, 2, 3]] + torch.tensor([[0, 0], [2.9, 0], [3.1, 0], [0, -9]]) * field.STD
+    assert off_modes(at) == 0.5
+
+
+def test_the_rules_differ_in_the_target_alone(field):
+    """Direct regression by hand; at (r = t) all three have the same target e - x."""
+    from toy_flow import RECIPE, PlaneNet, loss_of, sample_times
+
+    net, g = PlaneNet(torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    x, e = torch.randn(2, 8, 2, 1, 1, generator=g)
+    normals = torch.randn(8, 2, generator=g)
+    r, t = sample_times(normals, 4, RECIPE.time_mean, RECIPE.time_std)
+    assert (r[4:] < t[4:]).any() and (r[:4] == t[:4]).all()
+    z = (1 - t)[:, None] * x[:, :, 0, 0] + t[:, None] * e[:, :, 0, 0]
+    rows = (net(z[:, :, None, None], r, t, None) - (e - x)).square().sum(dim=(1, 2, 3))
+    losses = {rule: loss_of(rule, net, x, e, normals, RECIPE) for rule in ("direct regression", "MeanFlow")}
+    torch.testing.assert_close(losses["direct regression"], rows.mean())
+    assert (losses["MeanFlow"] - losses["direct regression"]).abs() > 1e-3
+
+
 @pytest.mark.dist
 def test_the_tool_draws_and_tells(tmp_path):
-    lines = run_python("tools/toy_flow.py", "--steps", 400, "--points", 400, "--out", tmp_path).stdout.splitlines()
-    distance = {line[:18].strip(): float(line.split("samples ")[1].split()[0]) for line in lines if "one-step" in line}
+    command = ["tools/toy_flow.py", "--steps", 400, "--seeds", 1, "--points", 400, "--out", tmp_path]
+    cells = [line.split(" | ") for line in run_python(*command).stdout.splitlines() if line.startswith("| ")]
+    distance = {name.strip("| "): float(told.split()[0]) for name, told, *_ in cells[1:]}
     assert distance["MeanFlow"] < 0.6 * min(distance["flow matching"], distance["direct regression"])
+    assert distance["exact average velocity"] < distance["MeanFlow"]
     assert all((tmp_path / f"toy_{name}.png").stat().st_size > 5000 for name in ("paths", "secant", "samples"))

@@ -14,7 +14,7 @@ NOISE, DATA, PATH = "#8a8f98", "#c8451b", "#2b6cb0"
 
 
 def plane(axis, title: str) -> None:
-    axis.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=(-3.7, 3.7), ylim=(-3.7, 3.7), aspect="equal", xticks=[], yticks=[])
     axis.set_title(title, fontsize=11)
 
 
@@ -24,21 +24,32 @@ def save(figure, path: Path) -> None:
 
 
 def draw_fields(path: Path) -> None:
-    """The straight conditional paths, and the curved trajectories of the marginal velocity."""
+    """The straight conditional paths, the marginal velocity between noise and data, and its curved trajectories."""
     g = torch.Generator().manual_seed(3)
     x, e = sample_data(60, g), torch.randn(60, 2, dtype=torch.float64, generator=g)
     ends = torch.ones(60).double(), torch.zeros(60).double()
     lines = trajectory(e, *ends)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5))
-    plane(axes[0], "conditional: z = (1 - t) x + t e, straight, and they cross")
-    plane(axes[1], "marginal: dz/dt = v(z, t), curved, and they cannot cross")
+    figure, axes = plt.subplots(1, 3, figsize=(14.4, 4.9), gridspec_kw={"wspace": 0.05})
+    plane(axes[0], "lines from e to x: straight, they cross")
+    plane(axes[1], "field: -v(z, t) at t = 0.4")
+    plane(axes[2], "trajectories of v: curved, they do not cross")
     axes[0].plot(*torch.stack([e, x]).unbind(2), color=PATH, lw=0.7, alpha=0.6)
-    axes[1].plot(*lines.unbind(2), color=PATH, lw=0.7, alpha=0.8)
-    for axis, end in zip(axes, (x, lines[-1]), strict=True):
+    draw_arrows(axes[1], 0.4)
+    axes[2].plot(*lines.unbind(2), color=PATH, lw=0.7, alpha=0.8)
+    for axis, end in zip(axes[::2], (x, lines[-1]), strict=True):
         axis.scatter(*e.T, s=9, color=NOISE, label="noise, t = 1", zorder=3)
         axis.scatter(*end.T, s=9, color=DATA, label="data, t = 0", zorder=3)
     axes[0].legend(loc="lower left", fontsize=8, frameon=False)
     save(figure, path)
+
+
+def draw_arrows(axis, t: float) -> None:
+    """Where the marginal velocity carries the points of time t, as time falls; the data behind."""
+    side = torch.linspace(-3, 3, 19, dtype=torch.float64)
+    z = torch.cartesian_prod(side, side)
+    v = marginal_velocity(z, torch.full((len(z),), t, dtype=torch.float64))
+    axis.quiver(*z.T, *-v.T, color=PATH, width=0.0035, scale=60)
+    axis.scatter(*sample_data(600, torch.Generator().manual_seed(4)).T, s=3, color=DATA, alpha=0.15, zorder=0)
 
 
 def draw_secant(path: Path) -> None:
@@ -63,10 +74,10 @@ def draw_secant(path: Path) -> None:
     save(figure, path)
 
 
-def draw_samples(path: Path, found: dict[str, tuple[Tensor, float, float]]) -> None:
-    """One-step samples by rule, with the distance to the truth where there is one."""
+def draw_samples(path: Path, found: dict[str, tuple[Tensor, float]]) -> None:
+    """One-step samples by rule with their distance to the truth; of the truth, that to as many other real points."""
     figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.4))
-    for axis, (name, (points, distance, _)) in zip(axes, found.items(), strict=True):
-        plane(axis, name + (f"\nW2 {distance:.2f}" if distance else "\n"))
+    for axis, (name, (points, distance)) in zip(axes, found.items(), strict=True):
+        plane(axis, f"{name}\nW2 {distance:.2f}")
         axis.scatter(*points.T, s=2, alpha=0.4, color=DATA if name == "truth" else PATH)
     save(figure, path)
