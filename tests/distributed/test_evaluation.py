@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEATURES, ROOT
 from processes import FULL, status, valid_steps
 
 pytestmark = pytest.mark.dist
@@ -85,11 +87,14 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(evaluate, exact, t
     print(f"{kills} kills; whole blocks after each: {made}")
 
 
-def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, evaluate, tmp_path):
+def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, images, tmp_path):
     """On two ranks in training against one process on the checkpoint; and the best checkpoint stays."""
+    stats = tmp_path / "stats.npz"
+    command = ["--images", images, "--features", FEATURES, "--out", stats]
+    assert zygote.run(tmp_path / "stats.log", command, script=ROOT / "tools/reference_stats.py") == [0]
     options = ["train.total_images=320", "eval.every_images=80", "eval.training_samples=130",
-               "eval.training_emas=[0.9]", "checkpoint.keep=1", "checkpoint.keep_best=fd_digits_130",
-               "checkpoint.every_images=320"]  # fmt: skip
+               f"eval.reference={stats}", "eval.training_emas=[0.9]", "checkpoint.keep=1",
+               "checkpoint.keep_best=fd_digits_130", "checkpoint.every_images=320"]  # fmt: skip
     assert zygote.run(tmp_path / "log", [config, *options], 2) == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -105,6 +110,36 @@ def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, 
     assert after == pytest.approx(curve[20]["fd_digits_130/nfe1/ema0.9"], rel=1e-9)
     inside = [e for e in entries(run / "eval") if e["step"] == 20 and e["nfe"] == 1]
     assert [e["metrics"]["fd_digits_130"] for e in inside] == [curve[20]["fd_digits_130/nfe1/ema0.9"]]
+    assert inside[0]["seconds"].keys() == {"sample", "decode", "features", "statistics", "all"}
+    assert curve[20]["evaluation_seconds"] > inside[0]["seconds"]["all"] > inside[0]["seconds"]["sample"] > 0
+    assert inside[0]["warnings"] == [] and inside[0]["reference_made"]["count"] == 150
+
+
+def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, config, images, tmp_path):
+    """Before the work, in the midst of it and after it: nobody is left waiting, and no trace of stacks."""
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    bad = sorted(mixed.rglob("*.png"))[60]  # of the second block, hence rank 1's
+    bad.write_bytes(bad.read_bytes()[:100])
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late/metrics.json").write_text("{")
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    folder = ["--images", mixed, "--features", FEATURES, "--reference", images, "--out", tmp_path / "early"]
+    assert zygote.run(tmp_path / "early.log", folder, 2, script=TOOL) == [2, 2]
+    for name, *options in (
+        ("kind", "--metrics", "sfid"), ("late", "--metrics", "fid"), ("wrong", "--reference", tmp_path / "broken.npz"),
+        ("both", "--inception-weights", "weights.pth"),
+    ):  # fmt: skip
+        assert evaluate(tmp_path / name, *options, ranks=2) == [2, 2]
+    assert zygote.run(tmp_path / "images.log", [config, "eval.every_images=80"], 2) == [2, 2]
+    assert "cannot read reference statistics" in status(tmp_path / "run")["reason"]
+    for name, text in {
+        "early": f"{bad.name}.*found by rank 1", "kind": "no spatial part", "late": "late/metrics.json is damaged",
+        "wrong": "cannot read reference statistics", "images": "cannot read .*digits.* as tools/reference_stats.py",
+        "both": "--inception-weights belongs to --features inception",
+    }.items():  # fmt: skip
+        log = (tmp_path / f"{name}.log").read_text()
+        (line,) = [line for line in log.splitlines() if "error" in line.lower()]
+        assert re.match(f"error: .*{text}", line) and "Traceback" not in log, log
 
 
 def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkeypatch):

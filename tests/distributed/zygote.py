@@ -36,6 +36,10 @@ import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
 from mf_dist.launch import leave
+from mf_dist.torchvision_repair import repair_torchvision
+
+repair_torchvision()
+import diffusers.models.autoencoders.autoencoder_kl  # noqa: E402, F401  (children load VAEs: seconds for each of them)
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
 
