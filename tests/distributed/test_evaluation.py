@@ -143,7 +143,7 @@ def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, conf
 
 
 def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkeypatch):
-    """The same random weights in their own code: features, logits, the resize; the distance of 128 features."""
+    """The same random weights in their own code: features, logits, the resize; and distances."""
     from mf_dist.torchvision_repair import repair_torchvision
 
     repair_torchvision()
@@ -162,7 +162,7 @@ def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkey
     assert open_inception("inception-other", str(tmp_path / "weights.pth"), torch.device("cpu")).name.startswith(
         "inception_"
     )
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 24, 24)).astype(np.uint8).repeat(4, 2).repeat(4, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 24, 24)).astype(np.uint8).repeat(4, 2).repeat(4, 3)
     found = ours(pixels)
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "weights.pth"))
     pooled, logits = theirs(torch.from_numpy(pixels))
@@ -173,19 +173,24 @@ def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkey
     seen = []
     spatial.register_forward_hook(lambda m, i, out: seen.append(out))
     ours(pixels[:1])
-    assert found.spatial.shape == (8, 2023)
+    assert found.spatial.shape == (4, 2023)
     assert found.spatial[0, (2 * 17 + 5) * 7 + 3] == pytest.approx(seen[0][0, 3, 2, 5].item(), rel=1e-4)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: state)
     peer = pytorch_fid.inception.InceptionV3([3], resize_input=False).eval()
-    whole = np.random.default_rng(1).integers(0, 256, (4, 3, 299, 299)).astype(np.uint8)  # nothing is resized
+    whole = np.random.default_rng(1).integers(0, 256, (2, 3, 299, 299)).astype(np.uint8)  # nothing is resized
     with torch.no_grad():  # it computes 2 x - 1, the graph (pixel - 128) / 128
         other = peer(torch.from_numpy(whole).float() / 256)[0].flatten(1).numpy()
     mine = ours(whole).pooled
     assert np.abs(mine - other).max() <= 1e-4 * min(1, np.abs(other).max())
-    one, two = found.pooled[:, :128], np.concatenate([mine, other])[:, :128]
-    a, b = (exact_gaussian([rows], 128) for rows in (one, two))
-    distance = frechet_distance(a, b)
-    pair = ({"mu": g.mean, "sigma": g.covariance} for g in (a, b))
-    assert distance == pytest.approx(fid_statistics_to_metric(*pair, False)["frechet_inception_distance"], rel=1e-6)
-    score = pytorch_fid.fid_score.calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    assert distance == pytest.approx(score, rel=1e-5)  # its matrix root of a singular product: 1e-6 of the traces
+    # as rows of 32 numbers the features have full rank; as they are, those of 4 images do not
+    full = found.pooled.reshape(-1, 32), np.concatenate([mine, other]).reshape(-1, 32)
+    few = found.pooled[:, :128], np.concatenate([mine, other])[:, :128]
+    for rows in (full, few):
+        a, b = (exact_gaussian([part], part.shape[1]) for part in rows)
+        assert (np.linalg.matrix_rank(a.covariance) == 32) == (rows is full)
+        distance = frechet_distance(a, b)
+        pair = ({"mu": g.mean, "sigma": g.covariance} for g in (a, b))
+        assert distance == pytest.approx(fid_statistics_to_metric(*pair, False)["frechet_inception_distance"], rel=1e-6)
+        score = pytorch_fid.fid_score.calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        print(f"distance {distance:.9g}, off pytorch-fid's by {score / distance - 1:.1e}")
+        assert distance == pytest.approx(score, rel=1e-6)
