@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks
+from mf_dist.distributed import Ranks, together
 from mf_dist.engine import Engine
 from mf_dist.generate import Generator, new_net
 from mf_dist.latents import Vae
@@ -25,8 +25,10 @@ class Snapshots:
 
             self.evaluation = TrainingEvaluation(config, manifest, ranks)
             self.vae = self.evaluation.vae
-        elif config.log.sample_every_images and ranks.is_first:
-            self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
+        elif config.log.sample_every_images:
+            with together(ranks):
+                if ranks.is_first:
+                    self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
         self.ranks = ranks
 
     def draw(self, engine: Engine, step: int, logger: Logger | None) -> None:

@@ -36,10 +36,11 @@ class TrainingEvaluation:
     def __init__(self, config: Config, manifest: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         chosen, device = config.eval, ranks.device
-        self.network = open_features(chosen.features, chosen.inception_weights, device)
         recorded = manifest["vae"]
         self.precision: Precision = "tf32" if device.type == "cuda" else "fp32"
-        self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
+        with together(ranks):
+            self.network = open_features(chosen.features, chosen.inception_weights, device)
+            self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
         assert chosen.reference is not None and config.model.latent_size is not None
         self.resolution = config.model.latent_size * self.vae.reduction
         self.problems: list[str] = []

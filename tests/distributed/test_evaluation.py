@@ -132,9 +132,12 @@ def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, conf
         assert evaluate(tmp_path / name, *options, ranks=2) == [2, 2]
     assert zygote.run(tmp_path / "images.log", [config, "eval.every_images=80"], 2) == [2, 2]
     assert "cannot read reference statistics" in status(tmp_path / "run")["reason"]
+    drawing = [config, "eval.vae=nowhere", "log.sample_every_images=80"]
+    assert zygote.run(tmp_path / "vae.log", drawing, 2) == [2, 2]
     for name, text in {
         "early": f"{bad.name}.*found by rank 1", "kind": "no spatial part", "late": "late/metrics.json is damaged",
-        "wrong": "cannot read reference statistics", "images": "cannot read .*digits.* as tools/reference_stats.py",
+        "wrong": "cannot read reference statistics", "vae": "no VAE folder at 'nowhere'",
+        "images": "cannot read .*digits.* as tools/reference_stats.py",
         "both": "--inception-weights belongs to --features inception",
     }.items():  # fmt: skip
         log = (tmp_path / f"{name}.log").read_text()
