@@ -35,6 +35,8 @@ from mf_dist.progress import progress
 
 BLOCK = 50
 """Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""
+ROUND = 20
+"""Blocks of a rank after which all ask whether one has found a mistake, such as a damaged image."""
 COMPUTING = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
 """Packages that decide the features' bits; blocks made with other versions are not taken over."""
 Arrays = dict[str, npt.NDArray[Any]]
@@ -111,15 +113,18 @@ def compute_blocks(
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan)
-    mine = range(ranks.rank, number_of_blocks(source.count, block), ranks.world_size)
-    bar = progress(source.count, "img", f"{name} on rank 0", ranks.is_first)
-    with together(ranks), one_thread(ranks.device), bar:
-        missing = [number for number in mine if not _is_whole(folder, number)]
+    total = number_of_blocks(source.count, block)
+    mine = range(ranks.rank, total, ranks.world_size)
+    with together(ranks):
+        missing = {number for number in mine if not _is_whole(folder, number)}
+    with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_first) as bar:
         bar.update(min(source.count, (len(mine) - len(missing)) * block * ranks.world_size))
-        for number in missing:
-            first, last = number * block, min((number + 1) * block, source.count)
-            write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
-            bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
+        for begin in range(0, total, ROUND * ranks.world_size):
+            with together(ranks):
+                for number in sorted(missing & {*range(begin, begin + ROUND * ranks.world_size)}):
+                    first, last = number * block, min((number + 1) * block, source.count)
+                    write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
+                    bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
     return Blocks(folder, source.count, block)
 
 

@@ -92,7 +92,8 @@ class TrainingEvaluation:
                 featuring += time.perf_counter() - began
             began = time.perf_counter()
         reduce_sums(sums, ranks)
-        value = frechet_distance(sums.gaussian(), self.real) if ranks.is_first else None
+        with together(ranks):
+            value = frechet_distance(sums.gaussian(), self.real) if ranks.is_first else None
         end = time.perf_counter()
         return value, {**generator.seconds, "features": featuring, "statistics": end - began, "all": end - start}
 
