@@ -152,8 +152,8 @@ class CheckpointConfig:
     keep_every_images: Whole = 0
     """Checkpoints that first passed a multiple of this stay for ever; 0: none."""
     keep_best: Text | None = None
-    """Metric of eval/metrics.json, such as fid10k: the checkpoint with its lowest value, at the fewest steps that were
-    measured, stays. A measurement during training (eval.every_images) then also saves."""
+    """Metric of eval/metrics.json, such as fid10k: the checkpoint with its lowest value stays, of the first measured
+    EMA at the fewest steps that were measured. A measurement during training (eval.every_images) then also saves."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class EvalConfig:
     inception_weights: Text | None = None
     """File of the Inception weights; its sha256 must be the published one."""
     reference: Text | None = None
-    """Statistics of real images (.npz), or the images: a folder, tar or .npz."""
+    """Statistics of real images (.npz), or the images: a folder, tar or .npz; during training statistics alone."""
     vae: str | None = None
     """Folder or hub id of the VAE; None: the one recorded in the dataset manifest."""
     every_images: Whole = 0
@@ -191,7 +191,7 @@ class EvalConfig:
     training_samples: Count = 10_000
     """Images of a measurement during training, which its name tells: fid10k."""
     training_emas: Decays | None = None
-    """Which of optim.ema_decay are measured during training; None: the first."""
+    """Which of optim.ema_decay are measured during training; None: the first. The first of them decides on the best."""
     training_seed: Seed = 1
     """Not `seed`: the best checkpoint must not be chosen by the noise that it is judged with."""
 
@@ -294,7 +294,7 @@ def _check_evaluation(config: Config) -> None:
     if not config.eval.every_images:
         return
     if config.eval.reference is None:
-        raise UserError("eval.every_images measures during training: set eval.reference too (.npz or real images)")
+        raise UserError("eval.every_images measures during training: set eval.reference too, an .npz of statistics")
     unknown = set(config.eval.training_emas or ()) - {*config.optim.ema_decay}
     if unknown:
         raise UserError(f"eval.training_emas has {min(unknown)}, which is not among optim.ema_decay")

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mf_dist.errors import UserError
+from mf_dist.errors import SharedError, UserError
 from mf_dist.launch import launched_place
 
 
@@ -58,6 +58,41 @@ def first_ranks_number(number: int, device: torch.device) -> int:
     tensor = torch.tensor(number, device=device)
     dist.broadcast(tensor, src=0)
     return int(tensor)
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """For work in which one rank alone may find a mistake of the user's, and which has no operation among ranks within:
+    at its end every rank waits for the others and raises what the first that failed has found, as SharedError. Without
+    this the others would wait for one that is gone, and end in traces of stacks."""
+    if ranks.world_size == 1:
+        yield
+        return
+    text = None
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        text = f"{error.filename}: {error.strerror}"
+    failed = torch.tensor(ranks.world_size if text is None else ranks.rank, device=ranks.device)
+    dist.all_reduce(failed, dist.ReduceOp.MIN)
+    first = int(failed)
+    if first < ranks.world_size:
+        raise SharedError(_text_of(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
+
+
+def _text_of(rank: int, text: str, ranks: Ranks) -> str:
+    """What `rank` passed in, on every rank."""
+    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=ranks.device)
+    length = torch.tensor(len(raw), device=ranks.device)
+    dist.broadcast(length, src=rank)
+    if rank != ranks.rank:
+        raw = torch.empty(int(length), dtype=torch.uint8, device=ranks.device)
+    dist.broadcast(raw, src=rank)
+    return bytes(raw.tolist()).decode()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake the user can mend: the text says what, where, what was expected and how to fix it."""
 
 
+class SharedError(UserError):
+    """The same on every rank, wherever it was found (distributed.together): the first speaks for all."""
+
+
 class Unrecorded(UserError):
     """A refusal that leaves status.json as it is: rank 0 has written why, or the run is another process's."""
 
@@ -23,7 +27,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
         try:
             return main() or 0
         except UserError as error:
-            _complain(str(error))
+            _complain(str(error), is_shared=isinstance(error, SharedError))
             return 2
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,10 +44,10 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
     return run
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, is_shared: bool = False) -> None:
     """Before torch is loaded all ranks find the same mistakes, and the first speaks for all."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {text}", file=sys.stderr)
-    elif "torch" in sys.modules:
+    elif "torch" in sys.modules and not is_shared:
         print(f"error on rank {rank}: {text}", file=sys.stderr)

@@ -119,9 +119,9 @@ class Samples:
     def __init__(
         self, generator: Generator, count: int, times: list[float], labels: str, seed: int, made_by: dict[str, Any]
     ) -> None:
-        self.generator, self.count = generator, count
+        self.generator, self.count, self.seconds = generator, count, generator.seconds
         self._draw = labels, seed
-        self._times = times
+        self.times = times
         self.identity = {
             **made_by, "times": times, "labels": labels, "seed": seed, "resolution": generator.resolution,
             "vae_sha256": generator.vae.sha256, "precision": generator.precision, "euler": generator.is_flow,
@@ -129,7 +129,7 @@ class Samples:
 
     def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
         noise, labels = self.generator.draw(range(first, last), *self._draw)
-        return self.generator(noise, labels, self._times), labels.numpy()
+        return self.generator(noise, labels, self.times), labels.numpy()
 
 
 @dataclass(frozen=True)

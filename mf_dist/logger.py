@@ -50,10 +50,12 @@ class Logger:
         self.say(_status_line(metrics, self.total_steps))
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
-        """The same for what was measured at a step: a line of its own, with step and samples_seen too."""
+        """The same for what was measured at a step: a line of its own, with step, samples_seen and
+        evaluation_seconds."""
         self._write(metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" in name)
-        self.say(f"step {metrics['step']}/{self.total_steps} measured: {values}")
+        waited = f"training waited {metrics['evaluation_seconds']:.1f} s for it"
+        self.say(f"step {metrics['step']}/{self.total_steps} measured: {values}; {waited}")
 
     def _write(self, metrics: dict[str, Any]) -> None:
         line = json.dumps(metrics, allow_nan=False) + "\n"

@@ -101,6 +101,11 @@ def load_initial(net: nn.Module, source: str) -> str:
     return name
 
 
+def measured_decays(config: Config) -> tuple[float, ...]:
+    """Of the EMAs that are measured during training; the first decides which checkpoint is the best."""
+    return config.eval.training_emas or config.optim.ema_decay[:1]
+
+
 def first_decay(checkpoint: Checkpoint) -> str:
     """Of the EMA that a run draws its samples from."""
     decays = checkpoint.ema_decays()

@@ -15,6 +15,7 @@ from mf_dist.config import Config
 from mf_dist.distributed import Ranks, first_ranks_number, neighbours
 from mf_dist.engine import Engine
 from mf_dist.errors import UserError
+from mf_dist.origin import measured_decays
 from mf_dist.saver import Retention, Saver, Share
 from mf_dist.status import Status
 from mf_dist.watchdog import Watchdog, longest_wait
@@ -38,7 +39,8 @@ class Safekeeping:
         self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, neighbours(ranks.device), self.fail)
         keep, self.root = config.checkpoint, Path(config.run_dir) / "checkpoints"
         metrics = Path(config.run_dir) / "eval/metrics.json"
-        retention = Retention(keep.keep, keep.keep_every_images, keep.keep_best, metrics)
+        ema = str(measured_decays(config)[0])
+        retention = Retention(keep.keep, keep.keep_every_images, keep.keep_best, metrics, ema)
         self.saver = Saver(self.root, Share(ranks.rank, ranks.world_size), retention)
         self._is_saving, self._began, self._failures, self._problem = False, 0.0, 0, ""
 

@@ -197,12 +197,14 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
 @dataclass(frozen=True)
 class Retention:
     """Which checkpoints stay: the newest `newest`, those that first passed a multiple of `every_images` (0: none),
-    the one whose step is named best in `metrics` (a metrics.json of tools/fid_eval.py) by the lowest `best`."""
+    the one whose step is named best in `metrics` (a metrics.json of tools/fid_eval.py) by the lowest `best` of the EMA
+    with decay `ema`."""
 
     newest: int
     every_images: int = 0
     best: str | None = None
     metrics: Path | None = None
+    ema: str = ""
 
     def superfluous(self, folders: list[Path]) -> list[Path]:
         """Of step-N folders, oldest first, those that no rule keeps; never the last."""
@@ -234,8 +236,8 @@ class Retention:
         return min(scores)[1] if scores else None
 
     def scores(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of `best` at the fewest steps (nfe) that it was measured at; where
-        training measures, of its own alone, which are comparable among themselves."""
+        """(value, step) of every measurement of `best` and `ema` at the fewest steps (nfe) that they were measured at;
+        where training measures, of its own alone, which are comparable among themselves."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
             return []
         try:
@@ -244,7 +246,7 @@ class Retention:
             found = [
                 (int(e["nfe"]), float(e["metrics"][self.best]), int(e["step"]))
                 for e in entries
-                if self.best in e["metrics"] and "step" in e
+                if self.best in e["metrics"] and "step" in e and e.get("ema") == self.ema
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []

@@ -1,15 +1,17 @@
 """What a run shows of itself while it trains: grids of samples, and distances to real images, both of its EMAs."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks
+from mf_dist.distributed import Ranks, together
 from mf_dist.engine import Engine
 from mf_dist.generate import Generator, new_net
 from mf_dist.latents import Vae
 from mf_dist.logger import Logger
 from mf_dist.models.dit import DiT
+from mf_dist.origin import measured_decays
 
 
 class Snapshots:
@@ -23,8 +25,10 @@ class Snapshots:
 
             self.evaluation = TrainingEvaluation(config, manifest, ranks)
             self.vae = self.evaluation.vae
-        elif config.log.sample_every_images and ranks.is_first:
-            self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
+        elif config.log.sample_every_images:
+            with together(ranks):
+                if ranks.is_first:
+                    self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
         self.ranks = ranks
 
     def draw(self, engine: Engine, step: int, logger: Logger | None) -> None:
@@ -49,12 +53,16 @@ class Snapshots:
         logger.log_picture("samples", path, step)
 
     def measure(self, engine: Engine, step: int, logger: Logger | None) -> None:
-        """The distances of the chosen EMAs, a line of metrics.jsonl. All ranks share the work."""
+        """The distances of the chosen EMAs, and the seconds that training waited: a line of metrics.jsonl. All ranks
+        share the work."""
         assert self.evaluation is not None
+        start = time.perf_counter()
         values: dict[str, Any] = {"step": step, "samples_seen": step * self.config.train.batch_size}
-        for decay in self.config.eval.training_emas or self.config.optim.ema_decay[:1]:
+        for decay in measured_decays(self.config):
             values |= self.evaluation.measure(engine.ema(decay), decay, step)
+            if logger is not None:
+                for problem in self.evaluation.problems:
+                    logger.say(problem)
+        values["evaluation_seconds"] = round(time.perf_counter() - start, 3)
         if logger is not None:
-            for warning in self.evaluation.warnings:
-                logger.say(warning)
             logger.log_evaluation(values)

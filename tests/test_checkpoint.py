@@ -196,13 +196,16 @@ def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
 
 
 def test_retention_over_a_thousand_saves(tmp_path):
-    """The newest 3, every 100th by images, the best by a metric in one step; the newest always stays."""
+    """The newest 3, every 100th by images, the best by a metric of one EMA in one step; the newest always stays."""
     (tmp_path / "metrics.json").write_text(json.dumps([
-        {"metrics": {"fd": 9.0}, "nfe": 1, "step": 10}, {"metrics": {"fd": 3.0}, "nfe": 1, "step": 37},
-        {"metrics": {"other": 0.0}, "nfe": 1, "step": 5}, {"metrics": {"fd": 3.5}, "nfe": 1, "step": 990},
-        {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700}, {"metrics": {"fd": 0.0}, "images": "x"},
+        {"metrics": {"fd": 9.0}, "nfe": 1, "step": 10, "ema": "0.9"},
+        {"metrics": {"fd": 3.0}, "nfe": 1, "step": 37, "ema": "0.9"},
+        {"metrics": {"other": 0.0}, "nfe": 1, "step": 5, "ema": "0.9"},
+        {"metrics": {"fd": 3.5}, "nfe": 1, "step": 990, "ema": "0.9"},
+        {"metrics": {"fd": 1.0}, "nfe": 1, "step": 500, "ema": "0.99"},
+        {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700, "ema": "0.9"}, {"metrics": {"fd": 0.0}, "images": "x"},
     ]))  # fmt: skip
-    keep = Retention(3, 1000, "fd", tmp_path / "metrics.json")
+    keep = Retention(3, 1000, "fd", tmp_path / "metrics.json", "0.9")
     root = tmp_path / "checkpoints"
     for step in range(1, 1001):
         folder = root / f"step-{step:08d}"

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import FEATURES, TINY, VAE, run_python, write_digits
+from conftest import FEATURES, ROOT, TINY, VAE, encode, run_python, write_digits
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -248,11 +248,10 @@ def test_other_latents_are_refused(runs, tmp_path):
 
 
 @pytest.mark.dist
-def test_unconditional_and_untroubled_by_a_stale_build_lock(tiny_config, tmp_path):
+def test_unconditional_and_untroubled_by_a_stale_build_lock(zygote, tiny_config, tmp_path):
     """No class folders; and the lock that a killed build of DeepSpeed's CPU all-reduce would leave."""
     images = write_digits(tmp_path / "flat", 40, classes=False)
-    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "flat-latents", "--vae", VAE,
-               "--resolution", 32)  # fmt: skip
+    encode(images, tmp_path / "flat-latents")
     (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
     (tmp_path / "extensions/deepspeed_shm_comm/lock").touch()
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
@@ -260,26 +259,20 @@ def test_unconditional_and_untroubled_by_a_stale_build_lock(tiny_config, tmp_pat
     refused = run_python(*command, expect=2)
     assert "guidance needs classes" in refused.stderr
     run_python(*command, "meanflow.kappa=0", env=env, timeout=120)
-    run_python("tools/sample.py", "--checkpoint", tmp_path / "run", "--out", tmp_path / "grid.png")
+    command = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "grid.png"]
+    assert zygote.run(tmp_path / "log", command, script=ROOT / "tools/sample.py") == [0]
     assert metrics(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "grid.png").is_file()
 
 
 @pytest.mark.dist
-def test_bf16_and_the_flow_baseline_train(tiny_config, tmp_path):
-    run_python(
-        "-m",
-        "mf_dist.train",
-        tiny_config,
-        "engine.precision=bf16",
-        "meanflow.share_r_equals_t=1",
-        "meanflow.kappa=0",
-        "train.total_images=32",
-        "eval.nfe=3",
-    )
+def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
+    options = ["engine.precision=bf16", "meanflow.share_r_equals_t=1", "meanflow.kappa=0", "train.total_images=32"]
+    assert zygote.run(tmp_path / "log", [tiny_config, *options, "eval.nfe=3"]) == [0], (tmp_path / "log").read_text()
     (m,) = metrics(tmp_path / "run")
     assert m["raw_loss_r_below_t"] is None and np.isfinite(m["raw_loss_r_equals_t"])
     assert m["v_loss"] == pytest.approx(m["raw_loss_r_equals_t"])
-    run_python("tools/fid_eval.py", "--checkpoint", tmp_path / "run", "--nfe", 3, "--num-samples", 20)
+    command = ["--checkpoint", tmp_path / "run", "--nfe", 3, "--num-samples", 20]
+    assert zygote.run(tmp_path / "log", command, script=ROOT / "tools/fid_eval.py") == [0]
     (entry,) = json.loads((tmp_path / "run/eval/metrics.json").read_text())
     assert entry["sampler"] == "euler"
 

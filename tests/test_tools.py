@@ -139,8 +139,10 @@ def test_damage_makes_photographs_farther(tmp_path):
 
 def test_metrics_bench_agrees_with_its_peers():
     done = run_python("tools/bench_metrics.py", "--count", 600, "--dimension", 64, "--rounds", 1)
-    differences = [abs(float(line.split()[-1])) for line in done.stdout.splitlines()[-3:]]
-    assert differences[0] == 0 and max(differences) < 1e-9 and "peak memory" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("ours ", "scipy ", "torch-fidelity "))]
+    differences = [abs(float(line.split()[-1])) for line in rows]
+    assert len(rows) == 9 and differences[::3] == [0, 0, 0] and "peak memory" in done.stdout
+    assert max(differences[:3]) < 1e-9 and max(differences) < 1e-5  # where theirs lose half of the digits
 
 
 @pytest.mark.dist

@@ -54,7 +54,7 @@ class Part:
 
     def __init__(self, source, first, step, count, spoil=None, strength=0):
         self.source, self.numbers = source, range(first, source.count, step)[:count]
-        self.count, self.spoil, self.strength = len(self.numbers), spoil, strength
+        self.count, self.seconds, self.spoil, self.strength = len(self.numbers), {}, spoil, strength
         self.identity = {**source.identity, "numbers": str(self.numbers), "spoil": str(spoil), "strength": strength}
 
     def read(self, first, last):

@@ -3,13 +3,17 @@
     python tools/bench_metrics.py                       # 50,000 features of 2048, the sizes of an FID
     python tools/bench_metrics.py --count 5000 --dimension 512 --rounds 1
 
-Features are normal with a spectrum that falls by --decades powers of ten, as real ones do: the steeper, the fewer
-digits plain formulas keep. Prints seconds of each part (and, since another job may share the machine, the seconds of
-processor time), the distances and their relative differences, and the peak memory before the peers ran.
+Features are normal with a spectrum that falls by some powers of ten, as real ones do. Three cases, since each takes
+another way to the distance: 4 decades; 8, where plain formulas lose digits; and fewer samples than features. All take
+the same number of threads, and rounds are interleaved. Prints seconds of each part (and, since another job may share
+the machine, the seconds of processor time), the distances and their relative differences, and the peak memory before
+the peers ran.
 """
 
 import argparse
+import os
 import resource
+import statistics
 import sys
 import time
 
@@ -68,53 +72,63 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=50_000, help="feature vectors (default 50000)")
     parser.add_argument("--dimension", type=int, default=2048, help="their length (default 2048)")
-    parser.add_argument("--decades", type=float, default=4.0, help="that the spectrum falls by (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="of the distances, interleaved (default 3)")
+    parser.add_argument("--threads", type=int, default=1, help="of all (default 1, as in tools/fid_eval.py)")
     args = parser.parse_args()
-    if args.count < 2 or args.dimension < 1 or args.rounds < 1 or args.decades < 0:
-        raise UserError("--count must be at least 2, --dimension and --rounds at least 1, --decades at least 0")
+    if args.count < 2 or args.dimension < 4 or args.rounds < 1 or args.threads < 1:
+        raise UserError("--count must be at least 2, --dimension at least 4, --rounds and --threads at least 1")
+    from threadpoolctl import threadpool_limits
+
     from mf_dist.evaluation.statistics import exact_gaussian, frechet_distance
 
-    one = measure(args)
-    rows = features(max(args.dimension * 2, 1000), args.dimension, args.decades, 2)
-    other = exact_gaussian([rows], args.dimension)
-    compare({"ours": frechet_distance, **peers()}, one, other, args.rounds)
+    def gaussian(count, decades, seed):
+        return exact_gaussian([features(count, args.dimension, decades, seed)], args.dimension)
+
+    methods, many = {"ours": frechet_distance, **peers()}, args.dimension * 2
+    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}; {args.threads} threads", flush=True)
+    with threadpool_limits(args.threads):
+        flat = measure(args)
+        compare("4 decades", methods, flat, gaussian(many, 4, 2), args.rounds)
+        compare("8 decades", methods, gaussian(many, 8, 1), gaussian(many, 8, 2), args.rounds)
+        compare(f"{args.dimension // 2} samples", methods, gaussian(args.dimension // 2, 4, 1), flat, args.rounds)
 
 
 def measure(args):
     """Statistics of --count features, and a distance; prints what they took."""
     from mf_dist.evaluation.statistics import exact_gaussian, frechet_distance
 
-    rows = features(args.count, args.dimension, args.decades, 1)
+    rows = features(args.count, args.dimension, 4, 1)
     parts = [rows[first : first + 50] for first in range(0, args.count, 50)]
     one, *first = timed(lambda: exact_gaussian(parts, args.dimension))
     _, *second = timed(lambda: frechet_distance(one, one))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{args.count} features of {args.dimension}, spectrum over {args.decades:g} decades")
+    print(f"{args.count} features of {args.dimension}, spectrum over 4 decades")
     for name, wall, cpu in (
         ("statistics", *first),
         ("distance", *second),
         ("together", *map(sum, zip(first, second, strict=True))),
     ):
         print(f"{name:12}{wall:8.2f} s, {cpu:.2f} s of processor time")
-    print(f"peak memory {peak:.2f} GiB, the features' own {rows.nbytes / 2**30:.2f} GiB among them")
+    print(f"peak memory {peak:.2f} GiB, the features' own {rows.nbytes / 2**30:.2f} GiB among them", flush=True)
     return one
 
 
-def compare(methods, one, other, rounds):
+def compare(case, methods, one, other, rounds):
     times, values = {name: [] for name in methods}, {}
     for _ in range(rounds):
         for name, method in methods.items():
             values[name], *seconds = timed(lambda method=method: method(one, other))
             times[name].append(seconds)
     wall, cpu = ({name: sorted(pair[i] for pair in times[name]) for name in methods} for i in (0, 1))
-    half = rounds // 2
-    print(f"{'distance by':16}{'seconds':>9}{'range':>15}{'cpu s':>8}{'x wall':>8}{'x cpu':>7}{'value':>14}{'off':>10}")
+    print(f"{case:16}{'seconds':>9}{'range':>15}{'cpu s':>8}{'x wall':>8}{'x cpu':>7}{'value':>14}{'off':>10}")
     for name in methods:
+        middle = [statistics.median(part[name]) for part in (wall, cpu)]
+        ratios = [
+            part / statistics.median(ours) for part, ours in zip(middle, (wall["ours"], cpu["ours"]), strict=True)
+        ]
         spread = f"{wall[name][0]:.2f}-{wall[name][-1]:.2f}"
-        ratios = f"{wall[name][half] / wall['ours'][half]:8.1f}{cpu[name][half] / cpu['ours'][half]:7.1f}"
-        print(f"{name:16}{wall[name][half]:9.2f}{spread:>15}{cpu[name][half]:8.2f}{ratios}{values[name]:14.8f}"
-              f"{values[name] / values['ours'] - 1:10.1e}")  # fmt: skip
+        print(f"{name:16}{middle[0]:9.2f}{spread:>15}{middle[1]:8.2f}{ratios[0]:8.1f}{ratios[1]:7.1f}"
+              f"{values[name]:14.8f}{values[name] / values['ours'] - 1:10.1e}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

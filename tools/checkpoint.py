@@ -33,7 +33,9 @@ def parse():
     prune.add_argument("run", type=Path)
     prune.add_argument("--keep", type=int, required=True, help="how many of the newest valid ones stay, at least 1")
     prune.add_argument("--keep-every-images", type=int, default=0, help="those that passed a multiple of this stay")
-    prune.add_argument("--keep-best", help="metric of eval/metrics.json: the lowest stays")
+    prune.add_argument(
+        "--keep-best", help="metric of eval/metrics.json: the lowest stays, of the run's first measured EMA"
+    )
     prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
     export = commands.add_parser("export", help="write the EMA as one safetensors file")
     export.add_argument("path", type=Path, help="run or step-N folder")
@@ -113,6 +115,9 @@ def diff(args):
 
 def prune(args):
     from mf_dist.checkpoint import open_checkpoint
+    from mf_dist.config import Config
+    from mf_dist.config_loader import from_tree
+    from mf_dist.origin import measured_decays
     from mf_dist.saver import Retention, remove
 
     if args.keep < 1:
@@ -120,15 +125,17 @@ def prune(args):
     valid = []
     for folder in folders(args.run):
         try:
-            valid.append(open_checkpoint(folder).folder)
+            valid.append(open_checkpoint(folder))
         except UserError as error:
             print(f"{folder}: left alone, DAMAGED: {error}")
     if not valid:
         raise UserError(f"{args.run} has no valid checkpoint: nothing is deleted")
-    rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json")
+    config = from_tree(Config, valid[-1].state["config"], f"{valid[-1].folder}/state.json")
+    ema = str(measured_decays(config)[0])
+    rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json", ema)
     if args.keep_best and not rules.scores():
-        raise UserError(f"--keep-best {args.keep_best}: {rules.metrics} has no value of that metric")
-    for folder in rules.superfluous(valid):
+        raise UserError(f"--keep-best {args.keep_best}: {rules.metrics} has no value of that metric for EMA {ema}")
+    for folder in rules.superfluous([checkpoint.folder for checkpoint in valid]):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
             remove(folder)

@@ -106,62 +106,70 @@ def settings_of(args):
 
 
 def measure_images(args, ranks):
+    from mf_dist.distributed import together
     from mf_dist.evaluation.features import open_features
-    from mf_dist.evaluation.measure import measure, open_reference
-    from mf_dist.evaluation.pictures import save_neighbours
-    from mf_dist.evaluation.sources import NpzImages, open_source
+    from mf_dist.evaluation.measure import images_for, measure, open_reference
 
-    network = open_features(args.features, args.inception_weights, ranks.device)
-    images = open_source(args.images, network.resolution or args.resolution)
-    if isinstance(images, NpzImages) and ranks.is_first:
-        images.check()
+    with together(ranks):
+        network = open_features(args.features, args.inception_weights, ranks.device)
+        images = images_for(network, args.images, args.resolution, ranks)
     settings, work = settings_of(args), args.out / "work"
     reference = open_reference(args.reference, network, args.resolution, settings, ranks, work)
     protocol = {"images": args.images}
     measured = measure(images, "images", network, reference, settings, protocol, ranks, work)
-    if ranks.is_first:
-        finish(args, measured.entry, args.out)
-        save_neighbours(images, measured.blocks, reference, args.out / "neighbours.png")
-        clear(args.out, measured.blocks, reference.blocks)
+    with together(ranks):
+        if ranks.is_first:
+            finish(args, measured.entry, args.out)
+            show_neighbours(images, measured.blocks, reference, args.out / "neighbours.png")
+            clear(args.out, measured.blocks, reference.blocks)
 
 
 def measure_model(args, ranks):
-    from mf_dist.checkpoint import find_checkpoint, newest_run
-    from mf_dist.evaluation.features import open_features
+    from mf_dist.distributed import together
     from mf_dist.evaluation.measure import open_reference
-    from mf_dist.generate import load_trained
     from mf_dist.meanflow.sampler import uniform_grid
+
+    with together(ranks):
+        trained, network = load(args, ranks)
+    out = args.out or trained.checkpoint.folder.parent.parent / "eval"
+    side = args.resolution or trained.generator.resolution
+    reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
+    grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
+    for times in grids:
+        measure_times(args, trained, times, network, reference, ranks, out)
+    with together(ranks):
+        if ranks.is_first:
+            steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
+            trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
+            clear(out, reference.blocks)
+
+
+def load(args, ranks):
+    """The trained model and the feature network; what was not given comes from the run's config."""
+    from mf_dist.checkpoint import find_checkpoint, newest_run
+    from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
+    from mf_dist.generate import load_trained
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
     if ranks.is_first:
         print(f"evaluating {checkpoint.folder}")
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
     trained = load_trained(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
-    defaults = trained.config.eval
-    for name in ("features", "inception_weights", "reference", "num_samples", "labels", "seed"):
+    defaults = ["features", "reference", "num_samples", "labels", "seed"]
+    if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # others would refuse them
+        defaults.append("inception_weights")
+    for name in defaults:
         if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
+            setattr(args, name, getattr(trained.config.eval, name))
     if args.reference is None:
         raise UserError("the run's config has no eval.reference; give --reference")
-    weights = args.inception_weights if args.features in ("inception", "inception-other") else None
-    network = open_features(args.features, weights, ranks.device)
-    out = args.out or checkpoint.folder.parent.parent / "eval"
-    side = args.resolution or trained.generator.resolution
-    reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
-    grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or defaults.nfe]
-    for times in grids:
-        measure_times(args, trained, times, network, reference, ranks, out)
-    if ranks.is_first:
-        steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
-        trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
-        clear(out, reference.blocks)
+    return trained, open_features(args.features, args.inception_weights, ranks.device)
 
 
 def measure_times(args, trained, times, network, reference, ranks, out):
-    """One time grid: the entry, the pictures and what else is to be saved."""
+    """One time grid."""
+    from mf_dist.distributed import together
     from mf_dist.evaluation.measure import measure
-    from mf_dist.evaluation.pictures import save_neighbours
-    from mf_dist.evaluation.report import save_images, save_npz
     from mf_dist.generate import Samples
 
     nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
@@ -172,21 +180,35 @@ def measure_times(args, trained, times, network, reference, ranks, out):
         "seed": args.seed, **made_by, "checkpoint": str(checkpoint.folder), "step": checkpoint.step,
         "precision": generator.precision, "vae": generator.vae.source, "vae_sha256": generator.vae.sha256,
     }  # fmt: skip
-    keep = args.save_npz or bool(args.save_images)
-    name, generator.seconds = f"nfe{nfe}", type(generator.seconds)(float)
-    measured = measure(samples, name, network, reference, settings_of(args), protocol, ranks, out / "work", keep)
-    if not ranks.is_first:
-        return
-    measured.entry["seconds"] |= {stage: round(s, 3) for stage, s in generator.seconds.items()}
-    finish(args, measured.entry, out)
-    name += "_times" if args.times else ""
-    generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names, times=args.times)
-    save_neighbours(samples, measured.blocks, reference, out / f"neighbours_{name}.png")
+    keep, work, settings = args.save_npz or bool(args.save_images), out / "work", settings_of(args)
+    measured = measure(samples, f"nfe{nfe}", network, reference, settings, protocol, ranks, work, keep)
+    with together(ranks):
+        if ranks.is_first:
+            finish(args, measured.entry, out)
+            save_all(args, trained, samples, measured.blocks, reference, out)
+            clear(out, measured.blocks)
+
+
+def save_all(args, trained, samples, blocks, reference, out):
+    """The pictures and sets of images of one time grid."""
+    from mf_dist.evaluation.report import save_images, save_npz
+
+    nfe = len(samples.times) - 1
+    name = f"nfe{nfe}_times" if args.times else f"nfe{nfe}"
+    trained.generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names, times=args.times)
+    show_neighbours(samples, blocks, reference, out / f"neighbours_{name}.png")
     if args.save_npz:
-        save_npz(measured.blocks, out / f"samples_{name}.npz")
+        save_npz(blocks, out / f"samples_{name}.npz")
     if args.save_images:
-        save_images(measured.blocks, args.save_images, out / f"images_{name}")
-    clear(out, measured.blocks)
+        save_images(blocks, args.save_images, out / f"images_{name}")
+
+
+def show_neighbours(source, blocks, reference, path):
+    from mf_dist.evaluation.pictures import save_neighbours
+
+    why_not = save_neighbours(source, blocks, reference, path)
+    if why_not:
+        print(f"  no {path.name}: {why_not}", flush=True)
 
 
 def clear(out, *finished):

@@ -34,24 +34,23 @@ def main() -> None:
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .npz")
     if (args.resolution is not None and args.resolution < 8) or args.block < 1:
         raise UserError("--resolution must be at least 8, --block at least 1")
-    from mf_dist.distributed import process_group
+    from mf_dist.distributed import process_group, together
     from mf_dist.evaluation.features import open_features
     from mf_dist.evaluation.measure import Settings, open_reference
-    from mf_dist.evaluation.sources import NpzImages
     from mf_dist.origin import versions
 
-    if args.images.endswith(".npz"):
-        NpzImages(args.images).check()
     with process_group() as ranks:
-        network = open_features(args.features, args.inception_weights, ranks.device)
+        with together(ranks):
+            network = open_features(args.features, args.inception_weights, ranks.device)
         work = args.out.with_suffix(".work")
         settings = Settings(block=args.block)
         found = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
-        if found is not None:
-            write(args, found, network, versions())
-            found.blocks.remove()
-            with contextlib.suppress(OSError):  # another one's, half done, may be there
-                work.rmdir()
+        with together(ranks):
+            if found is not None:
+                write(args, found, network, versions())
+                found.blocks.remove()
+                with contextlib.suppress(OSError):  # another one's, half done, may be there
+                    work.rmdir()
 
 
 def write(args, found, network, versions):

@@ -1,7 +1,8 @@
 """Features of a set of images in blocks of files, made by any number of processes, resumable after any fault.
 
     WORK/NAME-HASH/plan.json          everything that decides the features; HASH is of it
-    WORK/NAME-HASH/block-00000.npz    pooled, spatial, logits, labels, the pixels' sha256, pixels if they are kept
+    WORK/NAME-HASH/block-00000.npz    pooled, spatial, logits, labels, the pixels' sha256, the seconds that each stage
+                                      took, pixels if they are kept
 
 Block k holds images [k B, (k + 1) B) and is complete or absent. It is always computed whole, so that the bits of an
 image do not depend on how many were asked for, on how many processes worked, or on what was already there.
@@ -12,9 +13,9 @@ import json
 import os
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from mf_dist.data.images import Pixels
-from mf_dist.distributed import Ranks
+from mf_dist.distributed import Ranks, together
 from mf_dist.durable import write_json, write_npz
 from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FeatureNetwork
@@ -35,6 +35,8 @@ from mf_dist.progress import progress
 
 BLOCK = 50
 """Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""
+ROUND = 20
+"""Blocks of a rank after which all ask whether one has found a mistake, such as a damaged image."""
 COMPUTING = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
 """Packages that decide the features' bits; blocks made with other versions are not taken over."""
 Arrays = dict[str, npt.NDArray[Any]]
@@ -47,8 +49,6 @@ class Blocks:
     folder: Path
     count: int
     block: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Of this rank, by stage."""
 
     def parts(self, name: str, wanted: range | None = None) -> Iterator[npt.NDArray[Any]]:
         """One array block by block; `wanted`: the numbers of the blocks."""
@@ -71,6 +71,14 @@ class Blocks:
     def pixels_sha256(self) -> str:
         """Of the sha256s of all blocks' pixels: equal for equal images."""
         return hashlib.sha256(b"".join(part.tobytes() for part in self.parts("pixels_sha256"))).hexdigest()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, of all ranks and of all tries together: what one rank alone would have taken."""
+        total: Counter[str] = Counter()
+        for part in self.parts("seconds"):
+            total.update(json.loads(str(part)))
+        return dict(total)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -99,41 +107,39 @@ def compute_blocks(
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{name}-{digest}"
-    if ranks.is_first:
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "plan.json", plan)
-    barrier(ranks)
-    mine = range(ranks.rank, number_of_blocks(source.count, block), ranks.world_size)
-    missing = [number for number in mine if not _is_whole(folder, number)]
-    seconds: dict[str, float] = defaultdict(float)
+    with together(ranks):
+        if ranks.is_first:
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "plan.json", plan)
+    total = number_of_blocks(source.count, block)
+    mine = range(ranks.rank, total, ranks.world_size)
+    with together(ranks):
+        missing = {number for number in mine if not _is_whole(folder, number)}
     with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_first) as bar:
         bar.update(min(source.count, (len(mine) - len(missing)) * block * ranks.world_size))
-        for number in missing:
-            first, last = number * block, min((number + 1) * block, source.count)
-            arrays = _compute(source, network, first, last, block, keep_pixels, seconds)
-            start = time.perf_counter()
-            write_npz(_path(folder, number), arrays)
-            seconds["write"] += time.perf_counter() - start
-            bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
-    barrier(ranks)
-    return Blocks(folder, source.count, block, dict(seconds))
+        for begin in range(0, total, ROUND * ranks.world_size):
+            with together(ranks):
+                for number in sorted(missing & {*range(begin, begin + ROUND * ranks.world_size)}):
+                    first, last = number * block, min((number + 1) * block, source.count)
+                    write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
+                    bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
+    return Blocks(folder, source.count, block)
 
 
-def _compute(
-    source: Source, network: FeatureNetwork, first: int, last: int, block: int, keep: bool, seconds: dict[str, float]
-) -> Arrays:
-    start = time.perf_counter()
+def _compute(source: Source, network: FeatureNetwork, first: int, last: int, block: int, keep: bool) -> Arrays:
+    before, start = dict(source.seconds), time.perf_counter()
     pixels, labels = source.read(first, first + block)
     middle = time.perf_counter()
-    seconds["images"] += middle - start
     features = network(_padded(pixels, block))
-    seconds["features"] += time.perf_counter() - middle
+    seconds = {"images": middle - start, "features": time.perf_counter() - middle}
+    seconds |= {stage: taken - before.get(stage, 0.0) for stage, taken in source.seconds.items()}
     count = last - first
     arrays: Arrays = {key: value[:count] for key, value in features._asdict().items()}
     digest = hashlib.sha256(np.ascontiguousarray(pixels[:count]).tobytes()).digest()
     arrays |= {"labels": labels[:count], "pixels_sha256": np.frombuffer(digest, np.uint8)}
+    arrays["seconds"] = np.array(json.dumps(seconds))
     return arrays | ({"pixels": pixels[:count]} if keep else {})
 
 
@@ -176,9 +182,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-
-
-def barrier(ranks: Ranks) -> None:
-    """All ranks wait for the slowest."""
-    if ranks.world_size > 1:
-        dist.barrier()

@@ -4,7 +4,6 @@ Each rank draws its share of the samples, block k on rank k mod n, sums up their
 and one reduction adds the sums: the same number for any count of ranks, to 1e-9.
 """
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks, sum_over_ranks
+from mf_dist.distributed import Ranks, sum_over_ranks, together
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import BLOCK, device_name, number_of_blocks
 from mf_dist.evaluation.features import open_features
-from mf_dist.evaluation.measure import Settings, open_reference
+from mf_dist.evaluation.measure import warnings_of
 from mf_dist.evaluation.metrics import metric_name, reduce_sums
+from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.report import record
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, frechet_distance
 from mf_dist.generate import Generator, Samples, new_net
@@ -36,30 +36,27 @@ class TrainingEvaluation:
     def __init__(self, config: Config, manifest: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         chosen, device = config.eval, ranks.device
-        self.network = open_features(chosen.features, chosen.inception_weights, device)
         recorded = manifest["vae"]
         self.precision: Precision = "tf32" if device.type == "cuda" else "fp32"
-        self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
+        with together(ranks):
+            self.network = open_features(chosen.features, chosen.inception_weights, device)
+            self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
         assert chosen.reference is not None and config.model.latent_size is not None
         self.resolution = config.model.latent_size * self.vae.reduction
-        self.provenance: dict[str, Any] = {}
-        self.warnings: list[str] = []
+        self.problems: list[str] = []
         """Of the last measurement."""
-        self.real = self._reference(chosen.reference)
+        self.real = self._read(chosen.reference)
         self.name = metric_name("fid", self.network, chosen.training_samples)
 
-    def _reference(self, source: str) -> Gaussian:
-        """The real images' Gaussian on every rank; rank 0 alone reads or computes it."""
+    def _read(self, path: str) -> Gaussian:
+        """The real images' Gaussian on every rank; rank 0 alone reads it."""
         d = self.network.dimension
         flat = torch.zeros(d + d * d, dtype=torch.float64)
-        if self.ranks.is_first:
-            alone = Ranks(0, 1, self.ranks.device)
-            settings = Settings(kinds=("fid",))
-            with tempfile.TemporaryDirectory() as work:
-                found = open_reference(source, self.network, self.resolution, settings, alone, Path(work))
-            assert found is not None
-            self.provenance = found.provenance
-            flat = torch.from_numpy(np.concatenate([found.pooled.mean, found.pooled.covariance.ravel()]))
+        with together(self.ranks):
+            if self.ranks.is_first:
+                self.reference = read_reference(path, self.network)
+                real = self.reference.pooled
+                flat = torch.from_numpy(np.concatenate([real.mean, real.covariance.ravel()]))
         whole = sum_over_ranks(flat.to(self.ranks.device)).cpu().numpy()
         return Gaussian(whole[:d], whole[d:].reshape(d, d))
 
@@ -68,41 +65,52 @@ class TrainingEvaluation:
         net = new_net(self.config.model, self.config.train.seed)
         net.load_state_dict(ema)
         generator = Generator(net, self.vae, self.config, self.ranks.device, self.precision)
-        values, self.warnings = {}, []
+        values, self.problems = {}, []
         for nfe in self.config.eval.nfe:
-            start = time.perf_counter()
-            value = self._distance(generator, nfe)
+            value, seconds = self._distance(generator, nfe)
             if value is not None:
                 values[f"{self.name}/nfe{nfe}/ema{decay}"] = value
-                entry = self._entry(value, nfe, decay, step, generator.is_flow, time.perf_counter() - start)
+                entry = self._entry(value, nfe, decay, step, generator.is_flow, seconds)
                 try:
                     record(entry, Path(self.config.run_dir) / "eval")
                 except (OSError, UserError) as error:
-                    self.warnings = [f"warning: what was measured at step {step} is not in eval/metrics.json: {error}"]
+                    self.problems = [f"warning: what was measured at step {step} is not in eval/metrics.json: {error}"]
         return values
 
-    def _distance(self, generator: Generator, nfe: int) -> float | None:
-        """On rank 0; None on the others."""
-        chosen, ranks = self.config.eval, self.ranks
-        count = chosen.training_samples
+    def _distance(self, generator: Generator, nfe: int) -> tuple[float | None, dict[str, float]]:
+        """On rank 0, else None; and this rank's seconds by stage, of which statistics includes waiting for others."""
+        chosen, ranks, start = self.config.eval, self.ranks, time.perf_counter()
+        count, featuring = chosen.training_samples, 0.0
         samples = Samples(generator, count, uniform_grid(nfe), chosen.labels, chosen.training_seed, {})
         sums = FeatureSums(self.real.mean)
-        with one_thread(ranks.device):
+        generator.seconds.clear()
+        with together(ranks), one_thread(ranks.device):
             for number in range(ranks.rank, number_of_blocks(count, BLOCK), ranks.world_size):
                 pixels, _ = samples.read(number * BLOCK, (number + 1) * BLOCK)
+                began = time.perf_counter()
                 sums.add(self.network(pixels).pooled[: count - number * BLOCK])
-            reduce_sums(sums, ranks)
-        return frechet_distance(sums.gaussian(), self.real) if ranks.is_first else None
+                featuring += time.perf_counter() - began
+            began = time.perf_counter()
+        reduce_sums(sums, ranks)
+        with together(ranks):
+            value = frechet_distance(sums.gaussian(), self.real) if ranks.is_first else None
+        end = time.perf_counter()
+        return value, {**generator.seconds, "features": featuring, "statistics": end - began, "all": end - start}
 
-    def _entry(self, value: float, nfe: int, decay: float, step: int, is_flow: bool, seconds: float) -> dict[str, Any]:
-        chosen = self.config.eval
+    def _entry(
+        self, value: float, nfe: int, decay: float, step: int, is_flow: bool, seconds: dict[str, float]
+    ) -> dict[str, Any]:  # fmt: skip
+        chosen, count = self.config.eval, self.config.eval.training_samples
         return {
             "metrics": {self.name: value}, "in_training": True,
             "nfe": nfe, "sampler": "euler" if is_flow else "meanflow",
             "labels": chosen.labels, "seed": chosen.training_seed, "ema": str(decay), "step": step,
-            "num_samples": chosen.training_samples, "features": self.network.name,
-            "features_sha256": self.network.sha256, "vae_sha256": self.vae.sha256, "precision": self.precision,
-            "block": BLOCK, "statistics": "streaming", **self.provenance,
+            "num_samples": count, "resolution": self.resolution,
+            "features": self.network.name, "features_sha256": self.network.sha256, "resize": self.network.resize,
+            "vae_sha256": self.vae.sha256, "precision": self.precision, "block": BLOCK, "statistics": "streaming",
+            **self.reference.provenance,
             "versions": surroundings(self.ranks.world_size), "device": device_name(self.ranks.device),
-            "ranks": self.ranks.world_size, "seconds": {"all": round(seconds, 3)}, "warnings": [],
+            "ranks": self.ranks.world_size,
+            "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
+            "warnings": warnings_of(count, self.resolution, self.network, self.reference, chosen.labels),
         }  # fmt: skip

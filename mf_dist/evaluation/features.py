@@ -30,6 +30,8 @@ from mf_dist.errors import UserError
 from mf_dist.precision import computing_in
 
 WEIGHTS = "model.safetensors"
+WITH_WEIGHTS = ("inception", "inception-other")
+"""Features that need a weights file of the user's."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -81,7 +83,7 @@ class FeatureNetwork(ABC):
 
 def open_features(spec: str, weights: str | None, device: torch.device) -> FeatureNetwork:
     """The network that `spec` names (see above). `weights`: the file for inception and inception-other."""
-    if weights and spec not in ("inception", "inception-other"):
+    if weights and spec not in WITH_WEIGHTS:
         raise UserError(f"--inception-weights belongs to --features inception or inception-other, not to {spec!r}")
     if spec.startswith("inception"):
         from mf_dist.evaluation.inception import open_inception  # torch-fidelity takes a second to import

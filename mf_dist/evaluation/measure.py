@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mf_dist.distributed import Ranks
+from mf_dist.distributed import Ranks, together
+from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
 from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
@@ -50,8 +51,22 @@ def open_reference(
     None on the others. are_images: an .npz that holds both counts as images."""
     if not are_images and source.endswith(".npz") and has_statistics(source):
         return _from_statistics(source, network, settings, ranks, work)
-    images = open_source(source, network.resolution or resolution)
+    with together(ranks):
+        images = images_for(network, source, resolution, ranks)
     return _from_images(images, network, settings, ranks, work)
+
+
+def images_for(network: FeatureNetwork, source: str, resolution: int | None, ranks: Ranks) -> Source:
+    """A set of images cut to the side that the network takes, else to `resolution`; an .npz is read once by rank 0, to
+    see that it is whole. UserError where the two are not the same."""
+    if None not in (resolution, network.resolution) and resolution != network.resolution:
+        raise UserError(
+            f"features {network.name!r} take images of side {network.resolution}, asked for is {resolution}"
+        )
+    images = open_source(source, network.resolution or resolution)
+    if isinstance(images, NpzImages) and ranks.is_first:
+        images.check()
+    return images
 
 
 def has_statistics(path: str) -> bool:
@@ -67,28 +82,26 @@ def _from_statistics(
     source: str, network: FeatureNetwork, settings: Settings, ranks: Ranks, work: Path
 ) -> Reference | None:
     """ADM's files hold images for precision and recall: their features are computed where they are asked for."""
-    reference = read_reference(source, network)
-    wants_rows = settings.kinds is None or {"pr", "kid"} & {*settings.kinds}
-    with np.load(source, allow_pickle=False) as file:
-        has_images = "arr_0" in file.files
-    if not (has_images and wants_rows and reference.rows is None):
+    with together(ranks):
+        reference = read_reference(source, network)
+        wants_rows = settings.kinds is None or {"pr", "kid"} & {*settings.kinds}
+        images = reference.pictures if wants_rows and reference.rows is None else None
+        if isinstance(images, NpzImages) and ranks.is_first:
+            images.check()
+    if images is None:
         return reference if ranks.is_first else None
-    images = NpzImages(source)
     blocks = compute_blocks(images, network, ranks, work, "reference", settings.block, settings.resume)
-    if not ranks.is_first:
-        return None
-    return replace(reference, rows=blocks.rows("pooled"), pictures=images, blocks=blocks)
+    return replace(reference, rows=blocks.rows("pooled"), blocks=blocks) if ranks.is_first else None
 
 
 def _from_images(
     images: Source, network: FeatureNetwork, settings: Settings, ranks: Ranks, work: Path
 ) -> Reference | None:
     blocks = compute_blocks(images, network, ranks, work, "reference", settings.block, settings.resume)
-    if not ranks.is_first:
-        return None
     with threadpool_limits(1):
         pooled, spatial = gaussians(blocks, network, ranks, exact=True)
-    assert pooled is not None
+    if pooled is None:
+        return None
     picks = pick(images.count)
     provenance = {
         "reference": images.identity["images"], "reference_sha256": blocks.pixels_sha256,
@@ -107,19 +120,20 @@ def measure(
     protocol: Mapping[str, Any], ranks: Ranks, work: Path, keep_pixels: bool = False,
 ) -> Measured:  # fmt: skip
     """All images of `source` against the reference; `protocol` says what they are. All ranks call it."""
-    start = time.perf_counter()
-    kinds = choose(settings.kinds, network, reference, source.count) if reference is not None else ()
+    start, values = time.perf_counter(), Values()
+    with together(ranks):
+        kinds = choose(settings.kinds, network, reference, source.count) if reference is not None else ()
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
     middle = time.perf_counter()
     with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
-        found = gaussians(blocks, network, ranks, settings.exact)
-        if reference is None or found[0] is None:
-            return Measured({}, blocks)
-        end = time.perf_counter()
-        values = measure_blocks(blocks, kinds, network, reference, (found[0], found[1]), ranks.device)
-    values.seconds = {**blocks.seconds, "statistics": end - middle, **values.seconds}
-    values.seconds["all"] = time.perf_counter() - start
-    return Measured(_entry(values, source, blocks, network, reference, settings, protocol, ranks), blocks)
+        pooled, spatial = gaussians(blocks, network, ranks, settings.exact)
+        values.seconds["statistics"] = time.perf_counter() - middle
+        with together(ranks):
+            if reference is None or pooled is None:
+                return Measured({}, blocks)
+            measure_blocks(values, blocks, kinds, network, reference, (pooled, spatial), ranks.device)
+            values.seconds = {**blocks.seconds, **values.seconds, "this_try": time.perf_counter() - start}
+            return Measured(_entry(values, source, blocks, network, reference, settings, protocol, ranks), blocks)
 
 
 def _entry(
@@ -143,17 +157,24 @@ def _entry(
         "device": device_name(ranks.device),
         "ranks": ranks.world_size,
         "seconds": {stage: round(seconds, 3) for stage, seconds in values.seconds.items()},
-        "warnings": [*reference.warnings, *warnings_of(source, blocks, network, reference, protocol)],
+        "warnings": warnings_of(
+            blocks.count, source.identity["resolution"], network, reference, protocol.get("labels")
+        ),
     }
 
 
 def warnings_of(
-    source: Source, blocks: Blocks, network: FeatureNetwork, reference: Reference, protocol: Mapping[str, Any]
-) -> list[str]:
-    """What makes the numbers no match for published ones, or for those of the reference's own protocol."""
-    found, count, side = [], blocks.count, source.identity["resolution"]
-    if count <= network.dimension:
-        found.append(f"{count} images are too few for {network.dimension} features: the distance is biased upwards")
+    count: int, side: int, network: FeatureNetwork, reference: Reference, labels: str | None
+) -> list[str]:  # fmt: skip
+    """What makes numbers about `count` images of side `side` no match for published ones, or for those of the
+    reference's own protocol. labels: how they were drawn, of a model's samples."""
+    found = [*reference.warnings]
+    real = reference.provenance.get("reference_images", network.dimension + 1)
+    for few, whose in ((count, ""), (real, "the reference's ")):
+        if few <= network.dimension:
+            found.append(
+                f"{whose}{few} images are too few for {network.dimension} features: the distance is biased upwards"
+            )
     if network.is_inception and count != 50_000:
         found.append(f"published FIDs are of 50,000 images, this is of {count}: the fewer, the higher")
     made = reference.provenance.get("reference_made", {})
@@ -162,6 +183,6 @@ def warnings_of(
         found.append(f"the reference has images of side {theirs}, these have {side}")
     if made and made["resize"] != network.resize:
         found.append(f"the reference was resized by {made['resize']}, these by {network.resize}")
-    if network.is_inception and protocol.get("labels") == "balanced":
+    if network.is_inception and labels == "balanced":
         found.append("labels are balanced; most published FIDs draw them at random")
     return found

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mf_dist.distributed import Ranks, sum_over_ranks
+from mf_dist.distributed import Ranks, sum_over_ranks, together
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
 from mf_dist.evaluation.features import FeatureNetwork, Floats
@@ -88,18 +88,19 @@ def gaussians(
     images' order. Streaming: each rank sums up its share around the first block's mean, and one reduction adds them."""
     found: list[Gaussian | None] = []
     for name in ("pooled", "spatial") if network.spatial_dimension else ("pooled",):
-        first = next(blocks.parts(name, range(1)))
-        if exact or blocks.count <= first.shape[1]:
-            whole = exact_gaussian(EachPart(blocks, name), first.shape[1]) if ranks.is_first else None
-        else:
-            sums = FeatureSums(first.mean(axis=0, dtype=np.float64))
+        dimension = network.dimension if name == "pooled" else network.spatial_dimension
+        if exact or blocks.count <= dimension:
+            with together(ranks):
+                found.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_first else None)
+            continue
+        with together(ranks):
+            sums = FeatureSums(next(blocks.parts(name, range(1))).mean(axis=0, dtype=np.float64))
             for part in blocks.parts(
                 name, range(ranks.rank, number_of_blocks(blocks.count, blocks.block), ranks.world_size)
             ):
                 sums.add(part)
-            reduce_sums(sums, ranks)
-            whole = sums.gaussian() if ranks.is_first else None
-        found.append(whole)
+        reduce_sums(sums, ranks)
+        found.append(sums.gaussian() if ranks.is_first else None)
     return found[0], found[1] if network.spatial_dimension else None
 
 
@@ -111,11 +112,10 @@ def reduce_sums(sums: FeatureSums, ranks: Ranks) -> None:
 
 
 def measure_blocks(
-    blocks: Blocks, kinds: tuple[str, ...], network: FeatureNetwork, reference: Reference,
+    values: Values, blocks: Blocks, kinds: tuple[str, ...], network: FeatureNetwork, reference: Reference,
     found: tuple[Gaussian, Gaussian | None], device: torch.device,
-) -> Values:  # fmt: skip
-    """On rank 0. `found`: the Gaussians of the blocks."""
-    values = Values()
+) -> None:  # fmt: skip
+    """Into `values`, on rank 0. `found`: the Gaussians of the blocks."""
     names = {kind: metric_name(kind, network, blocks.count) for kind in (*KINDS, "precision", "recall")}
     for kind, a, b in (("fid", found[0], reference.pooled), ("sfid", found[1], reference.spatial)):
         if kind in kinds and a is not None and b is not None:
@@ -128,7 +128,6 @@ def measure_blocks(
         values.numbers[names["is"] + "_std"] = score["inception_score_std"]
     if reference.rows is not None and {"pr", "kid"} & {*kinds}:
         _against_rows(values, blocks.rows("pooled"), reference.rows, kinds, names, device)
-    return values
 
 
 def _against_rows(

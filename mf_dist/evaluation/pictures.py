@@ -22,19 +22,25 @@ def nearest_rows(pooled: Rows, real: Rows, count: int) -> tuple[Rows, Rows]:
     return order, np.take_along_axis(distances, order, axis=1)
 
 
-def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: Path) -> bool:
+def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: Path) -> str | None:
     """A row for each of the first samples of `source`, whose features are `blocks`: it, then the nearest real images in
     feature space. The label is the nearest's distance, relative to the median over these real images of the distance to
-    another real one. False where the real images are not at hand, or of another size."""
-    if reference.rows is None or reference.pictures is None or len(reference.rows) < NEIGHBOURS + 1:
-        return False
+    another real one. Returns why there is no picture, or None."""
+    if reference.pictures is None:
+        return (
+            "the reference is statistics without images; with --reference FOLDER (or .tar, .npz) of images it is drawn"
+        )
+    if reference.rows is None:
+        return "the features of the reference's images were not asked for; with --metrics pr among others it is drawn"
+    if len(reference.rows) < NEIGHBOURS + 1:
+        return f"the reference has only {len(reference.rows)} images, needed are {NEIGHBOURS + 1}"
     pixels = source.read(0, blocks.block)[0][:SAMPLES]
     if reference.real_image(0).shape != pixels.shape[1:]:
-        return False
+        return f"the reference's images are of side {reference.real_image(0).shape[1]}, not {pixels.shape[2]}"
     order, distances = nearest_rows(next(blocks.parts("pooled"))[:SAMPLES], reference.rows, NEIGHBOURS)
     _, among_real = nearest_rows(reference.rows[order[:, 0]], reference.rows, 2)
     usual = max(float(np.median(among_real[:, 1])), 1e-30)
     rows = [np.stack([sample, *map(reference.real_image, near)]) for sample, near in zip(pixels, order, strict=False)]
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(np.concatenate(rows), [f"{distance / usual:.2f}" for distance in distances[:, 0]]).save(path)
-    return True
+    return None

@@ -20,15 +20,17 @@ from mf_dist.durable import sha256_of, write_npz
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
 from mf_dist.evaluation.features import FeatureNetwork, Floats
-from mf_dist.evaluation.sources import Source
-from mf_dist.evaluation.statistics import Array, Gaussian
+from mf_dist.evaluation.sources import NpzImages, Source
+from mf_dist.evaluation.statistics import Array, Gaussian, positive
 
 ROWS = 10_000
 """Real images whose features are kept for precision, recall, KID and nearest neighbours, as in ADM's files."""
 KNOWN = {
+    "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758": "ADM VIRTUAL_imagenet256_labeled.npz",
     "925e8b5b4ced42137f9847f97a63250a2bd59b70f33f3f356e03453d0775f1ac": "nanogen-evals imagenet_256_fid_stats.npz",
 }
-"""sha256 -> published reference files; the name of any other is its path alone."""
+"""sha256 -> published reference files; the name of any other is its path alone. ADM's hash is that of the
+Git LFS pointer to the file (2,037,122,530 bytes) in github.com/ruizegao/efficient-dit."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,23 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference:
     """A statistics file of these features; UserError on a wrong shape, numbers that are not finite, a sigma that is not
     symmetric or not positive, or features of another network."""
     arrays = _load(path)
-    pooled = _gaussian(path, arrays, ("mu", "sigma"), network.dimension)
+    pooled, rank = _gaussian(path, arrays, ("mu", "sigma"), network.dimension)
     has_spatial = network.spatial_dimension > 0 and "mu_s" in arrays
-    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), network.spatial_dimension) if has_spatial else None
+    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), network.spatial_dimension)[0] if has_spatial else None
     rows = arrays.get("rows")
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != network.dimension or not np.isfinite(rows).all()):
         raise UserError(
             f"reference {path!r}: rows have shape {rows.shape}, expected (K, {network.dimension}) and finite"
         )
     provenance, warnings = _provenance(path, arrays, network)
+    if "reference_images" not in provenance and rank < network.dimension:
+        warnings.append(f"sigma of {path} has rank {rank} of {network.dimension}: it is of too few images")
+    pictures = NpzImages(path) if arrays["has_images"] else None
+    if pictures is not None:
+        side = pictures.identity["resolution"]
+        provenance |= {"reference_pictures": pictures.count, "reference_resolution": side}
     picks = arrays["picks"].astype(int).tolist() if "picks" in arrays else None
-    return Reference(pooled, spatial, rows, provenance, warnings, picks=picks)
+    return Reference(pooled, spatial, rows, provenance, warnings, pictures, picks)
 
 
 def write_reference(path: Path, pooled: Gaussian, spatial: Gaussian | None, rows: Floats, picks: list[int],
@@ -90,14 +98,17 @@ def _load(path: str) -> dict[str, Any]:
     except Exception as error:  # of damaged bytes, zipfile alone raises eight kinds
         raise UserError(
             f"cannot read reference statistics {path!r}: {error}; expected an .npz with mu and sigma (or ref_mu and "
-            "ref_sigma)"
+            "ref_sigma), as tools/reference_stats.py makes of images"
         ) from None
     if "mu" not in arrays or "sigma" not in arrays:
-        raise UserError(f"reference {path!r} has {', '.join(arrays)}; expected mu and sigma, or ref_mu and ref_sigma")
+        raise UserError(
+            f"reference {path!r} has no mu and sigma (or ref_mu and ref_sigma); tools/reference_stats.py makes them"
+        )
     return arrays
 
 
-def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], d: int) -> Gaussian:
+def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], d: int) -> tuple[Gaussian, int]:
+    """And the rank of its covariance."""
     try:
         mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
     except (KeyError, ValueError, TypeError) as error:
@@ -107,21 +118,23 @@ def _gaussian(path: str, arrays: dict[str, Any], names: tuple[str, str], d: int)
             f"reference {path!r}: {names[0]} and {names[1]} have shapes {mean.shape}, {covariance.shape}; these "
             f"features need ({d},), ({d}, {d})"
         )
-    problem = _problem(mean, covariance)
-    if problem:
-        raise UserError(f"reference {path!r}: {problem}; it is damaged or no covariance, make it again")
-    return Gaussian(mean, (covariance + covariance.T) / 2)
+    try:
+        rank = _checked_rank(mean, covariance)
+    except ValueError as error:
+        raise UserError(f"reference {path!r}: {error}; it is damaged or no covariance, make it again") from None
+    return Gaussian(mean, (covariance + covariance.T) / 2), rank
 
 
-def _problem(mean: Array, covariance: Array) -> str | None:
+def _checked_rank(mean: Array, covariance: Array) -> int:
+    """ValueError says why they are no mean and covariance."""
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        return "its numbers are not finite"
+        raise ValueError("its numbers are not finite")
     if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
-        return "sigma is not symmetric"
+        raise ValueError("sigma is not symmetric")
     values = linalg.eigvalsh(covariance)
     if values[0] < -1e-6 * max(values[-1], 0.0):
-        return f"sigma has the negative eigenvalue {values[0]:.3g} beside its largest {values[-1]:.3g}"
-    return None
+        raise ValueError(f"sigma has the negative eigenvalue {values[0]:.3g} beside its largest {values[-1]:.3g}")
+    return int((positive(values) > 0).sum())
 
 
 def _provenance(path: str, arrays: dict[str, Any], network: FeatureNetwork) -> tuple[dict[str, Any], list[str]]:

@@ -6,13 +6,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from mf_dist.data.images import Pixels
-from mf_dist.durable import write_json
+from mf_dist.durable import write_json, write_whole
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
 
@@ -76,7 +76,8 @@ def table(entry: dict[str, Any]) -> str:
     """For people: numbers, protocol, warnings."""
     lines = [f"  {name:28} {value:.6g}" for name, value in entry["metrics"].items()]
     lines += [f"  {key:28} {entry[key]}" for key in SHOWN if key in entry]
-    lines.append("  " + "seconds".ljust(28) + " " + ", ".join(f"{k} {v:.1f}" for k, v in entry["seconds"].items()))
+    seconds = ", ".join(f"{stage.replace('_', ' ')} {taken:.1f}" for stage, taken in entry["seconds"].items())
+    lines.append(f"  {'seconds':28} {seconds}")
     return "\n".join(lines + [f"  warning: {text}" for text in entry["warnings"]])
 
 
@@ -93,16 +94,18 @@ def save_npz(blocks: Blocks, path: Path) -> None:
     """ADM's layout: arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64. Written block by block, uncompressed, since its reader
     streams; whole or absent."""
     side = next(blocks.parts("pixels", range(1))).shape[2]
-    partial = path.with_suffix(".npz.tmp")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (blocks.count, side, side, 3)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in blocks.parts("pixels"):
-                file.write(np.ascontiguousarray(part.transpose(0, 2, 3, 1)).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, blocks.rows("labels"), allow_pickle=False)
-    partial.replace(path)
+
+    def write(whole: IO[bytes]) -> None:
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (blocks.count, side, side, 3)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in blocks.parts("pixels"):
+                    file.write(np.ascontiguousarray(part.transpose(0, 2, 3, 1)).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, blocks.rows("labels"), allow_pickle=False)
+
+    write_whole(path, write)
 
 
 def _images(blocks: Blocks, count: int) -> Iterator[tuple[Pixels, int]]:

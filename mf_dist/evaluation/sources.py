@@ -22,6 +22,8 @@ class Source(Protocol):
     count: int
     identity: dict[str, Any]
     """What decides every pixel: blocks of features made from another are of no use."""
+    seconds: dict[str, float]
+    """That `read` has taken so far, by stage; empty where it has but one."""
 
     def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
         """Images [first, last): (B, 3, R, R) uint8, and classes (B,). With the same first, a larger last only adds."""
@@ -34,6 +36,7 @@ class ImageFiles:
     def __init__(self, source: str | Path, resolution: int | None) -> None:
         self.files, self.resolution = open_images(str(source)), resolution
         self.count = len(self.files.paths)
+        self.seconds: dict[str, float] = {}
         self._crop = resolution or self._side()
         self.identity = {"images": str(source), "files": self._fingerprint(), "resolution": self._crop}
 
@@ -94,6 +97,7 @@ class NpzImages:
         if self.labels.shape != (shape[0],):
             raise UserError(f"{str(path)!r}: arr_1 has shape {self.labels.shape}, expected ({shape[0]},)")
         self.count, self._shape = shape[0], shape[1:]
+        self.seconds: dict[str, float] = {}
         stat = self.path.stat()
         self.identity = {
             "images": str(path),

@@ -115,7 +115,7 @@ def _trace_of_root(a: Gaussian, b: Gaussian) -> float:
         if factor is None:
             factor, other = _cholesky(a), b
         if factor is not None:
-            values = _positive(linalg.eigvalsh(factor.T @ other.covariance @ factor, overwrite_a=True))
+            values = positive(linalg.eigvalsh(factor.T @ other.covariance @ factor, overwrite_a=True))
             roots = np.sqrt(values)
             if roots.all() and EPS * values.max() * (1 / roots).sum() <= 1e-9 * roots.sum():
                 return float(roots.sum())
@@ -128,7 +128,7 @@ def _cholesky(gaussian: Gaussian) -> Array | None:
         factor: Array = linalg.cholesky(gaussian.covariance, lower=True)
     except linalg.LinAlgError:
         return None
-    return factor if _positive(np.diag(factor) ** 2).all() else None
+    return factor if positive(np.diag(factor) ** 2).all() else None
 
 
 def _root(gaussian: Gaussian) -> Array:
@@ -139,11 +139,11 @@ def _root(gaussian: Gaussian) -> Array:
     if full is not None:
         return full
     values, vectors = linalg.eigh(gaussian.covariance)
-    positive = _positive(values)
-    return vectors[:, positive > 0] * np.sqrt(positive[positive > 0])  # type: ignore[no-any-return]
+    kept = positive(values) > 0
+    return vectors[:, kept] * np.sqrt(values[kept])  # type: ignore[no-any-return]
 
 
-def _positive(values: Array) -> Array:
+def positive(values: Array) -> Array:
     """Eigenvalues with those that are rounding errors, below d eps max, as zero: their roots would add up."""
     largest = values.max(initial=0.0)
     return np.where(values > len(values) * EPS * largest, values, 0.0)

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEATURES, ROOT
 from processes import FULL, status, valid_steps
 
 pytestmark = pytest.mark.dist
@@ -85,11 +87,14 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(evaluate, exact, t
     print(f"{kills} kills; whole blocks after each: {made}")
 
 
-def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, evaluate, tmp_path):
+def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, images, tmp_path):
     """On two ranks in training against one process on the checkpoint; and the best checkpoint stays."""
+    stats = tmp_path / "stats.npz"
+    command = ["--images", images, "--features", FEATURES, "--out", stats]
+    assert zygote.run(tmp_path / "stats.log", command, script=ROOT / "tools/reference_stats.py") == [0]
     options = ["train.total_images=320", "eval.every_images=80", "eval.training_samples=130",
-               "eval.training_emas=[0.9]", "checkpoint.keep=1", "checkpoint.keep_best=fd_digits_130",
-               "checkpoint.every_images=320"]  # fmt: skip
+               f"eval.reference={stats}", "eval.training_emas=[0.9]", "checkpoint.keep=1",
+               "checkpoint.keep_best=fd_digits_130", "checkpoint.every_images=320"]  # fmt: skip
     assert zygote.run(tmp_path / "log", [config, *options], 2) == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -105,10 +110,43 @@ def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, 
     assert after == pytest.approx(curve[20]["fd_digits_130/nfe1/ema0.9"], rel=1e-9)
     inside = [e for e in entries(run / "eval") if e["step"] == 20 and e["nfe"] == 1]
     assert [e["metrics"]["fd_digits_130"] for e in inside] == [curve[20]["fd_digits_130/nfe1/ema0.9"]]
+    assert inside[0]["seconds"].keys() == {"sample", "decode", "features", "statistics", "all"}
+    assert curve[20]["evaluation_seconds"] > inside[0]["seconds"]["all"] > inside[0]["seconds"]["sample"] > 0
+    assert inside[0]["warnings"] == [] and inside[0]["reference_made"]["count"] == 150
+
+
+def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, config, images, tmp_path):
+    """Before the work, in the midst of it and after it: nobody is left waiting, and no trace of stacks."""
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    bad = sorted(mixed.rglob("*.png"))[60]  # of the second block, hence rank 1's
+    bad.write_bytes(bad.read_bytes()[:100])
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late/metrics.json").write_text("{")
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    folder = ["--images", mixed, "--features", FEATURES, "--reference", images, "--out", tmp_path / "early"]
+    assert zygote.run(tmp_path / "early.log", folder, 2, script=TOOL) == [2, 2]
+    for name, *options in (
+        ("kind", "--metrics", "sfid"), ("late", "--metrics", "fid"), ("wrong", "--reference", tmp_path / "broken.npz"),
+        ("both", "--inception-weights", "weights.pth"),
+    ):  # fmt: skip
+        assert evaluate(tmp_path / name, *options, ranks=2) == [2, 2]
+    assert zygote.run(tmp_path / "images.log", [config, "eval.every_images=80"], 2) == [2, 2]
+    assert "cannot read reference statistics" in status(tmp_path / "run")["reason"]
+    drawing = [config, "eval.vae=nowhere", "log.sample_every_images=80"]
+    assert zygote.run(tmp_path / "vae.log", drawing, 2) == [2, 2]
+    for name, text in {
+        "early": f"{bad.name}.*found by rank 1", "kind": "no spatial part", "late": "late/metrics.json is damaged",
+        "wrong": "cannot read reference statistics", "vae": "no VAE folder at 'nowhere'",
+        "images": "cannot read .*digits.* as tools/reference_stats.py",
+        "both": "--inception-weights belongs to --features inception",
+    }.items():  # fmt: skip
+        log = (tmp_path / f"{name}.log").read_text()
+        (line,) = [line for line in log.splitlines() if "error" in line.lower()]
+        assert re.match(f"error: .*{text}", line) and "Traceback" not in log, log
 
 
 def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkeypatch):
-    """The same random weights in their own code: features, logits, the resize; the distance of 128 features."""
+    """The same random weights in their own code: features, logits, the resize; and distances."""
     from mf_dist.torchvision_repair import repair_torchvision
 
     repair_torchvision()
@@ -127,7 +165,7 @@ def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkey
     assert open_inception("inception-other", str(tmp_path / "weights.pth"), torch.device("cpu")).name.startswith(
         "inception_"
     )
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 24, 24)).astype(np.uint8).repeat(4, 2).repeat(4, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 24, 24)).astype(np.uint8).repeat(4, 2).repeat(4, 3)
     found = ours(pixels)
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "weights.pth"))
     pooled, logits = theirs(torch.from_numpy(pixels))
@@ -138,19 +176,24 @@ def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkey
     seen = []
     spatial.register_forward_hook(lambda m, i, out: seen.append(out))
     ours(pixels[:1])
-    assert found.spatial.shape == (8, 2023)
+    assert found.spatial.shape == (4, 2023)
     assert found.spatial[0, (2 * 17 + 5) * 7 + 3] == pytest.approx(seen[0][0, 3, 2, 5].item(), rel=1e-4)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: state)
     peer = pytorch_fid.inception.InceptionV3([3], resize_input=False).eval()
-    whole = np.random.default_rng(1).integers(0, 256, (4, 3, 299, 299)).astype(np.uint8)  # nothing is resized
+    whole = np.random.default_rng(1).integers(0, 256, (2, 3, 299, 299)).astype(np.uint8)  # nothing is resized
     with torch.no_grad():  # it computes 2 x - 1, the graph (pixel - 128) / 128
         other = peer(torch.from_numpy(whole).float() / 256)[0].flatten(1).numpy()
     mine = ours(whole).pooled
     assert np.abs(mine - other).max() <= 1e-4 * min(1, np.abs(other).max())
-    one, two = found.pooled[:, :128], np.concatenate([mine, other])[:, :128]
-    a, b = (exact_gaussian([rows], 128) for rows in (one, two))
-    distance = frechet_distance(a, b)
-    pair = ({"mu": g.mean, "sigma": g.covariance} for g in (a, b))
-    assert distance == pytest.approx(fid_statistics_to_metric(*pair, False)["frechet_inception_distance"], rel=1e-6)
-    score = pytorch_fid.fid_score.calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    assert distance == pytest.approx(score, rel=1e-5)  # its matrix root of a singular product: 1e-6 of the traces
+    # as rows of 32 numbers the features have full rank; as they are, those of 4 images do not
+    full = found.pooled.reshape(-1, 32), np.concatenate([mine, other]).reshape(-1, 32)
+    few = found.pooled[:, :128], np.concatenate([mine, other])[:, :128]
+    for rows in (full, few):
+        a, b = (exact_gaussian([part], part.shape[1]) for part in rows)
+        assert (np.linalg.matrix_rank(a.covariance) == 32) == (rows is full)
+        distance = frechet_distance(a, b)
+        pair = ({"mu": g.mean, "sigma": g.covariance} for g in (a, b))
+        assert distance == pytest.approx(fid_statistics_to_metric(*pair, False)["frechet_inception_distance"], rel=1e-6)
+        score = pytorch_fid.fid_score.calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        print(f"distance {distance:.9g}, off pytorch-fid's by {score / distance - 1:.1e}")
+        assert distance == pytest.approx(score, rel=1e-6)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import VAE, run_python
+from conftest import ROOT, VAE, run_python
 from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, tensors, valid_steps
 from safetensors.numpy import load_file, save_file
 from test_config import DIGITS, LATENT, WRONG
@@ -61,8 +61,9 @@ def test_other_versions_are_a_warning(zygote, config, tmp_path):
 def test_init_from_a_run_an_exported_file_and_what_does_not_fit(zygote, config, tmp_path, whole):
     source, log = whole(1), tmp_path / "log"
     exported = tmp_path / "model.safetensors"
-    done = run_python("tools/checkpoint.py", "export", source, "--out", exported)
-    assert f"EMA of decay 0.99 of {source}" in done.stdout
+    export = ["export", source, "--out", exported]
+    assert zygote.run(tmp_path / "export", export, script=ROOT / "tools/checkpoint.py") == [0]
+    assert f"EMA of decay 0.99 of {source}" in (tmp_path / "export").read_text()
     ema = load_file(exported)
     expected = {name.removeprefix("ema-0.99/"): a for name, a in tensors(source, STEPS).items() if "ema-0.99" in name}
     assert largest_difference(ema, expected) == 0
@@ -86,29 +87,38 @@ def test_init_from_a_run_an_exported_file_and_what_does_not_fit(zygote, config, 
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-def test_checkpoint_tool(tmp_path, whole):
+def test_checkpoint_tool(zygote, tmp_path, whole):
     run = tmp_path / "run"
     shutil.copytree(whole(1), run)
-    tool, checkpoints = "tools/checkpoint.py", run / "checkpoints"
-    listed = run_python(tool, "ls", run).stdout.splitlines()
+    checkpoints = run / "checkpoints"
+
+    def tool(*arguments, expect=0):
+        log = tmp_path / "tool.log"
+        log.unlink(missing_ok=True)
+        assert zygote.run(log, arguments, script=ROOT / "tools/checkpoint.py") == [expect], log.read_text()
+        return log.read_text()
+
+    listed = tool("ls", run).splitlines()
     assert [line.split()[0] for line in listed[1:]] == ["25", "30"] and "0.9, 0.99" in listed[1]
-    assert run_python(tool, "verify", run).stdout.count(": valid") == 2
-    assert run_python(tool, "diff", run, checkpoints / "step-00000030").stdout == "the same\n"
-    difference = run_python(tool, "diff", checkpoints / "step-00000025", run, expect=1).stdout
+    assert tool("verify", run).count(": valid") == 2
+    assert tool("diff", run, checkpoints / "step-00000030") == "the same\n"
+    difference = tool("diff", checkpoints / "step-00000025", run, expect=1)
     assert "step: 25 -> 30" in difference and "tensors differ" in difference
-    assert "would delete" in run_python(tool, "prune", run, "--keep", 1, "--dry-run").stdout
+    assert "would delete" in tool("prune", run, "--keep", 1, "--dry-run")
     assert valid_steps(run) == [25, 30]
     path = checkpoints / "step-00000030/master.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert "step-00000030: DAMAGED" in run_python(tool, "verify", run, expect=1).stdout
-    assert "left alone, DAMAGED" in run_python(tool, "prune", run, "--keep", 1).stdout
+    assert "step-00000030: DAMAGED" in tool("verify", run, expect=1)
+    (run / "eval").mkdir()
+    (run / "eval/metrics.json").write_text('[{"metrics": {"fd": 1}, "nfe": 1, "step": 25, "ema": "0.9"}]')
+    assert "no value of that metric for EMA 0.99" in tool("prune", run, "--keep", 1, "--keep-best", "fd", expect=2)
+    assert "left alone, DAMAGED" in tool("prune", run, "--keep", 1)
     assert valid_steps(run) == [25], "the only valid one stays"
     for arguments in (["ls", "nowhere"], ["prune", run, "--keep", 0], ["export", run, "--out", "x.pt"],
                       ["export", run, "--out", tmp_path / "m.safetensors", "--ema", "0.1"]):  # fmt: skip
-        (line,) = run_python(tool, *arguments, expect=2).stderr.splitlines()[-1:]
-        assert line.startswith("error: ")
+        assert tool(*arguments, expect=2).splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize("moment", ["in a save", "while drawing"])
@@ -150,7 +160,7 @@ def test_no_file_runs_code(zygote, whole, config, tmp_path, latents, images, vic
         run = tmp_path / f"run{number}"
         shutil.copytree(whole(1), run)
         trainer = [config, f"run_dir={run}"]
-        tool = ["tools/fid_eval.py", "--checkpoint", run, "--nfe", 1, "--num-samples", 12, "--out", tmp_path / "eval"]
+        tool = ["--checkpoint", run, "--nfe", 1, "--num-samples", 12, "--out", tmp_path / "eval"]
         if victim == "checkpoint":
             for file in (run / "checkpoints").rglob("*.safetensors"):
                 shutil.copy(path, file)
@@ -167,10 +177,11 @@ def test_no_file_runs_code(zygote, whole, config, tmp_path, latents, images, vic
             for file in folder.glob("*.safetensors"):
                 shutil.copy(path, file)
                 shutil.copy(path, file.with_suffix(".bin"))
-            run_python(*tool, f"--{victim}", folder, expect=2)
+            assert zygote.run(log, [*tool, f"--{victim}", folder], script=ROOT / "tools/fid_eval.py") == [2]
         elif victim == "reference":
             shutil.copy(path, tmp_path / "evil.npz")
-            run_python(*tool, "--reference", tmp_path / "evil.npz", expect=2)
+            command = [*tool, "--reference", tmp_path / "evil.npz"]
+            assert zygote.run(log, command, script=ROOT / "tools/fid_eval.py") == [2]
         else:
             folder = tmp_path / f"latents{number}"
             shutil.copytree(latents, folder)

@@ -19,6 +19,7 @@ not finite in that step.
 """
 
 import errno
+import importlib
 import json
 import os
 import runpy
@@ -36,7 +37,11 @@ import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
 from mf_dist.launch import leave
+from mf_dist.torchvision_repair import repair_torchvision
 
+LATE = ("diffusers.models.autoencoders.autoencoder_kl", "deepspeed.runtime.zero.muon.muon_optimizer",
+        "mf_dist.evaluation.during", "mf_dist.evaluation.pictures", "mf_dist.report.page")  # fmt: skip
+"""What a training or an evaluation imports only when it needs it: 2 to 7 seconds, here once for all children."""
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
 
 
@@ -221,6 +226,9 @@ def under_torchrun(faults, *argv):
 def main():
     if len(sys.argv) > 1:
         under_torchrun(*sys.argv[1:])
+    repair_torchvision()
+    for name in LATE:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -231,6 +239,7 @@ def main():
         if pid == 0:
             child(request)
         print(json.dumps({"pid": pid}), flush=True)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,10 @@ def test_blocks_are_taken_over_or_made_again(images, network, tmp_path):
     assert [a == path.stat().st_mtime_ns for a, path in zip(times, files, strict=True)] == [True, False, False, True]
     assert list(whole.parts("pooled", range(5, 4))) == []  # of a rank that has none, not of all
     assert np.array_equal(whole.picked("pooled", [3, 39, 40, 149]), rows[[3, 39, 40, 149]])
+    with np.load(files[0]) as arrays:
+        np.savez(files[0], **{**arrays, "seconds": np.array('{"images": 1000, "features": 7}')})
+    seconds = compute_blocks(source, network, ALONE, tmp_path, "x", block=40).seconds  # of earlier tries too
+    assert 1000 < seconds["images"] < 1007 and 7 < seconds["features"] < 14
     compute_blocks(source, network, ALONE, tmp_path, "x", block=40, resume=False)
     assert all(path.stat().st_mtime_ns not in times for path in files)
     other = compute_blocks(source, network, ALONE, tmp_path, "x", block=50)
@@ -145,7 +150,7 @@ def test_an_entry_has_everything(images, network, tmp_path):
     assert entry["features_sha256"] == network.sha256 and entry["pixels_sha256"] == entry["reference_sha256"]
     assert entry["num_samples"] == entry["reference_images"] == entry["kid_subset_size"] == 150
     assert entry["versions"].keys() >= {"torch", "torch-fidelity", "scipy", "pillow", "code"} and entry["ranks"] == 1
-    assert entry["seconds"].keys() >= {"images", "features", "write", "statistics", "fid", "pr", "kid", "all"}
+    assert entry["seconds"].keys() >= {"images", "features", "statistics", "fid", "pr", "kid", "this_try"}
     assert "fd_digits_150" in table(entry) and "FID" not in table(entry) and not entry["warnings"]
 
 
@@ -159,7 +164,12 @@ def test_adms_layout_and_bare_images_are_references_too(images, network, tmp_pat
         result, reference, _ = measured(images, path, network, tmp_path)
         assert result.entry["metrics"] == pytest.approx(expected, abs=1e-9)
         assert np.array_equal(reference.rows, found.rows) and np.array_equal(reference.real_image(9), pixels[9])
-    assert measured(images, adm, network, tmp_path, kinds=("fid",))[1].rows is None
+    result, reference, source = measured(images, adm, network, tmp_path, kinds=("fid",))
+    assert reference.rows is None and result.entry["reference_pictures"] == 150
+    why = save_neighbours(source, result.blocks, reference, tmp_path / "no.png")
+    assert "--metrics pr" in why and not (tmp_path / "no.png").exists()
+    bare = replace(reference, pictures=None)
+    assert "statistics without images" in save_neighbours(source, result.blocks, bare, tmp_path / "no.png")
 
 
 def test_streaming_agrees_with_exact(images, network, tmp_path):
@@ -193,21 +203,6 @@ def test_what_cannot_be_measured_says_why(images, network, tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=text):
             choose((kind,), network, reference, count)
-
-
-def test_protocols_that_do_not_match_are_warned_about(images, network, tmp_path, pixels):
-    small = as_npz(tmp_path / "few.npz", pixels[:40])
-    result, reference, source = measured(small, images, network, tmp_path)
-    (warning,) = result.entry["warnings"]
-    assert warning == "40 images are too few for 64 features: the distance is biased upwards"
-    from mf_dist.evaluation.measure import warnings_of
-
-    true = SimpleNamespace(dimension=10, is_inception=True, resize="TF1")
-    made = {"reference_made": {"resolution": 64, "resize": "bicubic"}}
-    other = SimpleNamespace(provenance=made)
-    found = warnings_of(source, result.blocks, true, other, {"labels": "balanced"})
-    assert len(found) == 4 and "of 50,000 images" in found[0] and "side 64, these have 32" in found[1]
-    assert "resized by bicubic" in found[2] and "balanced" in found[3] and reference is not None
 
 
 def test_record_replaces_the_very_same_protocol_only(tmp_path):
@@ -269,7 +264,7 @@ def test_neighbours_of_a_memorised_image_are_that_image(images, network, tmp_pat
     assert np.array_equal(order, np.argsort(brute, axis=1)[:, :3])
     assert order[:5, 0].tolist() == [7, 70, 30, 99, 140] and distances[:5, 0].max() == 0 < distances[5:, 0].min()
     assert np.array_equal(reference.real_image(int(order[1, 0])), pixels[70])
-    assert save_neighbours(source, result.blocks, reference, tmp_path / "near.png")
+    assert save_neighbours(source, result.blocks, reference, tmp_path / "near.png") is None
     picture = np.asarray(Image.open(tmp_path / "near.png"))
     margin = picture.shape[1] - 8 * 66
     shown = picture[:64:2, margin : margin + 64 : 2], picture[:64:2, margin + 66 : margin + 130 : 2]

@@ -92,7 +92,7 @@ def test_refusals(tmp_path, network):
     skew, negative = sigma.copy(), sigma - 3 * np.eye(D)
     skew[0, 1] += 1e-3 * np.abs(sigma).max()
     cases = {
-        "missing": ({"mu": mu}, "expected mu and sigma"),
+        "missing": ({"mu": mu}, "has no mu and sigma"),
         "shape": ({"mu": mu[:3], "sigma": sigma}, "shapes"),
         "square": ({"mu": mu, "sigma": sigma[:3]}, "shapes"),
         "finite": ({"mu": mu * np.nan, "sigma": sigma}, "not finite"),
