@@ -1,7 +1,8 @@
-"""Which process of how many this is, as torchrun (or any launcher that sets its variables) says. No torch."""
+"""Which process of how many this is, as torchrun, srun or another launcher says by its variables. No torch."""
 
 import atexit
 import os
+import re
 import signal
 import sys
 from types import FrameType
@@ -32,6 +33,7 @@ class Place(NamedTuple):
 
 def launched_place() -> Place:
     """From RANK, WORLD_SIZE and LOCAL_RANK; without a launcher, the only process. UserError where they clash."""
+    _adopt_srun()
     numbers = []
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, alone)
@@ -47,6 +49,22 @@ def launched_place() -> Place:
     if place.world_size > 1 and missing:
         raise UserError(f"WORLD_SIZE is {place.world_size}, but {missing[0]} is not set; start with torchrun")
     return place
+
+
+def _adopt_srun() -> None:
+    """Gives the tasks of an srun that started them without torchrun torch's variables, from SLURM's. Task 0 is on the
+    first node of the step; the port follows from job and step."""
+    said = os.environ
+    if "RANK" in said or said.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    first = re.match(r"([^\[,]+)(?:\[(\d+))?", said.get("SLURM_STEP_NODELIST", ""))
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    if not first or any(not said.get(name, "").isdigit() for name in names):
+        return
+    tasks, rank, local_rank, job, step = (said[name] for name in names)
+    said.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=local_rank)
+    said.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
+    said.setdefault("MASTER_PORT", str(30_000 + (int(job) * 16 + int(step)) % 10_000))  # torchrun's are below
 
 
 def leave(code: int) -> NoReturn:

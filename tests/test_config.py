@@ -1,6 +1,7 @@
 """Configs: every mistake is one line, at once, before torch is imported."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -215,6 +216,38 @@ def test_a_wrong_launcher_environment_is_named(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         launched_place()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("gpu-a[007-009,12]", "gpu-a007"), ("a3,b[1-2]", "a3"), ("n[10,12]", "n10")]
+)
+def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # which the end of the test takes back
+        monkeypatch.delenv(name)
+    said = {
+        "STEP_NUM_TASKS": "4",
+        "STEP_NODELIST": nodes,
+        "STEP_ID": "2",
+        "PROCID": "3",
+        "LOCALID": "1",
+        "JOB_ID": "70123",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv("SLURM_" + name, value)
+    assert launched_place() == (3, 4, 1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "31970")
+    monkeypatch.setenv("RANK", "0")  # torchrun's word is the stronger
+    assert launched_place().rank == 0
+
+
+@pytest.mark.parametrize("step", [{"STEP_NUM_TASKS": "1"}, {}])
+def test_a_task_alone_is_alone(monkeypatch, step):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PROCID": "0", "JOB_ID": "7", "STEP_NODELIST": "n1", **step}.items():
+        monkeypatch.setenv("SLURM_" + name, value)
+    assert launched_place() == (0, 1, 0)
 
 
 def test_dry_run_prints_config_shapes_and_cost():
