@@ -59,7 +59,7 @@ def test_job_scripts_that_die_themselves_are_counted_to_the_cap(config):
 def test_a_preempted_start_is_no_crash(config):
     for _ in range(2 * MAX_STARTS):
         begin(config, 1)
-        assert end(config, "", "SIGTERM") == ("stopped", "stopped at step 0: SIGTERM before training began")
+        assert end(config, "", "SIGTERM") == ("stopped", "stopped at step 0: SIGTERM before work began")
 
 
 @pytest.mark.parametrize("where", ["before training", "before a step"])

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from mf_dist.data.images import Pixels
 from mf_dist.distributed import Ranks
 from mf_dist.durable import write_json, write_npz
+from mf_dist.errand import made
 from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.sources import Source
@@ -115,6 +116,7 @@ def compute_blocks(
             arrays = _compute(source, network, first, last, block, keep_pixels, seconds)
             start = time.perf_counter()
             write_npz(_path(folder, number), arrays)
+            made()
             seconds["write"] += time.perf_counter() - start
             bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
     barrier(ranks)

@@ -18,6 +18,7 @@ engine.compile=false checkpoint.every_images=1600 log.every_steps=1 log.sample_e
 """
 SITE = """
 PYTHON={python}
+JOBS_DIR={folder}/jobs
 NPROC_PER_NODE=2
 GPUS_PER_NODE=0  # this cluster's GPUs are pretended
 export OMP_NUM_THREADS=1 {more}
@@ -41,7 +42,7 @@ class Jobs:
 
     def site(self, more: str) -> None:
         """The site.env of the jobs to come, with a line of exports more."""
-        (self.folder / "site.env").write_text(SITE.format(python=sys.executable, more=more))
+        (self.folder / "site.env").write_text(SITE.format(python=sys.executable, folder=self.folder, more=more))
         self.env = {**self.cluster.env, "SITE_ENV": str(self.folder / "site.env")}
 
     def submit(self, *arguments: object) -> str:

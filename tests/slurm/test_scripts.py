@@ -44,7 +44,8 @@ def test_an_encode_array_with_a_task_killed_makes_the_same_bytes(jobs, images, t
     for task in range(4):
         assert jobs.wait_end(f"{array}_{task}", 120) == "COMPLETED", jobs.log()
     restarts = [jobs.field(f"{array}_{task}", "Restarts") for task in range(4)]
-    assert sorted(restarts) == ["0", "0", "0", "1"] and "requeued: ended with code 137" in jobs.log()
+    assert sorted(restarts) == ["0", "0", "0", "1"]
+    assert re.search(r"requeued: failed at step \d+: srun ended with code 137 before the tool said why", jobs.log())
     assert len({jobs.field(f"{array}_{task}", "NodeList") for task in range(4)}) > 1
     run_python("tools/latents.py", "verify", out)
     encode(images, tmp_path / "alone", shard_size=10, batch=5)
@@ -77,7 +78,7 @@ def test_what_cannot_run_is_not_waited_for(jobs, images, tmp_path):
     jobs.site(f"\nENCODE_SBATCH=(--output={tmp_path}/job.log --array=0-1)")
     assert jobs.cluster.ask(*command, "--vae", VAE, "--resolution", "32", env=jobs.env, cwd=ROOT)
     jobs.wait(lambda: not jobs.cluster.ask("squeue", "-h").strip(), 90, "an empty queue")
-    assert jobs.last_line() == "refused, as said above" and "/nowhere" in jobs.log()
+    assert jobs.last_line().startswith("refused: ") and "/nowhere" in jobs.last_line()
 
 
 @pytest.mark.slurm_ci

@@ -88,7 +88,7 @@ def test_usr1_before_training_begins_requeues(jobs):
     jobs.wait((jobs.run / "status.json").exists, 30, "the preflight")
     jobs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
     jobs.wait(lambda: f"job {job} start 1" in jobs.log(), 90, "the restart")
-    assert "requeued: stopped at step 0: SIGUSR1 before training began" in jobs.log()
+    assert "requeued: stopped at step 0: SIGUSR1 before work began" in jobs.log()
 
 
 @pytest.mark.slurm_ci
