@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import Cluster
 from conftest import FEATURES, ROOT
 from processes import losses, status
 
-STEPS = 300
+STEPS = 200
 TINY = """
 data.num_workers=0 model.depth=2 model.hidden_size=32 model.num_heads=2 model.latent_size=8 model.num_classes=10
 optim.lr=1e-3 optim.ema_decay=0.99 train.batch_size=16 train.hang_seconds=15 engine.precision=fp32
@@ -84,6 +85,15 @@ class Jobs:
         while not holds():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}; the log:\n{self.log()}"
             time.sleep(0.1)
+
+    @contextmanager
+    def broken_disk(self, node: str, folder: Path):
+        """An empty disk of 4 KiB in its place, on that node alone."""
+        self.cluster.run_on(node, "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder)
+        try:
+            yield
+        finally:
+            self.cluster.run_on(node, "umount", "--lazy", folder)
 
     def orphans(self) -> list[str]:
         """Command lines of this test's processes on any node."""
