@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mf_dist.config import Config, load_config
+from mf_dist.data.shards import read_manifest
 from mf_dist.errors import Unrecorded, UserError, command_line
 from mf_dist.status import Status
 from mf_dist.train import check
@@ -40,7 +41,8 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
         return Verdict("stopped", f"{stop_file} exists; remove it to go on")
     _hold(status, patience)
     try:
-        check(config, ranks, needs_data=False)
+        if _sees_data(config):  # else the preflight says whose fault that is
+            check(config, ranks, needs_data=True)
         status.launch()
     except UserError as error:
         if status.read().get("status") != "crash_loop":
@@ -49,6 +51,13 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     finally:
         status.release()
     return Verdict("go", config.run_dir)
+
+
+def _sees_data(config: Config) -> bool:
+    try:
+        return read_manifest(config.data.path) is not None
+    except OSError:
+        return False
 
 
 def _hold(status: Status, patience: float) -> None:

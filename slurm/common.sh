@@ -41,7 +41,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # why it failed, and nothing else
 asked='' # which one told this job to stop
 ask_again() { # as long as this script lives, since a program that just starts is deaf; to the steps, not to this script
   while kill -0 $$ 2> /dev/null; do
-    scancel --quiet --signal="$1" "$job"
+    # scancel tries again by itself while a job changes state, and would hit the next start
+    timeout 4 scancel --quiet --signal="$1" "$job"
     sleep 5
   done
 }

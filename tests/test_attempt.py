@@ -137,6 +137,11 @@ def test_the_end_of_one_job_says_nothing_of_anothers(config):
     assert end(config, "srun ended with code 1").word == "retry"
 
 
+def test_data_that_this_node_lacks_are_the_preflights_matter(tiny_config):
+    """Although the config takes the latents' shape from them."""
+    assert begin(load_config(str(tiny_config), ["data.path=/nowhere"]), 1).word == "go"
+
+
 def test_a_disk_that_is_away_is_named(tiny_config):
     said = run_python("-m", "mf_dist.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
     assert said.startswith("failed /proc/nope: No such file")

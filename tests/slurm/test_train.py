@@ -67,7 +67,7 @@ def test_one_node_with_a_local_disk(jobs, undisturbed):
     job = jobs.train("--nodes=1", overrides=("train.total_images=800",))
     assert jobs.wait_end(job) == "COMPLETED", jobs.log()
     assert f"staged 3 of 3 shards in {jobs.folder}/scratch" in jobs.log()
-    assert_same_losses(losses(jobs.run), losses(undisturbed.run))
+    assert_same_losses(losses(undisturbed.run), losses(jobs.run))
 
 
 @pytest.mark.slurm_ci
