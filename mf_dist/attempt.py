@@ -101,8 +101,11 @@ def judge(said: dict[str, Any]) -> Verdict:
 
 
 def begin_tool(folder: Path) -> Verdict:
-    """Raises UserError where a crash loop is found."""
-    Status(folder).launch()
+    """Raises UserError where a crash loop is found, or nothing can be written."""
+    status = Status(folder)
+    status.launch()
+    if status.read().get("status") != "starting":
+        raise UserError(f"cannot write {status.path}; make room there, or set JOBS_DIR to another folder")
     return Verdict("go", str(folder))
 
 

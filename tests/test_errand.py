@@ -65,6 +65,12 @@ def test_the_word_follows_the_end(status, main, word):
     assert start(status, main).word == word
 
 
+def test_a_folder_that_takes_nothing_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*status.json; make room there"):
+        begin_tool(tmp_path / "file" / "job")
+
+
 def test_without_a_job_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert errand(lambda: 5)() == 5 and not any(tmp_path.iterdir())

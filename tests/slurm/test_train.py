@@ -86,11 +86,14 @@ def test_usr1_saves_requeues_and_resumes(jobs, undisturbed):
 
 
 def test_usr1_before_training_begins_requeues(jobs):
-    job = jobs.train("--nodes=2")
+    """And what the call says of staging is stronger than the site's LOCAL_SCRATCH."""
+    jobs.site(f"LOCAL_SCRATCH={jobs.folder}/scratch")
+    job = jobs.train("--nodes=2", overrides=("data.stage=off",))
     jobs.wait((jobs.run / "status.json").exists, 30, "the preflight")
     jobs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
     jobs.wait(lambda: f"job {job} start 1" in jobs.log(), 90, "the restart")
     assert "requeued: stopped at step 0: SIGUSR1 before work began" in jobs.log()
+    assert not (jobs.folder / "scratch").exists()
 
 
 @pytest.mark.slurm_ci
