@@ -70,12 +70,12 @@ class Jobs:
         found = re.search(rf"\b{name}=(\S*)", self.cluster.ask("scontrol", "show", "job", job))
         return found.group(1) if found else ""
 
-    def wait_step(self, step: int, seconds: float = 90) -> None:
+    def wait_step(self, step: int, seconds: float = 240) -> None:
         """Until the run has logged this step."""
         path = self.run / "metrics.jsonl"
         self.wait(lambda: path.exists() and len(path.read_text().splitlines()) >= step, seconds, f"step {step}")
 
-    def wait_end(self, job: str, seconds: float = 120) -> str:
+    def wait_end(self, job: str, seconds: float = 300) -> str:
         """The state that the job ended in."""
         self.wait(lambda: self.field(job, "JobState") in DONE, seconds, f"the end of job {job}")
         return self.field(job, "JobState")
