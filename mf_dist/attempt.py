@@ -2,10 +2,11 @@
 
     python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
     python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
+    python -m mf_dist.attempt begin --tool runs/jobs/17        # the same of a tool (mf_dist.errand) and its folder
 
 begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
-finished | stopped (a person's wish) | failed (for good) | refused. RUN/status.json alone decides, since exit codes do
-not survive torchrun and srun. No torch.
+finished | stopped (a person's wish) | failed (for good) | refused. status.json alone decides, since exit codes do not
+survive torchrun and srun. Whether the data are there is the preflight's to say, node by node. No torch.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mf_dist.config import Config, load_config
+from mf_dist.data.shards import read_manifest
 from mf_dist.errors import Unrecorded, UserError, command_line
 from mf_dist.status import Status
 from mf_dist.train import check
@@ -39,7 +41,8 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
         return Verdict("stopped", f"{stop_file} exists; remove it to go on")
     _hold(status, patience)
     try:
-        check(config, ranks, needs_data=True)
+        if _sees_data(config):  # else the preflight says whose fault that is
+            check(config, ranks, needs_data=True)
         status.launch()
     except UserError as error:
         if status.read().get("status") != "crash_loop":
@@ -48,6 +51,13 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     finally:
         status.release()
     return Verdict("go", config.run_dir)
+
+
+def _sees_data(config: Config) -> bool:
+    try:
+        return read_manifest(config.data.path) is not None
+    except OSError:
+        return False
 
 
 def _hold(status: Status, patience: float) -> None:
@@ -61,12 +71,14 @@ def _hold(status: Status, patience: float) -> None:
             time.sleep(min(2.0, patience))
 
 
-def end(config: Config, reason: str, asked: str = "", patience: float = LOCK_SECONDS) -> Verdict:
-    """What is to follow the start that has ended. Raises UserError where another process has the run by now: it is that
-    one's to say."""
+def end(config: Config, reason: str, asked: str = "", refused: bool = False, patience: float = LOCK_SECONDS) -> Verdict:
+    """What is to follow the start that has ended; `refused`: by a preflight that found a mistake in the call. Raises
+    UserError where another process has the run by now: it is that one's to say."""
     status = Status(Path(config.run_dir))
     _hold(status, patience)
     try:
+        if refused:
+            status.refuse(reason, has_begun=False)
         return judge(status.conclude(reason, asked))
     finally:
         status.release()
@@ -88,6 +100,27 @@ def judge(said: dict[str, Any]) -> Verdict:
     return Verdict("failed", f"{status} {at_step}")
 
 
+def begin_tool(folder: Path) -> Verdict:
+    """Raises UserError where a crash loop is found, or nothing can be written."""
+    status = Status(folder)
+    status.launch()
+    if status.read().get("status") != "starting":
+        raise UserError(f"cannot write {status.path}; make room there, or set JOBS_DIR to another folder")
+    return Verdict("go", str(folder))
+
+
+def answer(args: argparse.Namespace) -> Verdict:
+    """Raises UserError and OSError."""
+    if args.tool:
+        if args.what == "begin":
+            return begin_tool(args.tool)
+        return judge(Status(args.tool).conclude(args.reason, args.asked))
+    config = load_config(args.config, args.overrides)
+    if args.what == "begin":
+        return begin(config, args.ranks)
+    return end(config, args.reason, args.asked, args.refused)
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -95,24 +128,23 @@ def main() -> None:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("what", choices=("begin", "end"))
-    parser.add_argument("config", help="YAML file, as for mf_dist.train")
+    parser.add_argument("config", nargs="?", help="YAML file, as for mf_dist.train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--tool", type=Path, metavar="FOLDER", help="of the status.json of a tool, instead of a config")
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
     parser.add_argument("--ranks", type=int, default=1, help="processes that will train (default 1)")
     parser.add_argument("--reason", default="", help="end: what the launcher saw, should the run have said nothing")
     parser.add_argument("--asked", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: told it to stop")
+    parser.add_argument("--refused", action="store_true", help="end: --reason is a mistake in the call")
     args = parser.parse_intermixed_args()
+    if (args.config is None) == (args.tool is None):
+        parser.error("give a config or --tool FOLDER")
     try:
-        config = load_config(args.config, args.overrides)
-    except UserError as error:
-        print("refused", " ".join(str(error).split()))
-        return
-    try:
-        verdict = begin(config, args.ranks) if args.what == "begin" else end(config, args.reason, args.asked)
+        verdict = answer(args)
     except UserError as error:
         verdict = Verdict("refused", str(error))
     except OSError as error:  # a disk that is away says nothing of the run
-        verdict = Verdict("failed", f"{error.filename or config.run_dir}: {error.strerror or error}")
+        verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
     print(verdict.word, " ".join(verdict.reason.split()))
 
 

@@ -23,6 +23,7 @@ from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
 from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.durable import sha256_of, write_json
+from mf_dist.errand import made
 from mf_dist.errors import UserError
 from mf_dist.latents import Vae
 from mf_dist.progress import progress
@@ -85,8 +86,8 @@ def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task
         writing.set_result(None)
         for number in mine:
             tar = out / shard_name(number)
-            if made := whole_index(tar, plan_sha256):
-                all_bad += made.skipped
+            if whole := whole_index(tar, plan_sha256):
+                all_bad += whole.skipped
                 bar.update(len(blocks[number]))
                 continue
             bad: list[str] = []
@@ -96,8 +97,13 @@ def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task
             if not records:
                 raise UserError(f"no image of {tar.name} can be read; the first: {bad[0]}")
             writing.result()
-            writing = writer.submit(write_shard, tar, records, bad, plan_sha256)
+            writing = writer.submit(_write, tar, records, bad, plan_sha256)
         writing.result()
+
+
+def _write(tar: Path, records: list[Record], bad: list[str], plan_sha256: str) -> None:
+    write_shard(tar, records, bad, plan_sha256)
+    made()
 
 
 def _blocks(total: int, encoding: Encoding) -> list[range]:

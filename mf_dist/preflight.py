@@ -2,11 +2,13 @@
 
     srun python -m mf_dist.preflight node --into FOLDER --gpus 8 --ranks 16 CONFIG   # one a node: FOLDER/NODE.json
     srun torchrun ... -m mf_dist.preflight wires --into FOLDER                       # one a GPU: FOLDER/NODE.wires.json
-    python -m mf_dist.preflight judge --into FOLDER n1 n2                            # good | bad NODES WHY | failed WHY
+    python -m mf_dist.preflight judge --into FOLDER n1 n2         # good | bad NODES WHY | failed - WHY | refused - WHY
 
-node: versions, GPUs that compute, room for checkpoints, shards that can be read. wires: an all-reduce within each
-node, then over all: its sum and its speed. What nodes say goes through files in a folder they share, so that one that
-says nothing is known by its silence; judge compares them. A step that has not run is not judged.
+node: versions, GPUs that compute, room for checkpoints and staged shards, shards that can be read. wires: an all-reduce
+within each node, then over all: its sum and its speed. If that fails, the launcher runs wires on pairs of neighbours in
+the ring of nodes, in FOLDER/pairs/A+B: a node is to blame that fails with both. What nodes say goes through files in a
+folder they share, so that one that says nothing is known by its silence; judge compares them. A step that has not run
+is not judged.
 """
 
 import argparse
@@ -47,7 +49,8 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
     looks = {
         "GPUs": lambda: _check_gpus(gpus),
         "shards": lambda: _check_shards(config),
-        "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=True)),
+        "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=False)),
+        "staging": lambda: _check_scratch(config),
     }
     problems = []
     for what, look in looks.items():
@@ -55,7 +58,7 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
             look()
         except (UserError, OSError, RuntimeError) as error:
             problems.append(f"{what}: {' '.join(str(error).split())}")
-    return {"node": node_name(), "same": same, "problems": problems}
+    return {"node": node_name(), "same": same, "problems": problems, "has_data": _has_data(config)}
 
 
 def _check_gpus(expected: int) -> None:
@@ -80,6 +83,25 @@ def _check_shards(config: Config) -> None:
         shards[sample][0].sum()
 
 
+def _has_data(config: Config) -> bool:
+    from mf_dist.data.shards import read_manifest
+
+    try:
+        return read_manifest(config.data.path) is not None
+    except (UserError, OSError):  # it is damaged, and one of the problems
+        return True
+
+
+def _check_scratch(config: Config) -> None:
+    """The folder for copies of the shards has room for them."""
+    from mf_dist.data.shards import read_manifest
+    from mf_dist.data.staging import check_room
+
+    manifest = read_manifest(config.data.path)
+    if config.data.stage_dir and manifest:
+        check_room(Path(config.data.stage_dir), manifest)
+
+
 def _check_disk(config: Config) -> None:
     """The run's folder can be written here and has room."""
     from mf_dist.cost import checkpoint_bytes
@@ -93,14 +115,15 @@ def _check_disk(config: Config) -> None:
     check_room(run_dir / "checkpoints", checkpoint_bytes(config))
 
 
-def check_wires(into: Path) -> None:
-    """Run by every rank under torchrun: first the ranks of each node among themselves, then all."""
+def check_wires(into: Path, patience: float) -> None:
+    """Run by every rank under torchrun: first the ranks of each node among themselves, then all. `patience`: seconds
+    that a rank waits for the others."""
     import torch.distributed as dist
 
     from mf_dist.distributed import process_group
 
     path = into / f"{node_name()}.wires.json"
-    with process_group(120) as ranks:
+    with process_group(patience) as ranks:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         own = None
         for first in range(0, ranks.world_size, here):  # every rank makes every group
@@ -149,7 +172,30 @@ def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]
     if wires:  # if no node has a word to say, none is to blame
         for node in nodes:
             bad[node] += wires[node]["problems"] if node in wires else ["its ranks did not answer"]
+    for node in _without_a_partner(into / "pairs", nodes):
+        bad[node].append("the all-reduce with either neighbour fails")
     return {node: problems for node, problems in bad.items() if problems}, _speeds(wires)
+
+
+def pairs_that_work(folder: Path, nodes: list[str]) -> dict[tuple[str, str], bool]:
+    """Of the ring of nodes, whether each pair of neighbours had its all-reduce; empty if that has not been tried."""
+    if not folder.is_dir():
+        return {}
+    ring = zip(nodes, [*nodes[1:], nodes[0]], strict=True)
+    return {(a, b): all(_is_through(folder / f"{a}+{b}/{node}.wires.json") for node in (a, b)) for a, b in ring}
+
+
+def _is_through(path: Path) -> bool:
+    said = _read(path)
+    return said is not None and OVER_ALL in said and not said["problems"]
+
+
+def _without_a_partner(folder: Path, nodes: list[str]) -> list[str]:
+    """Nodes that fail with both neighbours while others do not; where all pairs fail, none can be told."""
+    works = pairs_that_work(folder, nodes)
+    if not any(works.values()):
+        return []
+    return [node for node in nodes if not any(works[pair] for pair in works if node in pair)]
 
 
 def _odd_ones(told: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -190,16 +236,28 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _judge(into: Path, nodes: list[str], reason: str) -> None:
     """On stderr what is measured, on stdout the verdict; `reason`: why a step before this failed, if one did. What all
-    of several nodes have is no node's fault, and none is left out for it."""
+    of several nodes have is no node's fault, and none is left out for it; data that none of them has are a mistake."""
     bad, lines = judge(into, nodes)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     words = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
-    if len(bad) == len(nodes) > 1:
+    looked = [_read(into / f"{node}.json") for node in nodes]
+    if len(nodes) > 1 and all(said and not said["has_data"] for said in looked):
+        print("refused", "-", f"on all nodes, {bad[nodes[0]][0]}")
+    elif len(bad) == len(nodes) > 1:
         print("failed", "-", f"on all nodes, {words}")
     elif bad:
         print("bad", ",".join(bad), words)
     else:
-        print("failed" if reason else "good", "-", reason)
+        print("failed" if reason else "good", "-", reason + (_untold(into, nodes) if reason else ""))
+
+
+def _untold(into: Path, nodes: list[str]) -> str:
+    """Why no node is named."""
+    works = pairs_that_work(into / "pairs", nodes)
+    if not works:
+        return ""
+    failing = ", ".join("+".join(pair) for pair, is_good in works.items() if not is_good)
+    return f"; which node is to blame cannot be told: of the pairs {failing or 'none'} failed"
 
 
 @command_line
@@ -213,6 +271,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
     parser.add_argument("--gpus", type=int, default=0, help="node: GPUs that must be there")
     parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
+    parser.add_argument("--patience", type=float, default=120, help="wires: seconds to wait for others (default 120)")
     parser.add_argument("--reason", default="", help="judge: why the step before failed, if it did")
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
     args = parser.parse_intermixed_args()
@@ -221,7 +280,7 @@ def main() -> None:
         config = load_config(args.rest[0], args.rest[1:])
         write_json(args.into / f"{node_name()}.json", check_node(config, args.gpus, args.ranks))
     elif args.step == "wires":
-        check_wires(args.into)
+        check_wires(args.into, args.patience)
     else:
         _judge(args.into, args.rest, args.reason)
 

@@ -73,7 +73,7 @@ class Status:
             starts = before.get("starts_without_progress", 0) + (said == "starting")
             kept = {"committed_step": step, "starts_without_progress": starts}
             if said == "starting" and asked:
-                self._turn("stopped", step, f"{asked} before training began", **kept, stopped_by=asked)
+                self._turn("stopped", step, f"{asked} before work began", **kept, stopped_by=asked)
             elif said in ("starting", "running"):
                 self._turn("failed", step, reason, **kept)
             before = self.read()

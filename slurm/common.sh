@@ -3,7 +3,11 @@
 set -uo pipefail
 
 say() { printf '%(%F %T)T %s\n' -1 "$*"; }
-leave() { say "$2"; exit "$1"; } # code, why: the last line of the log
+leave() { # code, why: the last line of the log
+  [ -z "${listener:-}" ] || kill "$listener" 2> /dev/null
+  say "$2"
+  exit "$1"
+}
 
 # ---- the site, and where we are in it
 CONTAINER=()
@@ -15,10 +19,10 @@ if [ -f "$site" ]; then
   set -u
 fi
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-300}
 nodes=$SLURM_JOB_NUM_NODES
-ranks=$((nodes * NPROC_PER_NODE))
+cpus=$(sed 's/(x[0-9]*)//g; s/,/\n/g' <<< "$SLURM_JOB_CPUS_PER_NODE" | sort -n | head -n 1) # of the smallest node
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may mean the whole array
 job=${job:-$SLURM_JOB_ID}
@@ -37,38 +41,47 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # why it failed, and nothing else
 asked='' # which one told this job to stop
 ask_again() { # as long as this script lives, since a program that just starts is deaf; to the steps, not to this script
   while kill -0 $$ 2> /dev/null; do
-    scancel --quiet --signal=USR1 "$job"
+    # scancel tries again by itself while a job changes state, and would hit the next start
+    timeout 4 scancel --quiet --signal="$1" "$job"
     sleep 5
   done
 }
 on_usr1() {
+  [ -z "$asked" ] || return 0
   say "SIGUSR1: the time limit is near; asking for a save"
   asked=SIGUSR1
-  ask_again &
+  ask_again USR1 &
 }
 on_term() {
-  say "SIGTERM: cancelled, preempted, or a node is lost" # SLURM has told the ranks
+  [ "$asked" != SIGTERM ] || return 0
+  say "SIGTERM: cancelled, preempted, or a node is lost"
   asked=SIGTERM
+  ask_again TERM &
 }
 trap on_usr1 USR1
 trap on_term TERM
+# scancel --signal=TERM tells the steps alone; this one, which lasts as long as the script, passes it on
+# shellcheck disable=SC2016  # its $0 is this script's number
+srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --gres=none --mem=0 --nodelist="$SLURMD_NODENAME" --input=none \
+  bash -c 'trap "" USR1; trap "kill -TERM $0" TERM; while kill -0 "$0"; do sleep 1 & wait; done' $$ &> /dev/null &
+listener=$!
 
 # ---- steps
 ours() { "${here[@]}" "${deaf[@]}" "$PYTHON" -m "$@"; } # a module of mf_dist on this node
 
+within=()                   # what ends a step that takes too long
+patience=$PREFLIGHT_SECONDS # until all nodes have met
+
 step() { # an srun of one task a node: in the background, for in the foreground a trap would wait for its end
-  local code pid
+  local pid
   # since SLURM 22.05 srun does not take over how many CPUs a task has
-  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-    "${CONTAINER[@]}" "$@" &
+  "${within[@]}" srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
+    --nodelist="$(IFS=,; printf %s "${names[*]}")" "${CONTAINER[@]}" "$@" &
   pid=$!
-  wait "$pid"
-  code=$?
-  while kill -0 "$pid" 2> /dev/null; do # a signal ended the wait, not srun
+  while kill -0 "$pid" 2> /dev/null; do # a signal ends the wait, not srun
     wait "$pid"
-    code=$?
   done
-  return "$code"
+  wait "$pid" # bash still knows its code
 }
 
 on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes on each node
@@ -76,40 +89,26 @@ on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes o
   # the others when one rank fails, and soon, since they only wait for it. SLURM starts again, not torchrun.
   # shellcheck disable=SC2016  # SLURMD_NODENAME is each node's own
   step --kill-on-bad-exit=1 --wait=60 \
-    bash -c 'trap "" USR1 TERM; exec "$0" -m torch.distributed.run --log-dir "$1/$SLURMD_NODENAME" "${@:2}"' \
+    bash -c 'trap "" USR1 TERM; exec "$0" -m torch.distributed.run --local-addr "$SLURMD_NODENAME" \
+      --log-dir "$1/$SLURMD_NODENAME" "${@:2}"' \
     "$PYTHON" "$1" --nnodes "$nodes" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0 \
     --rdzv-backend c10d --rdzv-id "$start" --rdzv-endpoint "${names[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
-    --rdzv-conf join_timeout="$PREFLIGHT_SECONDS" --shutdown-timeout 10 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+    --rdzv-conf join_timeout="$patience" --shutdown-timeout 10 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
     --redirects 3 --tee 3 --local-ranks-filter 0 "${@:2}"
 }
 
 task() { # a tool and its arguments, in one process on one node; the same call goes on where it stopped
-  local code=0 restarts=${SLURM_RESTART_COUNT:-0}
-  say "job $job start $restarts on $SLURM_JOB_NODELIST: $*"
-  step "$PYTHON" "$@" || code=$?
-  [ $code != 0 ] || leave 0 "finished"
-  [ $code != 2 ] || leave 2 "refused, as said above"
-  if [ "$asked" = SIGUSR1 ] || [ "$restarts" -lt 3 ]; then
-    requeue '' && leave 0 "requeued: ended with code $code${asked:+ after $asked}"
+  local verdict='' reason='' code=0
+  export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # the tool and mf_dist.attempt talk there
+  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$MF_DIST_STATUS/status.json" # of a job of the same number, long ago
+  say "job $job start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
+  read -r verdict reason < <(ours mf_dist.attempt begin --tool "$MF_DIST_STATUS")
+  if [ "$verdict" = go ]; then
+    step "$PYTHON" "$@" || code=$?
+    reason="srun ended with code $code before the tool said why"
+    read -r verdict reason < <(ours mf_dist.attempt end --tool "$MF_DIST_STATUS" --reason "$reason" --asked "$asked")
   fi
-  leave 1 "failed: ended with code $code${asked:+ after $asked}, restarts: $restarts"
-}
-
-# ---- training
-preflight() { # config, overrides: sets verdict (good, bad, failed), bad (nodes) and reason
-  local into=$run_dir/preflight/$start why=''
-  # one node that fails early must not end the others, which would then seem silent
-  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" timeout --signal=KILL "$PREFLIGHT_SECONDS" "$PYTHON" -m mf_dist.preflight node \
-    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" ||
-    why="srun ended with code $?"
-  judge
-  [ "$verdict" = good ] || return
-  on_ranks "$into/logs" -m mf_dist.preflight wires --into "$into" ||
-    why="the all-reduce over all nodes failed, srun's code $?"
-  judge
-}
-judge() { # uses preflight's into and why
-  read -r verdict bad reason < <(ours mf_dist.preflight judge --into "$into" --reason "$why" "${names[@]}")
+  conclude ''
 }
 
 requeue() { # nodes to leave out, or nothing. SLURM then ends this script
@@ -123,9 +122,87 @@ requeue() { # nodes to leave out, or nothing. SLURM then ends this script
   [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="$1${before:+,$before}" || say "cannot leave out $1"
 }
 
+conclude() { # nodes to leave out, or nothing: as verdict and reason say
+  case $verdict in
+    finished) leave 0 "finished $reason" ;;
+    resume | retry)
+      requeue "$1" && leave 0 "requeued${1:+ without $1}: $reason"
+      [ "$verdict" = retry ] || leave 3 "$reason"
+      leave 1 "$reason" ;;
+    stopped) leave 3 "$reason" ;;
+    refused) leave 2 "refused: $reason" ;;
+    *) leave 1 "failed: ${reason:-$PYTHON does not run mf_dist; see PYTHON in $site}" ;;
+  esac
+}
+
+# ---- training
+preflight() { # config, overrides: sets verdict (good, bad, failed, refused), bad (nodes) and reason
+  local into=$run_dir/preflight/$start why='' within=(timeout --kill-after=30 "$PREFLIGHT_SECONDS")
+  local patience=$((PREFLIGHT_SECONDS / 3)) # less than the whole, so that ranks can say what they wait for
+  # one node that fails early must not end the others, which would then seem silent
+  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" "$PYTHON" -m mf_dist.preflight node \
+    --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why=$(ended $?)
+  judge
+  [ "$verdict" = good ] || return
+  wires "$into" || why="the all-reduce over all nodes failed, $(ended $?)"
+  judge
+  [ "$verdict" = failed ] && [ -z "$asked" ] || return
+  if [ "$nodes" = 2 ]; then
+    reason="$reason; which of two nodes is to blame cannot be told"
+  elif [ "$nodes" -gt 2 ]; then
+    say "$reason; testing pairs of nodes"
+    pairs
+    judge
+  fi
+}
+ended() { # code of a step
+  if [ "$1" = 124 ]; then # of timeout
+    echo "not done within PREFLIGHT_SECONDS=$PREFLIGHT_SECONDS"
+  else
+    echo "srun ended with code $1"
+  fi
+}
+wires() { # folder
+  on_ranks "$1/logs" -m mf_dist.preflight wires --into "$1" --patience "$patience"
+}
+pairs() { # neighbours in the ring of nodes, no node in two pairs at once
+  local within=(timeout --kill-after=30 "$patience") patience=$((patience / 2)) round i pids
+  for round in 0 1 2; do # even ones, odd ones, and the last of an odd number
+    pids=()
+    for ((i = 0; i < nodes; i++)); do
+      if [ $((nodes % 2 && i == nodes - 1 ? 2 : i % 2)) = "$round" ]; then
+        pair "${names[i]}" "${names[(i + 1) % nodes]}" &
+        pids+=($!)
+      fi
+    done
+    [ ${#pids[@]} = 0 ] || wait "${pids[@]}"
+    [ -z "$asked" ] || return # a signal ended the wait
+  done
+}
+pair() { # two nodes
+  local nodes=2 names=("$@") start=$start.$1+$2
+  wires "$into/pairs/$1+$2" &> /dev/null # its ranks' words are in the folder
+}
+judge() { # uses preflight's into and why
+  read -r verdict bad reason < <(ours mf_dist.preflight judge --into "$into" --reason "$why" "${names[@]}")
+}
+
+count_ranks() { # sets NPROC_PER_NODE and ranks
+  if [ "$NPROC_PER_NODE" = 0 ]; then # a site may not count GPUs
+    NPROC_PER_NODE=$("${here[@]}" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    [ "${NPROC_PER_NODE:-0}" != 0 ] ||
+      leave 2 "refused: SLURM names no GPUs and $PYTHON sees none: submit with --gres=gpu:N, or set NPROC_PER_NODE"
+    say "SLURM names no GPUs; one process for each of the $NPROC_PER_NODE visible here"
+  fi
+  ranks=$((nodes * NPROC_PER_NODE))
+}
+
 train() { # config, overrides: one attempt, from the check whether there is anything to do to the word why it ended
-  local verdict='' reason='' bad='' run_dir code=0 staging=()
-  [ -z "${LOCAL_SCRATCH:-}" ] || staging=(data.stage=dir data.stage_dir="$LOCAL_SCRATCH")
+  local verdict='' reason='' bad='' run_dir code=0 refused=() ranks
+  if [ -n "${LOCAL_SCRATCH:-}" ] && [[ " $*" != *" data.stage"* ]]; then # who names another place is right
+    set -- "$1" data.stage=dir data.stage_dir="$LOCAL_SCRATCH" "${@:2}"
+  fi
+  count_ranks
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
   read -r verdict reason < <(ours mf_dist.attempt begin --ranks "$ranks" "$@")
   run_dir=$reason
@@ -133,22 +210,14 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
     preflight "$@"
     if [ "$verdict" = good ] && [ -z "$asked" ]; then
       say "preflight is good; training in $run_dir"
-      on_ranks "$run_dir/logs/$start" -m mf_dist.train "$1" "${staging[@]}" "${@:2}" || code=$?
+      on_ranks "$run_dir/logs/$start" -m mf_dist.train "$@" || code=$?
       reason="srun ended with code $code before the run said why"
     else
+      [ "$verdict" != refused ] || refused=(--refused)
       reason="preflight: ${reason:-it does not run}"
     fi
     [ "$bad" != - ] || bad=''
-    read -r verdict reason < <(ours mf_dist.attempt end --reason "$reason" --asked "$asked" "$@")
+    read -r verdict reason < <(ours mf_dist.attempt end "${refused[@]}" --reason "$reason" --asked "$asked" "$@")
   fi
-  case $verdict in
-    finished) leave 0 "finished $reason" ;;
-    resume | retry)
-      requeue "$bad" && leave 0 "requeued${bad:+ without $bad}: $reason"
-      [ "$verdict" = retry ] || leave 3 "$reason"
-      leave 1 "$reason" ;;
-    stopped) leave 3 "$reason" ;;
-    refused) leave 2 "refused: $reason" ;;
-    *) leave 1 "failed: ${reason:-$PYTHON does not run mf_dist; see PYTHON in $site}" ;;
-  esac
+  conclude "$bad"
 }

@@ -59,7 +59,7 @@ def test_job_scripts_that_die_themselves_are_counted_to_the_cap(config):
 def test_a_preempted_start_is_no_crash(config):
     for _ in range(2 * MAX_STARTS):
         begin(config, 1)
-        assert end(config, "", "SIGTERM") == ("stopped", "stopped at step 0: SIGTERM before training began")
+        assert end(config, "", "SIGTERM") == ("stopped", "stopped at step 0: SIGTERM before work began")
 
 
 @pytest.mark.parametrize("where", ["before training", "before a step"])
@@ -135,6 +135,11 @@ def test_the_end_of_one_job_says_nothing_of_anothers(config):
     assert status.read()["status"] == "running"
     status.release()
     assert end(config, "srun ended with code 1").word == "retry"
+
+
+def test_data_that_this_node_lacks_are_the_preflights_matter(tiny_config):
+    """Although the config takes the latents' shape from them."""
+    assert begin(load_config(str(tiny_config), ["data.path=/nowhere"]), 1).word == "go"
 
 
 def test_a_disk_that_is_away_is_named(tiny_config):

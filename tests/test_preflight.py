@@ -45,8 +45,14 @@ def test_a_disk_without_room_is_named(fresh, monkeypatch):
     assert problem.startswith("checkpoints: ") and "MiB free" in problem
 
 
-def node(into, name, problems=(), **same):
-    write_json(into / f"{name}.json", {"node": name, "same": {"torch": "2", **same}, "problems": list(problems)})
+def node(into, name, problems=(), has_data=True, **same):
+    said = {"node": name, "same": {"torch": "2", **same}, "problems": list(problems), "has_data": has_data}
+    write_json(into / f"{name}.json", said)
+
+
+def verdict(into, *nodes, reason=""):
+    options = ["--into", into, "--reason", reason]
+    return run_python("-m", "mf_dist.preflight", "judge", *options, *nodes).stdout.strip()
 
 
 def test_silent_odd_and_broken_nodes_are_blamed(tmp_path):
@@ -79,16 +85,64 @@ def test_wires(tmp_path):
 def test_what_all_nodes_have_is_no_nodes_fault(tmp_path):
     node(tmp_path, "n1", ["checkpoints: no room"])
     node(tmp_path, "n2", ["checkpoints: no room"])
-
-    def verdict(*nodes):
-        return run_python("-m", "mf_dist.preflight", "judge", "--into", tmp_path, *nodes).stdout.strip()
-
-    assert verdict("n1", "n2") == "failed - on all nodes, n1: checkpoints: no room; n2: checkpoints: no room"
-    assert verdict("n1") == "bad n1 n1: checkpoints: no room"
+    said = "failed - on all nodes, n1: checkpoints: no room; n2: checkpoints: no room"
+    assert verdict(tmp_path, "n1", "n2") == said
+    assert verdict(tmp_path, "n1") == "bad n1 n1: checkpoints: no room"
     node(tmp_path, "n2")
-    assert verdict("n1", "n2") == "bad n1 n1: checkpoints: no room"
+    assert verdict(tmp_path, "n1", "n2") == "bad n1 n1: checkpoints: no room"
     node(tmp_path, "n1")
-    assert verdict("n1", "n2") == "good -"
+    assert verdict(tmp_path, "n1", "n2") == "good -"
+
+
+def test_data_that_no_node_has_are_a_mistake(tmp_path):
+    """On a single node, or on one of two, they may be that node's missing disk."""
+    why = "shards: no finished dataset at 'data'"
+    node(tmp_path, "n1", [why], has_data=False)
+    node(tmp_path, "n2", [why], has_data=False)
+    assert verdict(tmp_path, "n1", "n2") == f"refused - on all nodes, {why}"
+    assert verdict(tmp_path, "n1") == f"bad n1 n1: {why}"
+    node(tmp_path, "n2")
+    assert verdict(tmp_path, "n1", "n2") == f"bad n1 n1: {why}"
+
+
+def pair(into, first, second, works):
+    """What the two leave: words of each at the end, or of the all-reduce within each alone."""
+    for name in (first, second):
+        said = {"node": name, "problems": [], "within a node": {}} | ({"over all nodes": {}} if works else {})
+        folder = into / "pairs" / f"{first}+{second}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.wires.json", said)
+
+
+def test_a_node_that_fails_with_both_neighbours_is_to_blame(tmp_path):
+    nodes = ["n1", "n2", "n3", "n4"]
+    for name in nodes:
+        node(tmp_path, name)
+    for first, second in (("n1", "n2"), ("n2", "n3"), ("n3", "n4"), ("n4", "n1")):
+        pair(tmp_path, first, second, works=second != "n1" and first != "n1")
+    said = verdict(tmp_path, *nodes, reason="the all-reduce failed")
+    assert said == "bad n1 n1: the all-reduce with either neighbour fails"
+    pair(tmp_path, "n4", "n1", works=True)  # of n1 and n2 either may be to blame, or the cable between them
+    said = verdict(tmp_path, *nodes, reason="the all-reduce failed")
+    why = "which node is to blame cannot be told: of the pairs"
+    assert said == f"failed - the all-reduce failed; {why} n1+n2 failed"
+    for first, second in (("n1", "n2"), ("n2", "n3"), ("n3", "n4"), ("n4", "n1")):
+        pair(tmp_path, first, second, works=True)
+    assert verdict(tmp_path, *nodes, reason="the all-reduce failed").endswith(f"{why} none failed")
+    shutil.rmtree(tmp_path / "pairs")
+    (tmp_path / "pairs").mkdir()
+    said = verdict(tmp_path, *nodes, reason="the all-reduce failed")
+    assert said.endswith("n1+n2, n2+n3, n3+n4, n4+n1 failed") and said.startswith("failed - ")
+
+
+def test_the_place_for_staged_shards_is_looked_at(tiny_config, tmp_path):
+    """Its room is looked at in tests/slurm, on a small disk."""
+    config = load_config(str(tiny_config), ["data.stage=dir", f"data.stage_dir={tmp_path}/scratch"])
+    assert check_node(config, gpus=0, ranks=2)["problems"] == []
+    (tmp_path / "scratch").rmdir()
+    (tmp_path / "scratch").touch()
+    (problem,) = check_node(config, gpus=0, ranks=2)["problems"]
+    assert problem.startswith("staging: ") and f"{tmp_path}/scratch" in problem
 
 
 def test_two_nodes_that_differ_are_both_named(tmp_path):

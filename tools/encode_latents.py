@@ -20,6 +20,7 @@ import os
 import sys
 from pathlib import Path
 
+from mf_dist.errand import errand
 from mf_dist.errors import UserError, command_line
 from mf_dist.launch import launched_place
 
@@ -80,6 +81,7 @@ def array_task():
 
 
 @command_line
+@errand
 def main() -> None:
     args = parse()
     number, count = task_of(args)

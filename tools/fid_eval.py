@@ -19,6 +19,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from mf_dist.errand import errand
 from mf_dist.errors import UserError, command_line
 
 MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",
@@ -229,6 +230,7 @@ def finish(args, entry, out):
 
 
 @command_line
+@errand
 def main() -> None:
     args = parse()
     from mf_dist.distributed import process_group

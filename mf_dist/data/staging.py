@@ -32,7 +32,7 @@ class Staging:
         shards = self.manifest["shards"]
         try:
             if self.stage_dir is not None:
-                self._check_room(self.stage_dir)
+                check_room(self.stage_dir, self.manifest)
             for number, shard in enumerate(shards, 1):
                 self._one(shard)
                 if number % max(1, len(shards) // 10) == 0 or number == len(shards):
@@ -40,13 +40,6 @@ class Staging:
                     self._say(f"staged {number} of {len(shards)} shards in {where}")
         except OSError as error:
             self._say(f"warning: staging stopped ({error}); reading from {self.folder}")
-
-    def _check_room(self, stage_dir: Path) -> None:
-        stage_dir.mkdir(parents=True, exist_ok=True)
-        missing = [s for s in self.manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]
-        needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
-        if free < needed:
-            raise OSError(f"{stage_dir} has {free / 2**30:.1f} GiB free, the shards need {needed / 2**30:.1f}")
 
     def _one(self, shard: dict[str, Any]) -> None:
         source = self.folder / shard["name"]
@@ -69,6 +62,15 @@ class Staging:
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def check_room(stage_dir: Path, manifest: dict[str, Any]) -> None:
+    """OSError unless the shards that are not in `stage_dir` yet fit there; makes the folder."""
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    missing = [s for s in manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]
+    needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
+    if free < needed:
+        raise OSError(f"{stage_dir} has {free / 2**30:.1f} GiB free, the shards need {needed / 2**30:.1f}")
 
 
 def is_staged(target: Path, shard: dict[str, Any]) -> bool:

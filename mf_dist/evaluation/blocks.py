@@ -27,6 +27,7 @@ import torch
 from mf_dist.data.images import Pixels
 from mf_dist.distributed import Ranks, together
 from mf_dist.durable import write_json, write_npz
+from mf_dist.errand import made
 from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.sources import Source
@@ -124,6 +125,7 @@ def compute_blocks(
                 for number in sorted(missing & {*range(begin, begin + ROUND * ranks.world_size)}):
                     first, last = number * block, min((number + 1) * block, source.count)
                     write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
+                    made()
                     bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
     return Blocks(folder, source.count, block)
 

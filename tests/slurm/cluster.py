@@ -1,6 +1,7 @@
 """A real SLURM of Debian's packages on this machine: munged, slurmctld and nodes in network namespaces of their own.
 
-Each node has its own host name, address, process table, /dev/shm and 8 pretended GPUs (devices that are /dev/null).
+Each node has its own host name, two network cards (eth0 for SLURM, ib0 for whoever asks for it), process table,
+/dev/shm and 8 pretended GPUs (devices that are /dev/null). The last node has fewer CPUs than the others.
 Killing a node's first process is a power cut. Everything lives in one temporary folder and ends with this process;
 nothing in /etc is used.
 """
@@ -62,7 +63,7 @@ PreemptMode=REQUEUE
 PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 State=UP
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE DefaultTime=60 PriorityTier=10 PreemptMode=OFF State=UP
 """
-NODE = "NodeName={name} NodeAddr={address} NodeHostname={name} Port=6818 CPUs=64 RealMemory=500000 Gres=gpu:8"
+NODE = "NodeName={name} NodeAddr={address} NodeHostname={name} Port=6818 CPUs={cpus} RealMemory=500000 Gres=gpu:8"
 
 
 def why_not() -> str | None:
@@ -98,7 +99,8 @@ class Cluster:
     def __init__(self, nodes: int) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.names = [f"n{i + 1}" for i in range(nodes)]
-        self._net, self._bridge = f"10.213.{os.getpid() % 250}", f"mf{os.getpid()}"
+        self._net, self._net2 = f"10.213.{os.getpid() % 250}", f"10.214.{os.getpid() % 250}"
+        self._bridge, self._bridge2 = f"mf{os.getpid()}", f"mi{os.getpid()}"
         self._daemons: list[subprocess.Popen] = []
         self._nodes: dict[str, subprocess.Popen] = {}
         self.env = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
@@ -114,9 +116,10 @@ class Cluster:
         options = [f"--{name}={self.root / file}" for name, file in munge.items()]
         self._daemon("munged", "--foreground", *options, f"--log-file={self.root}/log/munged.log")
         _wait(lambda: (self.root / "munge.socket").exists(), 20, "munged")
-        _ip("link", "add", self._bridge, "type", "bridge")
+        for bridge in (self._bridge, self._bridge2):
+            _ip("link", "add", bridge, "type", "bridge")
+            _ip("link", "set", bridge, "up")
         _ip("addr", "add", f"{self._net}.254/24", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
         self._daemon("slurmctld", "-D", "-c")
         for name in self.names:
             self.start_node(name)
@@ -133,7 +136,8 @@ class Cluster:
             _end(process, signal.SIGKILL)  # --kill-child takes all of the node along
         for process in reversed(self._daemons):
             _end(process, signal.SIGTERM)
-        subprocess.run(["ip", "link", "del", self._bridge], stderr=subprocess.DEVNULL)
+        for bridge in (self._bridge, self._bridge2):
+            subprocess.run(["ip", "link", "del", bridge], stderr=subprocess.DEVNULL)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def start_node(self, name: str) -> None:
@@ -144,15 +148,17 @@ class Cluster:
             str(Path(__file__).with_name("node.sh")),
             name,
             f"{self._net}.{number}/24",
+            f"{self._net2}.{number}/24",
             self.root,
         ]
         with open(self.root / f"log/{name}.out", "a") as log:
             process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         own = os.readlink("/proc/self/ns/net")
         _wait(lambda: os.readlink(f"/proc/{process.pid}/ns/net") != own, 10, f"the namespace of {name}")
-        end = f"{self._bridge}.{number}"
-        _ip("link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
-        _ip("link", "set", end, "master", self._bridge, "up")
+        for bridge, card in ((self._bridge, "eth0"), (self._bridge2, "ib0")):
+            end = f"{bridge}.{number}"
+            _ip("link", "add", end, "type", "veth", "peer", "name", card, "netns", str(process.pid))
+            _ip("link", "set", end, "master", bridge, "up")
         self._nodes[name] = process
 
     def cut_power(self, name: str) -> None:
@@ -205,7 +211,8 @@ class Cluster:
             free.bind(("", 0))
             port = free.getsockname()[1]
         host = socket.gethostname().split(".")[0]
-        nodes = "\n".join(NODE.format(name=name, address=address) for name, address in addresses.items())
+        cpus = dict.fromkeys(self.names, 64) | {self.names[-1]: 48}
+        nodes = "\n".join(NODE.format(name=n, address=address, cpus=cpus[n]) for n, address in addresses.items())
         config = CONFIG.format(host=host, net=self._net, port=port, root=self.root, nodes=nodes)
         hosts = {"localhost": "127.0.0.1", host: f"{self._net}.254", **addresses}
         (self.root / "slurm.conf").write_text(config)

@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import Cluster
 from conftest import FEATURES, ROOT
 from processes import losses, status
 
-STEPS = 300
+STEPS = 200
 TINY = """
 data.num_workers=0 model.depth=2 model.hidden_size=32 model.num_heads=2 model.latent_size=8 model.num_classes=10
 optim.lr=1e-3 optim.ema_decay=0.99 train.batch_size=16 train.hang_seconds=15 engine.precision=fp32
@@ -18,6 +19,7 @@ engine.compile=false checkpoint.every_images=1600 log.every_steps=1 log.sample_e
 """
 SITE = """
 PYTHON={python}
+JOBS_DIR={folder}/jobs
 NPROC_PER_NODE=2
 GPUS_PER_NODE=0  # this cluster's GPUs are pretended
 export OMP_NUM_THREADS=1 {more}
@@ -41,7 +43,7 @@ class Jobs:
 
     def site(self, more: str) -> None:
         """The site.env of the jobs to come, with a line of exports more."""
-        (self.folder / "site.env").write_text(SITE.format(python=sys.executable, more=more))
+        (self.folder / "site.env").write_text(SITE.format(python=sys.executable, folder=self.folder, more=more))
         self.env = {**self.cluster.env, "SITE_ENV": str(self.folder / "site.env")}
 
     def submit(self, *arguments: object) -> str:
@@ -68,12 +70,12 @@ class Jobs:
         found = re.search(rf"\b{name}=(\S*)", self.cluster.ask("scontrol", "show", "job", job))
         return found.group(1) if found else ""
 
-    def wait_step(self, step: int, seconds: float = 90) -> None:
+    def wait_step(self, step: int, seconds: float = 240) -> None:
         """Until the run has logged this step."""
         path = self.run / "metrics.jsonl"
         self.wait(lambda: path.exists() and len(path.read_text().splitlines()) >= step, seconds, f"step {step}")
 
-    def wait_end(self, job: str, seconds: float = 120) -> str:
+    def wait_end(self, job: str, seconds: float = 300) -> str:
         """The state that the job ended in."""
         self.wait(lambda: self.field(job, "JobState") in DONE, seconds, f"the end of job {job}")
         return self.field(job, "JobState")
@@ -83,6 +85,15 @@ class Jobs:
         while not holds():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}; the log:\n{self.log()}"
             time.sleep(0.1)
+
+    @contextmanager
+    def broken_disk(self, node: str, folder: Path):
+        """An empty disk of 4 KiB in its place, on that node alone."""
+        self.cluster.run_on(node, "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder)
+        try:
+            yield
+        finally:
+            self.cluster.run_on(node, "umount", "--lazy", folder)
 
     def orphans(self) -> list[str]:
         """Command lines of this test's processes on any node."""

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, VAE, encode, run_python
@@ -27,7 +28,7 @@ def files(folder):
 
 
 def test_an_encode_array_with_a_task_killed_makes_the_same_bytes(jobs, images, tmp_path):
-    """Four tasks, two a node; the second one is killed as soon as it runs, and its job requeues itself."""
+    """Four tasks, two a node; one is killed as soon as it runs, and another told to save: both requeue themselves."""
     out, options = tmp_path / "latents", ["--vae", VAE, "--resolution", "32", "--shard-size", "10", "--batch", "5"]
     call = ["--array=0-3", *CPU, "slurm/encode_latents.sh", "--images", images, "--out", out, *options]
     array = jobs.submit(*call)
@@ -40,15 +41,34 @@ def test_an_encode_array_with_a_task_killed_makes_the_same_bytes(jobs, images, t
         return victims
 
     jobs.wait(found, 60, "a task's process")
+    killed = int(re.search(rb"SLURM_ARRAY_TASK_ID=(\d)", Path(f"/proc/{victims[0]}/environ").read_bytes()).group(1))
     os.kill(victims[0], signal.SIGKILL)
+    told = (killed + 1) % 4
+    jobs.wait(lambda: f"job {array}_{told} start 0" in jobs.log(), 30, "the other task")
+    jobs.cluster.ask("scancel", "--batch", "--signal=USR1", f"{array}_{told}")
     for task in range(4):
         assert jobs.wait_end(f"{array}_{task}", 120) == "COMPLETED", jobs.log()
     restarts = [jobs.field(f"{array}_{task}", "Restarts") for task in range(4)]
-    assert sorted(restarts) == ["0", "0", "0", "1"] and "requeued: ended with code 137" in jobs.log()
+    assert restarts == ["1" if task in (killed, told) else "0" for task in range(4)]
+    assert re.search(r"requeued: stopped at step \d+: SIGUSR1", jobs.log())
+    assert re.search(r"requeued: failed at step \d+: srun ended with code 137 before the tool said why", jobs.log())
     assert len({jobs.field(f"{array}_{task}", "NodeList") for task in range(4)}) > 1
     run_python("tools/latents.py", "verify", out)
     encode(images, tmp_path / "alone", shard_size=10, batch=5)
     assert files(out) == files(tmp_path / "alone") and len(files(out)) == 30
+
+
+def test_a_disk_fault_is_tried_again_to_the_cap(jobs, images, tmp_path):
+    """The folder of the shards is full, which another call would not mend."""
+    out = tmp_path / "latents"
+    out.mkdir()
+    with jobs.broken_disk("n1", out):
+        call = ["--array=0", "--nodelist=n1", *CPU, "slurm/encode_latents.sh", "--images", images, "--out", out]
+        array = jobs.submit(*call, "--vae", VAE, "--resolution", "32", "--shard-size", "10")
+        assert jobs.wait_end(f"{array}_0", 180) == "FAILED", jobs.log()
+    assert jobs.field(f"{array}_0", "Restarts") == "2" and jobs.log().count("requeued: failed at step 0") == 2
+    assert jobs.last_line().startswith("failed: crash_loop at step 0: 3 starts brought no new checkpoint")
+    assert "No space left on device" in jobs.last_line()
 
 
 def test_the_whole_pipeline_is_one_command(jobs, images, tmp_path):
@@ -77,7 +97,7 @@ def test_what_cannot_run_is_not_waited_for(jobs, images, tmp_path):
     jobs.site(f"\nENCODE_SBATCH=(--output={tmp_path}/job.log --array=0-1)")
     assert jobs.cluster.ask(*command, "--vae", VAE, "--resolution", "32", env=jobs.env, cwd=ROOT)
     jobs.wait(lambda: not jobs.cluster.ask("squeue", "-h").strip(), 90, "an empty queue")
-    assert jobs.last_line() == "refused, as said above" and "/nowhere" in jobs.log()
+    assert jobs.last_line().startswith("refused: ") and "/nowhere" in jobs.last_line()
 
 
 @pytest.mark.slurm_ci

@@ -1,0 +1,95 @@
+"""A tool that a job script runs says how it fares, as a run does in RUN/status.json: MF_DIST_STATUS names the folder,
+and mf_dist.attempt judges it. Where that is not set, as outside of jobs, nothing is written. No torch.
+
+A step is a shard or a block of images made; each is its own checkpoint.
+"""
+
+import errno
+import functools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mf_dist.errors import UserError
+from mf_dist.launch import launched_place
+from mf_dist.status import Status
+
+VARIABLE = "MF_DIST_STATUS"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""What is wrong with a path when the caller is; any other trouble is the disk's, which may be well again next time."""
+
+
+class Asked(BaseException):
+    """A signal told the tool to stop."""
+
+
+def errand(main: Callable[[], int | None]) -> Callable[[], int | None]:
+    """Makes `main` tell its beginning and its end; of several ranks, the first does. SIGTERM and SIGUSR1 stop it, whole
+    files kept, with code 3."""
+
+    @functools.wraps(main)
+    def run() -> int | None:
+        if not _tells():
+            return main()
+        status = Status(Path(os.environ[VARIABLE]))
+        status.begin(_step(status))
+        for number in SIGNALS:
+            signal.signal(number, _stop)
+        try:
+            code = main()
+        except Asked as asked:
+            status.end("stopped", _step(status), str(asked), stopped_by=str(asked))
+            print(f"stopped by {asked}; the same command goes on")
+            return 3
+        except BaseException as error:
+            _tell(status, error)
+            raise
+        status.end("finished", _step(status))
+        return code
+
+    return run
+
+
+def made() -> None:
+    """One more shard or block is whole."""
+    if _tells():
+        status = Status(Path(os.environ[VARIABLE]))
+        status.committed(_step(status) + 1)
+
+
+def _tells() -> bool:
+    return VARIABLE in os.environ and launched_place().rank == 0
+
+
+def _step(status: Status) -> int:
+    return int(status.read().get("committed_step", 0))
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for again in SIGNALS:  # these are repeated, and must not hinder the end
+        signal.signal(again, signal.SIG_IGN)
+    raise Asked(signal.Signals(number).name)
+
+
+def _tell(status: Status, error: BaseException) -> None:
+    if isinstance(error, SystemExit) and not error.code:  # --help
+        status.end("finished", _step(status))
+    elif isinstance(error, SystemExit):
+        status.refuse("the command line, see above", has_begun=True)
+    elif isinstance(error, UserError) and not is_fault(error):
+        status.refuse(str(error), has_begun=True)
+    else:
+        status.end("failed", _step(status), str(error) or type(error).__name__)
+
+
+def is_fault(error: BaseException | None) -> bool:
+    """Whether a disk is behind an error, and not its caller."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and error.errno not in MISTAKES:
+            return True
+        error = error.__context__
+    return False
