@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, VAE, encode, run_python
+from conftest import FEATURES, ROOT, VAE, encode, run_python
 from jobs import STEPS, Jobs
 from processes import status
 
@@ -98,6 +98,19 @@ def test_what_cannot_run_is_not_waited_for(jobs, images, tmp_path):
     assert jobs.cluster.ask(*command, "--vae", VAE, "--resolution", "32", env=jobs.env, cwd=ROOT)
     jobs.wait(lambda: not jobs.cluster.ask("squeue", "-h").strip(), 90, "an empty queue")
     assert jobs.last_line().startswith("refused: ") and "/nowhere" in jobs.last_line()
+
+
+def test_tasks_of_srun_measure_together(jobs, images, tmp_path):
+    """Without torchrun, on two nodes: the numbers of one process."""
+    tool = ["tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--block", 10]
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=2", "--time=5", sys.executable, *map(str, tool)]
+    command = [*srun, "--out", str(tmp_path / "four")]
+    done = subprocess.run(command, env=jobs.env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    run_python(*tool, "--out", tmp_path / "one")
+    four, one = (json.loads((tmp_path / name / "metrics.json").read_text())[0] for name in ("four", "one"))
+    assert (four["ranks"], one["ranks"]) == (4, 1) and four["metrics"] == one["metrics"]
+    assert done.stdout.count("written to") == 1
 
 
 @pytest.mark.slurm_ci
