@@ -48,6 +48,7 @@ def page(request, browser, report):
     context = browser.new_context(
         viewport={"width": request.param, "height": 900}, has_touch=is_phone, is_mobile=is_phone
     )
+    context.set_default_timeout(120_000)  # of a busy machine
     shown, trouble = context.new_page(), []
     shown.on("console", lambda message: trouble.append(message.text))
     shown.on("pageerror", lambda error: trouble.append(str(error)))
@@ -117,7 +118,7 @@ def test_a_finger_reads_values_and_moves_a_chart(page):
     box = plot.locator(".nsewdrag").first.bounding_box()
     x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
     page.touchscreen.tap(x, y)
-    plot.locator(".hoverlayer text").first.wait_for(timeout=5000)
+    plot.locator(".hoverlayer text").first.wait_for()
     assert "step 4" in plot.locator(".hoverlayer").text_content()
     buttons = plot.locator(".modebar-btn").all()
     assert min(min(button.bounding_box()[side] for side in ("width", "height")) for button in buttons) >= 38
@@ -166,7 +167,7 @@ def test_curves_tell_values_and_zoom(page):
 
     at(0.5, 0.5)
     label = plot.locator(".hoverlayer")
-    label.locator("text").first.wait_for(timeout=5000)
+    label.locator("text").first.wait_for()
     assert "step 4" in label.text_content() and "50" in label.text_content() and "75" in label.text_content()
     span = "p => { const [a, b] = p._fullLayout.xaxis.range; return b - a; }"
     before = plot.evaluate(span)
