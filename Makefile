@@ -25,9 +25,9 @@ demo: install
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
 	$(PY) -m mf_dist.train configs/digits_cpu.yaml train.total_images=$(IMAGES)
 	$(PY) tools/fid_eval.py --nfe 1 --save-npz
-	$(PY) tools/fid_eval.py --nfe 2
+	$(PY) tools/fid_eval.py --nfe 2 --save-npz
 	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
-	$(PY) tools/fid_eval.py --nfe 50
+	$(PY) tools/fid_eval.py --nfe 50 --save-npz
 	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
 	$(PY) tools/report.py runs/digits
 	$(PY) tools/report.py runs/digits runs/digits_flow

@@ -52,7 +52,7 @@ class Trainer:
             self._train()
         except torch.OutOfMemoryError:
             error = self._out_of_memory()
-            self.safe.fail(str(error))
+            self._fail(str(error))
             raise error from None
         except Unrecorded:
             raise
@@ -60,10 +60,14 @@ class Trainer:
             self.status.end("stopped", self.step, "interrupted from the keyboard; nothing was saved")
             raise
         except BaseException as error:
-            self.safe.fail(str(error) or type(error).__name__)
+            self._fail(str(error) or type(error).__name__)
             raise
         finally:
             self.safe.close()
+        self._report()
+
+    def _fail(self, reason: str) -> None:
+        self.safe.fail(reason)
         self._report()
 
     def _build_or_refuse(self) -> None:
@@ -241,8 +245,8 @@ class Trainer:
             first_ranks_number(0, self.ranks.device)  # all leave together: the others have waited for rank 0
 
     def _report(self) -> None:
-        """report.html, after all is saved: nothing that goes wrong here harms the run."""
-        if not self.ranks.is_first:
+        """report.html, after all is saved: nothing that goes wrong here harms the run, or hides why it failed."""
+        if not hasattr(self, "logger"):  # another rank than the first, or a call refused before training
             return
         try:
             from mf_dist.report.page import write_report
@@ -250,7 +254,7 @@ class Trainer:
             write_report([self.run_dir], self.run_dir / "report.html")
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
+            self.logger.say(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
 
     def _state(self) -> dict[str, Any]:
         batch = self.config.train.batch_size

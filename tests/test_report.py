@@ -8,12 +8,13 @@ import re
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 from PIL import Image
 from report_runs import CONFIG, NASTY, Page, line, report, write_run, write_samples
 
-from mf_dist.report.collect import read_run, read_runs
-from mf_dist.report.curves import POINTS
+from mf_dist.errors import UserError
+from mf_dist.report.collect import newest_run, read_run, read_runs
+from mf_dist.report.curves import STRETCHES
 from mf_dist.report.facts import differing
 from mf_dist.report.page import LIMIT
 from mf_dist.report.pictures import classes
@@ -51,6 +52,15 @@ def test_a_real_run_leaves_its_report(tiny_config, tmp_path):
     told = run_python("tools/report.py", run).stdout
     text = Page(run / "report.html").text()
     assert "report.html" in told and "resumed" in text and "config changed: train.total_images 96 -> 192" in text
+
+
+@pytest.mark.dist
+def test_a_run_that_fails_leaves_its_report_too(tiny_config, tmp_path):
+    options = "optim.lr=1e30", "train.max_skipped=2", "train.total_images=320"
+    done = run_python("-m", "mf_dist.train", tiny_config, *options, expect=2)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "diverged" in done.stderr
+    text = Page(tmp_path / "run/report.html").text()
+    assert "failed" in text and "diverged" in text and "broke off" not in text
 
 
 def test_nothing_is_loaded_and_nothing_leaves(tmp_path):
@@ -100,15 +110,33 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
     )
     with open(run / "metrics.jsonl", "ab") as file:
         file.write("\n".join([*broken, odd, good]).encode() + b"\n\xff\xfe{broken\n")
-    (run / "status.json").write_text("{")
+    (run / "status.json").write_text("[]")
+    (run / "eval").mkdir()
+    (run / "eval/metrics.json").write_text('{"fd_digits": 3.0}')
     (run / "history.jsonl").write_text('{"status": "running", "step": 0, "time": 1e99, "host": 3}\n{"sta')
     page, data = report(run)
     text = page.text()
     assert "7 of 13 lines of metrics.jsonl are damaged" in text and "2 lines of metrics.jsonl have no step" in text
     assert "1 of 2 lines of history.jsonl are damaged" in text and "status.json cannot be read" in text
+    assert "metrics.json cannot be read (it holds no JSON list)" in text
     curves = {chart["title"]: chart["traces"][0] for chart in data["plots"]["curves"]}
     assert curves["Raw loss"]["step"] == [2, 4, 6, 8]
     assert [curves[name]["step"] for name in ("v-loss", "|du/dt|", "Gradient norm", "Learning rate")] == [[2, 4, 6]] * 4
+    gap = "metrics.jsonl: v_loss, du_dt_norm, grad_norm, lr are not finite in 1 of 4 lines, first at step 8."
+    assert text.count(gap) == 1 and text.count("v_loss is not finite in 1 of 4 lines, first at step 8") == 1
+
+
+def test_a_run_that_diverged_does_not_look_healthy(tmp_path):
+    """Null is a gradient's overflow, but of a loss that it has no rows."""
+    bad = {"v_loss": float("nan"), "du_dt_norm": float("inf"), "grad_norm": None, "raw_loss_r_below_t": None}
+    lines = [line(step, lr=float("nan"), **(bad if step > 6 else {})) for step in range(1, 13)]
+    page, data = report(write_run(tmp_path / "run", lines))
+    text, where = page.text(), "not finite in 6 of 12 lines, first at step 7"
+    assert f"v_loss, du_dt_norm, grad_norm are {where}." in text and f"raw_loss_r_below_t are {where}" not in text
+    gaps = {chart["title"]: chart["gaps"] for chart in data["plots"]["curves"]}
+    assert gaps == {"Raw loss": [], "v-loss": [f"v_loss is {where}"], "|du/dt|": [f"du_dt_norm is {where}"],
+                    "Gradient norm": [f"grad_norm is {where}"]}  # fmt: skip
+    assert "Learning rate (lr is not finite in 12 of 12 lines, first at step 1)" in text
 
 
 @pytest.mark.parametrize("damage", ["nothing at all", "half of everything"])
@@ -155,6 +183,19 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_newest_run_may_have_no_checkpoint_yet(tmp_path):
+    assert "no run under 'runs': train one" in run_python(ROOT / "tools/report.py", cwd=tmp_path, expect=2).stderr
+    old = write_run(tmp_path / "runs/old")
+    for path in old.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    Status(tmp_path / "runs/sweep/new").begin(0)
+    assert newest_run(tmp_path / "runs") == tmp_path / "runs/sweep/new"
+    os.utime(old / "metrics.jsonl")
+    assert newest_run(tmp_path / "runs") == old
+    with pytest.raises(UserError, match="no run under"):
+        newest_run(old / "checkpoints")
+
+
 def test_several_runs_lie_on_top_of_each_other(tmp_path):
     other = {**CONFIG, "meanflow": {"kappa": 0.25}, "run_dir": "runs/b"}
     runs = [write_run(tmp_path / "one/run"), write_run(tmp_path / "two/run", config=other)]
@@ -187,7 +228,8 @@ def test_a_full_run_stays_below_the_limit(tmp_path):
     assert max(np.diff(frames)) - min(np.diff(frames)) <= 1
     assert all(one["w"] == 1100 for frame in data["runs"][0]["frames"] for one in frame["pictures"])
     norms = next(chart for chart in data["plots"]["curves"] if chart["title"] == "Gradient norm")["traces"][0]
-    assert len(norms["x"]) <= POINTS and max(norms["y"]) == 9.5 and "of 8,000 points" in page.text()
+    assert len(norms["x"]) <= STRETCHES and max(norms["high"]) == 9.5
+    assert page.text().count("(up to 8,000 here) the line is the median") == 2  # of the curves, and of the speed
 
 
 def test_the_class_browser_shows_the_samples_of_each_class(tmp_path):
@@ -199,5 +241,5 @@ def test_the_class_browser_shows_the_samples_of_each_class(tmp_path):
         sprite = np.asarray(
             Image.open(io.BytesIO(base64.b64decode(one["pictures"][0]["src"].split(",")[1]))).convert("RGB")
         )
-        assert sprite.shape == (64, 256, 3)
-        assert np.array_equal(sprite[32:, :32], pixels[labels == number][8])  # the ninth: lossless, in the second row
+        assert sprite.shape == (66, 270, 3) and (sprite[:, 32:34] == 255).all()
+        assert np.array_equal(sprite[34:, :32], pixels[labels == number][8])  # the ninth: lossless, in the second row

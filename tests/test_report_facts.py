@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ from report_runs import CONFIG, line, report, write_run
 
 from mf_dist.errors import UserError
 from mf_dist.report.collect import read_run, read_runs
-from mf_dist.report.curves import device_peak, tflops_per_image, thin
-from mf_dist.report.facts import faults, headline, history, training_seconds
+from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_image, thin
+from mf_dist.report.facts import faults, history, status, training_seconds
 from mf_dist.report.page import write_report
-from mf_dist.report.pictures import fit, grids
+from mf_dist.report.pictures import fit, grids, last_grids
+from mf_dist.report.results import compared, headline
 from mf_dist.status import Status
 
 
@@ -27,24 +32,29 @@ def test_spread_keeps_the_ends_and_the_room():
 
 
 def test_thinning_loses_no_extreme():
-    values = np.random.default_rng(3).normal(size=10_000)
+    values = np.random.default_rng(3).normal(size=9_900)
     values[[1234, 7777]] = 50, -50
-    kept = thin([(16 * i, v, i) for i, v in enumerate(values.tolist())], 500)
-    assert len(kept) <= 500 and {50, -50} <= {v for _, v, _ in kept}
-    assert [p[2] for p in kept] == sorted(p[2] for p in kept) and (kept[0][2], kept[-1][2]) == (0, 9999)
+    drawn = thin([(16 * i, v, i) for i, v in enumerate(values.tolist())])
+    rows = values.reshape(STRETCHES, 33)
+    for key, expected in {"low": rows.min(1), "y": np.median(rows, axis=1), "high": rows.max(1)}.items():
+        assert drawn[key] == pytest.approx(expected, rel=1e-4)
+    assert drawn["step"] == list(range(32, 9_900, 33)) and drawn["x"] == [16 * step for step in drawn["step"]]
+    assert (max(drawn["high"]), min(drawn["low"])) == (50, -50)
+    few = thin([(16 * i, v, i) for i, v in enumerate(values[:POINTS].tolist())])
+    assert "low" not in few and few["y"] == pytest.approx(values[:POINTS], rel=1e-4)
 
 
 def test_the_story_tells_starts_ends_and_faults(tmp_path):
-    status = Status(tmp_path / "run")
-    status.begin(0)
-    status.note(3, "step left out: the gradient is not finite")
-    status.begin(4)  # after a kill -9
-    status.committed(8)
-    status.end("stopped", 8, "SIGTERM")
-    status.begin(8)
-    status.end("failed", 9, "a rank died")
-    status.refuse("no such data", has_begun=False)
-    run = read_run(status.path.parent, "run")
+    told = Status(tmp_path / "run")
+    told.begin(0)
+    told.note(3, "step left out: the gradient is not finite")
+    told.begin(4)  # after a kill -9
+    told.committed(8)
+    told.end("stopped", 8, "SIGTERM")
+    told.begin(8)
+    told.end("failed", 9, "a rank died")
+    told.refuse("no such data", has_begun=False)
+    run = read_run(told.path.parent, "run")
     what = [(row[1], row[2]) for row in history(run)]
     assert what == [("started", 0), ("warning", 3), ("broke off", ""), ("resumed", 4), ("stopped", 8), ("resumed", 8),
                     ("failed", 9), ("refused", 8)]  # fmt: skip
@@ -54,6 +64,71 @@ def test_the_story_tells_starts_ends_and_faults(tmp_path):
         "2 step(s) left out after step 10, up to step 20",
         "1 step(s) clipped after step 20, up to step 30",
     ]
+
+
+def standing_of(folder):
+    """The word and mood of its status, what was refused, and the last word of its story."""
+    run = read_run(folder, "run")
+    found = status(run)
+    return found["word"], found["mood"], found["refused"].partition("UTC: ")[2], history(run)[-1][1]
+
+
+def test_a_refused_call_does_not_stain_the_run(tmp_path):
+    """Refused before and after its start was counted: the run is what it was."""
+    told = Status(tmp_path / "run")
+    told.refuse("no such data", has_begun=False)
+    assert standing_of(tmp_path / "run") == ("unknown", "calm", "no such data", "refused")
+    told.begin(0)
+    told.committed(6)
+    told.end("finished", 6)
+    for reason, has_begun in (("no such config", False), ("no room", True), ("no such data", False)):
+        if has_begun:
+            told.begin(6)
+        told.refuse(reason, has_begun)
+        assert standing_of(tmp_path / "run") == ("finished", "good", reason, "refused")
+
+
+def test_only_a_run_that_somebody_holds_is_running(tmp_path):
+    """A process that holds the run, a call refused meanwhile, and a kill -9 of the process."""
+    code = (
+        "import sys; from pathlib import Path; from mf_dist.status import Status; told = Status(Path(sys.argv[1]));"
+        "told.hold(); told.begin(0); told.committed(8); print('begun', flush=True); sys.stdin.read()"
+    )
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout.readline() == b"begun\n"
+        assert standing_of(folder) == ("running", "calm", "", "started")
+        Status(folder).refuse("no such data", has_begun=False)
+        assert standing_of(folder) == ("running", "calm", "no such data", "refused")
+        process.kill()
+        process.wait()
+    assert standing_of(folder) == ("broke off", "bad", "no such data", "broke off")
+    assert "s ago; it ended without a word" in report(folder)[0].text()
+
+
+def test_a_run_of_another_machine_is_judged_by_its_last_sign_of_life(tmp_path):
+    """Its lock is not seen here. The line of metrics.jsonl counts, not the start."""
+    folder = write_run(tmp_path / "run")
+    (folder / "status.json").write_text(json.dumps({"status": "running", "time": 1e9, "host": "elsewhere"}))
+    assert status(read_run(folder, "run"))["word"] == "running"
+    os.utime(folder / "metrics.jsonl", (time.time() - 3 * 86400,) * 2)
+    found = status(read_run(folder, "run"))
+    assert found["word"] == "broke off" and found["reason"].startswith("last sign of life 3 days ago")
+
+
+def test_several_runs_have_a_row_for_every_distance(tmp_path):
+    def entry(nfe, value, **changes):
+        return {"metrics": {"fd_digits": value}, "nfe": nfe, "step": 4, "num_samples": 1000, "seed": 0, **changes}
+
+    given = {"a": [entry(1, 9.0), entry(1, 4.5), entry(2, 3.0)], "b": [entry(1, 5.5, seed=1), entry(50, 2.0)]}
+    for name, entries in given.items():
+        (write_run(tmp_path / name) / "eval").mkdir()
+        (tmp_path / name / "eval/metrics.json").write_text(json.dumps(entries))
+    folders = [tmp_path / name for name in given]
+    expected = [["fd_digits, 1 step; protocols differ in seed", "4.5", "5.5"], ["fd_digits, 2 steps", "3", ""]]
+    assert compared(read_runs(folders)) == [*expected, ["fd_digits, 50 steps", "", "2"]]
+    assert "fd_digits, 1 step; protocols differ in seed 4.5 5.5" in report(*folders)[0].text()
+    assert "protocols differ" not in report(folders[0])[0].text()
 
 
 def test_headline_is_the_newest_of_its_kind_and_names_its_protocol(tmp_path):
@@ -96,7 +171,7 @@ def test_rates_follow_from_the_config(tmp_path):
         (3 + 1 + 0.25 + 0.5) * forward / 2e12
     )  # 4.75 forwards: docs/design.md
     assert training_seconds(run.training) == pytest.approx(4 * 0.025)
-    assert device_peak(run) is None
+    assert device_peak(run) is None and "MFU (no known peak of x86_64 CPU)" in report(run.folder)[0].text()
     run.state["versions"]["device"] = "NVIDIA H100 80GB HBM3"
     run.config["engine"] = {"precision": "bf16"}
     assert device_peak(run) == 989e12
@@ -122,6 +197,24 @@ def test_grids_of_one_step_stand_side_by_side(tmp_path):
     shown = grids(read_run(run, "run"), 10**6)
     assert [frame["step"] for frame in shown.items] == [2, 4] and shown.note == ""
     assert [one["caption"] for one in shown.items[1]["pictures"]] == ["1 step", "2 steps", "10 steps"]
+
+
+def test_the_last_measurement_is_shown_where_it_is_another(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name, colour in {"samples/step00000004": "red", "eval/grid_steps": "red", "eval/grid_nfe1": "blue"}.items():
+        (run / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), colour).save(run / f"{name}.png")
+
+    def shown(sampler, step):
+        entry = {"metrics": {"fd_digits": 1.0}, "nfe": 1, "step": step, "sampler": sampler}
+        (run / "eval/metrics.json").write_text(json.dumps([entry]))
+        found = read_run(run, "run")
+        return [one["caption"] for one in last_grids(found, grids(found, 10**6), 10**6).items]
+
+    assert shown("meanflow", 4) == [] and "At the last measurement" not in report(run)[0].text()
+    assert shown("euler", 4000) == ["1 step, after training step 4,000"]
+    Image.new("RGB", (20, 20), "green").save(run / "eval/grid_steps.png")
+    assert shown("meanflow", 4) == ["several numbers of steps, after training step 4"]
 
 
 def test_user_error_names_the_folder(tmp_path):

@@ -43,8 +43,12 @@ def report(tmp_path_factory):
 
 @pytest.fixture(params=[1280, 390])
 def page(request, browser, report):
-    """At both widths: no error, no request, nothing wider than the window."""
-    context = browser.new_context(viewport={"width": request.param, "height": 900})
+    """On a desk and on a phone: no error, no request, nothing wider than the window."""
+    is_phone = request.param < 600
+    context = browser.new_context(
+        viewport={"width": request.param, "height": 900}, has_touch=is_phone, is_mobile=is_phone
+    )
+    context.set_default_timeout(120_000)  # of a busy machine
     shown, trouble = context.new_page(), []
     shown.on("console", lambda message: trouble.append(message.text))
     shown.on("pageerror", lambda error: trouble.append(str(error)))
@@ -107,6 +111,52 @@ def test_names_full_of_markup_are_shown_and_not_run(browser, tmp_path):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("page", [390], indirect=True)
+def test_a_finger_reads_values_and_moves_a_chart(page):
+    plot = page.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.locator(".nsewdrag").first.bounding_box()
+    x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    page.touchscreen.tap(x, y)
+    plot.locator(".hoverlayer text").first.wait_for()
+    assert "step 4" in plot.locator(".hoverlayer").text_content()
+    buttons = plot.locator(".modebar-btn").all()
+    assert min(min(button.bounding_box()[side] for side in ("width", "height")) for button in buttons) >= 38
+    lowest = "p => p._fullLayout.xaxis.range[0]"
+    touch = page.context.new_cdp_session(page)
+
+    def drag():
+        before = plot.evaluate(lowest)
+        for kind, points in (("Start", [0]), ("Move", [-30]), ("Move", [-60]), ("End", [])):
+            places = [{"x": x + moved, "y": y} for moved in points]
+            touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": places})
+        page.wait_for_timeout(300)
+        return plot.evaluate(lowest) - before
+
+    assert drag() == 0  # a finger scrolls the page
+    move = plot.locator("[data-val=pan]")
+    move.tap()
+    assert drag() > 10
+    move.tap()
+    assert drag() == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("page", [1280], indirect=True)
+def test_no_value_above_zero_needs_no_logarithm(page, report):
+    plot = page.locator(".plot").nth(1)
+    assert plot.evaluate("p => p._fullLayout.yaxis.type") == "log"
+    page.evaluate("""() => {
+        const chart = data.plots.curves[1];
+        chart.traces.forEach((t) => t.y.fill(0));
+        drawPlot(document.querySelectorAll(".plot")[1]);
+    }""")
+    assert plot.evaluate("p => p._fullLayout.yaxis.type") == "linear"
+    assert page.get_by_label("switch the scale of v-loss").is_disabled()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("page", [1280], indirect=True)
 def test_curves_tell_values_and_zoom(page):
     plot = page.locator(".plot").first
     plot.scroll_into_view_if_needed()
@@ -117,7 +167,7 @@ def test_curves_tell_values_and_zoom(page):
 
     at(0.5, 0.5)
     label = plot.locator(".hoverlayer")
-    label.locator("text").first.wait_for(timeout=5000)
+    label.locator("text").first.wait_for()
     assert "step 4" in label.text_content() and "50" in label.text_content() and "75" in label.text_content()
     span = "p => { const [a, b] = p._fullLayout.xaxis.range; return b - a; }"
     before = plot.evaluate(span)

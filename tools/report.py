@@ -23,11 +23,15 @@ def main() -> None:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)"
     )
-    parser.add_argument("--out", type=Path, help="HTML file to write (default: report.html in the run's folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="HTML file to write (default: in the first run's folder report.html, of several comparison.html)",
+    )
     args = parser.parse_args()
     if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .html")
-    from mf_dist.checkpoint import newest_run
+    from mf_dist.report.collect import newest_run
     from mf_dist.report.page import write_report
 
     runs = args.runs or [newest_run(Path("runs"))]

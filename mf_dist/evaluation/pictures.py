@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.spatial.distance import cdist
 
 from mf_dist.data.images import image_grid
@@ -23,9 +24,9 @@ def nearest_rows(pooled: Rows, real: Rows, count: int) -> tuple[Rows, Rows]:
 
 
 def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: Path) -> str | None:
-    """A row for each of the first samples of `source`, whose features are `blocks`: it, then the nearest real images in
-    feature space. The label is the nearest's distance, relative to the median over these real images of the distance to
-    another real one. Returns why there is no picture, or None."""
+    """A row for each of the first samples of `source`, whose features are `blocks`: it, then, set apart, the nearest
+    real images in feature space. The label is the nearest's distance, relative to the median over these real images of
+    the distance to another real one. Returns why there is no picture, or None."""
     if reference.pictures is None:
         return (
             "the reference is statistics without images; with --reference FOLDER (or .tar, .npz) of images it is drawn"
@@ -40,7 +41,13 @@ def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: 
     order, distances = nearest_rows(next(blocks.parts("pooled"))[:SAMPLES], reference.rows, NEIGHBOURS)
     _, among_real = nearest_rows(reference.rows[order[:, 0]], reference.rows, 2)
     usual = max(float(np.median(among_real[:, 1])), 1e-30)
-    rows = [np.stack([sample, *map(reference.real_image, near)]) for sample, near in zip(pixels, order, strict=False)]
+    labels = [f"distance {distance / usual:.2f}" for distance in distances[:, 0]]
+    left = image_grid(pixels, labels, ["sample"])
+    near = np.stack([reference.real_image(number) for number in order.ravel()])
+    right = image_grid(near, [""] * len(labels), ["real images, the nearest first"])
+    whole = Image.new("RGB", (left.width + right.width, left.height), "white")
+    whole.paste(left, (0, 0))
+    whole.paste(right, (left.width, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(np.concatenate(rows), [f"{distance / usual:.2f}" for distance in distances[:, 0]]).save(path)
+    whole.save(path)
     return None

@@ -28,12 +28,35 @@ class Measurement:
         return self.name.startswith(("fid", "fd_")) and not self.name.endswith("_std")
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Lines of metrics.jsonl that have a key, and no finite number for it."""
+
+    count: int
+    of: int
+    """All lines with that key."""
+    first_step: float
+
+    def __str__(self) -> str:
+        return f"not finite in {self.count:,} of {self.of:,} lines, first at step {self.first_step:,.0f}"
+
+
+def told(gaps: dict[str, Gap]) -> list[str]:
+    """A sentence for all keys with the same gap."""
+    alike: dict[Gap, list[str]] = {}
+    for key, gap in gaps.items():
+        alike.setdefault(gap, []).append(key)
+    return [f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} {gap}" for gap, keys in alike.items()]
+
+
 @dataclass
 class Run:
     folder: Path
     name: str
     lines: list[Table] = field(default_factory=list)
     """Of metrics.jsonl, each with a step and samples_seen; every other value is a finite number too, or left out."""
+    gaps: dict[str, Gap] = field(default_factory=dict)
+    """Key of the lines -> where it was left out."""
     measurements: list[Measurement] = field(default_factory=list)
     status: Table = field(default_factory=dict)
     history: list[Table] = field(default_factory=list)
@@ -77,17 +100,29 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
+def newest_run(root: Path) -> Path:
+    """The run under `root` of which anything that marks a run was written last; UserError where there is none."""
+    found: dict[Path, float] = {}
+    for mark in (path for name in MEANT_AS_ONE for path in root.glob(f"**/{name}")):
+        try:
+            found[mark.parent] = max(found.get(mark.parent, 0.0), mark.stat().st_mtime)
+        except OSError:  # it has just been replaced
+            continue
+    if not found:
+        raise UserError(f"no run under {str(root)!r}: train one, or name a run's folder")
+    return max(found, key=lambda folder: found[folder])
+
+
 def read_run(folder: Path, name: str) -> Run:
     run = Run(folder, name)
-    run.lines = _metrics(_json_lines(folder / "metrics.jsonl", run.problems), run.problems)
+    _read_metrics(run, _json_lines(folder / "metrics.jsonl", run.problems))
     run.history = _json_lines(folder / "history.jsonl", run.problems)
-    run.status = table(_json(folder / "status.json", run.problems))
-    entries = _json(folder / "eval/metrics.json", run.problems)
-    run.measurements = _measurements(entries, run.problems)
+    run.status = _json(folder / "status.json", run.problems, dict) or {}
+    run.measurements = _measurements(_json(folder / "eval/metrics.json", run.problems, list) or [], run.problems)
     for checkpoint in reversed(step_folders(folder / "checkpoints")):
         if (checkpoint / "manifest.json").is_file():
             run.checkpoints.insert(0, checkpoint.name)
-            run.state = run.state or table(_json(checkpoint / "state.json", run.problems))
+            run.state = run.state or _json(checkpoint / "state.json", run.problems, dict) or {}
     return run
 
 
@@ -104,11 +139,14 @@ def _text(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def _json(path: Path, problems: list[str]) -> Any:
-    """None where it is absent or damaged."""
+def _json(path: Path, problems: list[str], kind: type) -> Any:
+    """A `kind`, dict or list; None where it is absent, damaged or something else."""
     text = _text(path, problems)
     try:
-        return json.loads(text) if text else None
+        found = json.loads(text) if text else None
+        if text and not isinstance(found, kind):
+            raise ValueError(f"it holds no JSON {'object' if kind is dict else 'list'}")
+        return found
     except (ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error}).")
         return None
@@ -140,23 +178,31 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _metrics(lines: list[Table], problems: list[str]) -> list[Table]:
-    kept = []
+def _read_metrics(run: Run, found: list[Table]) -> None:
+    lines = [line for line in found if None not in (number(line.get("step")), number(line.get("samples_seen")))]
+    if len(lines) < len(found):
+        count = len(found) - len(lines)
+        run.problems.append(f"{count} lines of metrics.jsonl have no step or samples_seen and are left out.")
+    lines.sort(key=lambda line: line["step"])
+    run.lines = [{key: value for key, value in line.items() if number(value) is not None} for line in lines]
+    run.gaps = _gaps(lines)
+    run.problems += [f"metrics.jsonl: {sentence}." for sentence in told(run.gaps)]
+
+
+def _gaps(lines: list[Table]) -> dict[str, Gap]:
+    """Training writes null where a loss has no rows, which is no gap, but also for a gradient that is not finite."""
+    steps: dict[str, list[float]] = {}
     for line in lines:
-        step, seen = number(line.get("step")), number(line.get("samples_seen"))
-        if step is not None and seen is not None:
-            kept.append({key: value for key, value in line.items() if number(value) is not None})
-    if len(kept) < len(lines):
-        problems.append(
-            f"{len(lines) - len(kept)} lines of metrics.jsonl have no step or samples_seen and are left out."
-        )
-    return sorted(kept, key=lambda line: line["step"])
+        for key, value in line.items():
+            if number(value) is None and (value is not None or key == "grad_norm"):
+                steps.setdefault(key, []).append(line["step"])
+    return {key: Gap(len(found), sum(key in line for line in lines), found[0]) for key, found in steps.items()}
 
 
-def _measurements(entries: Any, problems: list[str]) -> list[Measurement]:
+def _measurements(entries: list[Any], problems: list[str]) -> list[Measurement]:
     found: list[Measurement] = []
     damaged = 0
-    for entry in entries if isinstance(entries, list) else []:
+    for entry in entries:
         known = table(entry)
         numbers = table(known.get("metrics")) or {str(known.get("metric")): known.get("value")}
         before = len(found)

@@ -1,7 +1,8 @@
 """The curves of runs, as plain tables for the page's plots."""
 
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,10 @@ from mf_dist.config import Config
 from mf_dist.config_loader import from_tree
 from mf_dist.cost import forward_flops, forwards_per_image
 from mf_dist.errors import UserError
-from mf_dist.report.collect import Run
+from mf_dist.report.collect import Run, table, told
 
-POINTS = 1500
-"""Of a curve, at most, in a report of one run."""
+POINTS, STRETCHES = 600, 300
+"""A curve of more points than a screen can tell apart is drawn as so many stretches."""
 DISTANCE = re.compile(r"(?P<name>(fid|fd_)[^/]*)/nfe(?P<nfe>\d+)/ema(?P<ema>.+)")
 """A Frechet distance that was measured during training, in metrics.jsonl."""
 PEAKS = {
@@ -62,14 +63,36 @@ def charts(runs: list[Run], chosen: tuple[Chart, ...]) -> list[dict[str, Any]]:
             for trace in _traces(_points(run, key), run, index, label, dash, len(runs))
         ]
         if traces:
-            found.append({"title": chart.title, "unit": chart.unit, "log": chart.is_log, "traces": traces})
+            found.append({"title": chart.title, "unit": chart.unit, "log": chart.is_log, "traces": traces,
+                          "gaps": [gap for run in runs for gap in _gaps(run, chart)]})  # fmt: skip
     return found
 
 
-def missing(drawn: list[dict[str, Any]], chosen: tuple[Chart, ...]) -> list[str]:
-    """Titles of the charts that no run has numbers for."""
+def missing(runs: list[Run], drawn: list[dict[str, Any]], chosen: tuple[Chart, ...]) -> list[str]:
+    """Titles of the charts that no run has numbers for, with the reason where one is known."""
     shown = {chart["title"] for chart in drawn}
-    return [chart.title for chart in chosen if chart.title not in shown]
+    found = []
+    for chart in (chart for chart in chosen if chart.title not in shown):
+        reasons = [reason for run in runs for reason in [*_gaps(run, chart), *_no_share_of_peak(run, chart)]]
+        found.append(chart.title + (f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""))
+    return found
+
+
+def _gaps(run: Run, chart: Chart) -> list[str]:
+    """Where the chart's numbers are not finite."""
+    return told({key: run.gaps[key] for key in chart.keys if key in run.gaps})
+
+
+def _no_share_of_peak(run: Run, chart: Chart) -> list[str]:
+    """Why a run has no MFU, which needs a device whose peak is known, and bf16."""
+    if "mfu" not in chart.keys or device_peak(run) is not None:
+        return []
+    versions, engine = table(run.state.get("versions")), table(run.config.get("engine"))
+    if not versions:
+        return ["the device is in the first checkpoint, and there is none yet"]
+    if not any(part in str(versions.get("device")) for part in PEAKS):
+        return [f"no known peak of {versions.get('device')}"]
+    return [f"the peak is bf16's, the run's precision {engine.get('precision', 'unknown')}"]
 
 
 def distances(runs: list[Run]) -> list[dict[str, Any]]:
@@ -82,7 +105,8 @@ def distances(runs: list[Run]) -> list[dict[str, Any]]:
             dash = max(0, int(nfe).bit_length() - 1)
             for trace in _traces(points, run, index, label, dash, len(runs)):
                 kinds.setdefault(name, []).append({**trace, "points": are_points})
-    return [{"title": name, "unit": "lower is better", "log": True, "traces": found} for name, found in kinds.items()]
+    return [{"title": name, "unit": "lower is better", "log": True, "traces": found, "gaps": []}
+            for name, found in kinds.items()]  # fmt: skip
 
 
 def steps(nfe: Any) -> str:
@@ -140,23 +164,24 @@ def device_peak(run: Run) -> float | None:
 def _traces(points: list[Point], run: Run, index: int, label: str, dash: int, count: int) -> Iterator[dict[str, Any]]:
     if not points:
         return
-    shown = thin(points, max(100, POINTS // count))
-    x, y, step = zip(*shown, strict=True)
     name = " · ".join(part for part in (run.name if count > 1 else "", label) if part)
-    yield {
-        "name": name or run.name, "run": index, "dash": dash, "x": x, "y": [float(f"{value:.5g}") for value in y],
-        "step": step, "of": len(points),
+    yield {"name": name or run.name, "run": index, "dash": dash, "of": len(points), **thin(points)}
+
+
+def thin(points: list[Point]) -> dict[str, list[float]]:
+    """x, y, step; of more than POINTS the median of each stretch at the stretch's end, and its lowest and highest."""
+    if len(points) <= POINTS:
+        x, y, step = zip(*points, strict=True)
+        return {"x": list(x), "y": _rounded(y), "step": list(step)}
+    size = -(-len(points) // STRETCHES)
+    stretches = [points[first : first + size] for first in range(0, len(points), size)]
+    values = [[value for _, value, _ in stretch] for stretch in stretches]
+    return {
+        "x": [stretch[-1][0] for stretch in stretches], "y": _rounded(map(statistics.median, values)),
+        "low": _rounded(map(min, values)), "high": _rounded(map(max, values)),
+        "step": [stretch[-1][2] for stretch in stretches],
     }  # fmt: skip
 
 
-def thin(points: list[Point], limit: int) -> list[Point]:
-    """At most `limit` of them: of each stretch of the curve the lowest and the highest, so that no spike is lost."""
-    if len(points) <= limit:
-        return points
-    stretches = max(1, limit // 2 - 1)
-    size = -(-(len(points) - 2) // stretches)
-    kept = [points[0]]
-    for first in range(1, len(points) - 1, size):
-        stretch = points[first : min(first + size, len(points) - 1)]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}, key=lambda p: p[2])
-    return [*kept, points[-1]]
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]

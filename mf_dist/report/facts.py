@@ -5,17 +5,18 @@ import statistics
 from datetime import UTC, datetime
 from typing import Any
 
-from mf_dist.report.collect import Measurement, Run, Table, number, table
-from mf_dist.report.curves import steps, tflops_per_image
+from mf_dist.report.collect import Run, Table, number, table
+from mf_dist.report.curves import POINTS, tflops_per_image
+from mf_dist.report.standing import ago, ends, is_alive, last_sign, standing
+from mf_dist.status import WORDLESS
 
 MAX_ROWS = 200
 """Of a table that grows with a run: the newest."""
-COLUMNS = {
-    "sampler": "sampler", "step": "step", "ema": "EMA", "num_samples": "samples",
-    "labels": "labels", "seed": "seed", "features": "features", "reference": "reference",
-    "reference_images": "real images", "precision": "precision",
+MOODS = {
+    "starting": "calm", "running": "calm", "finished": "good", "stopped": "calm", "failed": "bad", "crash_loop": "bad",
+    "broke_off": "bad", "unknown": "calm",
 }  # fmt: skip
-"""Of a measurement's protocol, in the table; the whole is behind a click."""
+"""Word of a run's status -> its colour."""
 ENDS = {"finished": "finished", "stopped": "stopped", "failed": "failed", "crash_loop": "crash loop: not started again"}
 
 Row = list[Any]
@@ -41,51 +42,22 @@ def moment(seconds: Any) -> str:
 
 
 def status(run: Run) -> Table:
-    """What status.json says, as a word, a sentence and a mood for the colour."""
-    word = str(run.status.get("status", "unknown"))
-    moods = {"finished": "good", "running": "calm", "stopped": "calm", "failed": "bad", "crash_loop": "bad"}
-    reason = str(run.status.get("reason") or "")
+    """How the run stands, as a word, a sentence, a time and a mood for the colour; and a call that was refused since,
+    or nothing."""
+    said = standing(run)
+    word = str(said.get("status"))
+    reason, when, refused = str(said.get("reason") or ""), said.get("time"), ""
     if run.status.get("refused"):
-        reason = f"the last call was refused: {reason}"
-    if not run.status:
-        reason = "no status.json in its folder"
-    return {"word": word.replace("_", " "), "reason": reason, "mood": moods.get(word, "calm"),
-            "time": moment(run.status.get("time"))}  # fmt: skip
-
-
-def headline(run: Run) -> list[Table]:
-    """The newest Frechet distance at each number of network calls, with what it was measured on."""
-    newest: dict[tuple[str, str], Measurement] = {}
-    for measured in filter(lambda m: m.is_distance, run.measurements):
-        key = (measured.name, str(measured.protocol.get("nfe")))
-        before = newest.get(key)
-        if before is None or _age(measured) >= _age(before):
-            newest[key] = measured
-    ranked = sorted(
-        newest.values(), key=lambda m: (bool(m.protocol.get("in_training")), number(m.protocol.get("nfe")) or 0)
-    )
-    return [{"name": m.name, "steps": steps(m.protocol.get("nfe")), "value": f"{m.value:.4g}",
-             "protocol": _protocol(m.protocol), "warnings": _warnings(m.protocol)} for m in ranked[:4]]  # fmt: skip
-
-
-def _age(measured: Measurement) -> tuple[float, bool]:
-    """What is newer is larger; of the same step, an evaluation counts more than a measurement during training."""
-    return number(measured.protocol.get("step")) or 0, not measured.protocol.get("in_training")
-
-
-def _warnings(entry: Table) -> list[str]:
-    said = entry.get("warnings")
-    return [str(one) for one in said] if isinstance(said, list) else []
-
-
-def _protocol(entry: Table) -> str:
-    """A measurement's conditions, in a sentence."""
-    words = {
-        "num_samples": "{} samples", "labels": "{} labels", "seed": "seed {}", "ema": "EMA {}", "step": "step {}",
-        "sampler": "sampler {}", "reference": "against {}", "reference_images": "({} real images)",
-    }  # fmt: skip
-    said = [text.format(short(entry[key])) for key, text in words.items() if entry.get(key) is not None]
-    return ", ".join(said).replace(", (", " (") + (", measured during training" if entry.get("in_training") else "")
+        refused = f"The last call was refused, {moment(run.status.get('time'))} UTC: {run.status.get('reason')}"
+    if word == "running":
+        when = last_sign(run, said)
+        reason = f"last sign of life {ago(when)}"
+        if not is_alive(run, said):
+            word, reason = "broke_off", f"{reason}; {WORDLESS}"
+    if word not in MOODS:
+        word, reason = "unknown", "nothing is known from before that call" if refused else "no status.json tells it"
+    return {"word": word.replace("_", " "), "reason": reason, "mood": MOODS[word], "time": moment(when),
+            "refused": refused}  # fmt: skip
 
 
 def overview(runs: list[Run]) -> list[Row]:
@@ -145,40 +117,26 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
 
 
-def measured(run: Run) -> Table:
-    """The table of all measurements but those during training, which are curves; newest last."""
-    entries: list[Table] = []
-    for one in run.measurements:
-        if not one.protocol.get("in_training") and one.protocol not in entries:
-            entries.append(one.protocol)
-    entries = entries[-MAX_ROWS:]
-    numbers = {id(entry): {m.name: m.value for m in run.measurements if m.protocol == entry} for entry in entries}
-    names = list(dict.fromkeys(name for entry in entries for name in numbers[id(entry)]))
-    columns = {key: text for key, text in COLUMNS.items() if any(entry.get(key) is not None for entry in entries)}
-    rows = [
-        [e.get("nfe", ""), *(numbers[id(e)].get(name, "") for name in names), *(e.get(key, "") for key in columns)]
-        for e in entries
-    ]
-    heads = ["network calls", *names, *columns.values()]
-    return {"heads": heads, "rows": rows, "whole": [json.dumps(entry, indent=1) for entry in entries]}
-
-
 def history(run: Run) -> list[Row]:
     """Time, what, step, reason of every start, end and warning."""
     rows: list[Row] = []
-    is_open = False
+    broke_off = ["", "broke off", "", WORDLESS]
+    start: Table | None = None
     for entry in run.history:
         word, step, when = entry.get("status"), entry.get("step"), moment(entry.get("time"))
         if "note" in entry:
             rows.append([when, "warning", step, entry["note"]])
         elif word == "running":
-            if is_open:
-                rows.append(["", "broke off", "", "it ended without a word, as by kill -9 or a lost node"])
+            if start:
+                rows.append(broke_off)
             rows.append([when, "resumed" if step else "started", step, f"on {entry.get('host')}"])
+            start = entry
         else:
             said = "refused" if entry.get("refused") else ENDS.get(str(word), str(word))
             rows.append([when, said, step, entry.get("reason") or ""])
-        is_open = word == "running" or (is_open and "note" in entry)
+            start = None if start is None or ends(entry, start) else start
+    if start and not is_alive(run, start):
+        rows.append(broke_off)
     return rows[-MAX_ROWS:]
 
 
@@ -245,11 +203,12 @@ def differing(runs: list[Run]) -> list[Row]:
     return [[key, *found] for key, found in values.items() if len(set(found)) > 1]
 
 
-def thinned(charts: list[Table]) -> list[Row]:
-    """Name, points drawn and all points of the curves of which not every point is drawn."""
-    curves = [(chart["title"], trace) for chart in charts for trace in chart["traces"]]
-    return [
-        [f"{title}, {trace['name']}", len(trace["x"]), trace["of"]]
-        for title, trace in curves
-        if len(trace["x"]) < trace["of"]
-    ]
+def thinned(charts: list[Table]) -> str:
+    """What is drawn of the curves that have too many points, in a sentence; empty where every point is drawn."""
+    most = max((trace["of"] for chart in charts for trace in chart["traces"] if "low" in trace), default=0)
+    if not most:
+        return ""
+    return (
+        f"Of a curve of more than {POINTS:,} points (up to {most:,} here) the line is the median of each stretch, and "
+        "the shade spans its lowest to its highest value."
+    )

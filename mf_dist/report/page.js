@@ -6,27 +6,30 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const literal = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const isTouched = matchMedia("(pointer: coarse)").matches;
 
-function drawPlot(place) {
-  const chart = data.plots[place.dataset.section][place.dataset.index];
-  const isLog = place.dataset.log ? place.dataset.log === "1" : chart.log;
-  place.dataset.log = isLog ? "1" : "0";
-  place.parentElement.querySelector(".scale").textContent = isLog ? "log" : "linear";
+function tracesOf(chart) {
   const isOneRun = data.runs.length === 1;
-  if (chart.traces.length > 3) place.style.height = `${250 + 19 * chart.traces.length}px`;  // room for the legend
-  const colourOf = (t) => colour(`--run${(isOneRun ? t.dash : t.run) % 6}`);
-  const traces = chart.traces.map((t) => ({
-    x: t.x, y: t.y, customdata: t.step, name: literal(t.name),
-    mode: t.points ? "markers" : t.x.length < 30 ? "lines+markers" : "lines",
-    line: {
-      color: colourOf(t), width: 1.8,
-      dash: isOneRun ? "solid" : ["solid", "dot", "dash", "dashdot"][t.dash % 4],
-    },
-    marker: { size: t.points ? 9 : 6, symbol: t.points ? "diamond-open" : "circle", color: colourOf(t) },
-    hovertemplate: "%{y:.4~g}, step %{customdata:,}",
-  }));
+  const curves = chart.traces.filter((t) => !t.points);
+  const isSparse = Math.max(0, ...curves.map((t) => t.x.length)) < 30;
+  return chart.traces.flatMap((t) => {
+    const hue = colour(`--run${(isOneRun ? t.dash : t.run) % 6}`);
+    const dash = isOneRun ? "solid" : ["solid", "dot", "dash", "dashdot"][t.dash % 4];
+    const edge = { x: t.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+    const shade = t.low ? [{ ...edge, y: t.low }, { ...edge, y: t.high, fill: "tonexty", fillcolor: `${hue}38` }] : [];
+    return [...shade, {
+      x: t.x, y: t.y, name: literal(t.name), line: { color: hue, width: 1.8, dash },
+      customdata: t.step.map((step, i) => (t.low ? [step, t.low[i], t.high[i]] : [step])),
+      mode: t.points ? "markers" : isSparse ? "lines+markers" : "lines",
+      marker: { size: t.points ? 9 : 6, symbol: t.points ? "diamond-open" : "circle", color: hue },
+      hovertemplate: "%{y:.4~g}, step %{customdata[0]:,}" +
+        (t.low ? ", median of %{customdata[1]:.4~g} to %{customdata[2]:.4~g}" : ""),
+    }];
+  });
+}
+
+function layoutOf(chart, isLog) {
   const axis = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true };
-  const layout = {
-    margin: { l: 50, r: 12, t: isTouched ? 34 : 8, b: 36 },
+  return {
+    margin: { l: 50, r: 12, t: isTouched ? 48 : 32, b: 36 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: colour("--soft") },
     xaxis: { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
@@ -36,15 +39,37 @@ function drawPlot(place) {
     },
     hovermode: "x unified", hoverdistance: -1,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    showlegend: traces.length > 1 || !isOneRun || "points" in chart.traces[0], legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    showlegend: chart.traces.length > 1 || data.runs.length > 1 || "points" in chart.traces[0],
+    legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom", traceorder: "normal" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: isTouched ? false : "zoom",
   };
-  const buttons = isTouched ? [] : ["zoom2d", "pan2d", "toImage"];
-  const options = {
-    responsive: true, displaylogo: false, modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", ...buttons]],
-  };
-  Plotly.react(place, traces, layout, options);
+}
+
+// A finger scrolls the page until it is told to move the chart or to draw a box; the same button gives it back.
+const finger = (name, title, icon) => ({
+  name, title, icon, attr: "dragmode", val: name,
+  click: (place) => Plotly.relayout(place, { dragmode: place._fullLayout.dragmode === name ? false : name }),
+});
+
+function buttons() {
+  const fingers = [["pan", "Move the chart", Plotly.Icons.pan], ["zoom", "Zoom to a box", Plotly.Icons.zoombox]];
+  const dragging = isTouched ? fingers.map((one) => finger(...one)) : ["zoom2d", "pan2d", "toImage"];
+  return [["zoomIn2d", "zoomOut2d", "resetScale2d", ...dragging]];
+}
+
+function drawPlot(place) {
+  const chart = data.plots[place.dataset.section][place.dataset.index];
+  const canBeLog = chart.traces.some((t) => t.y.some((value) => value > 0));
+  const isLog = canBeLog && (place.dataset.log ? place.dataset.log === "1" : chart.log);
+  place.dataset.log = isLog ? "1" : "0";
+  const scale = place.parentElement.querySelector(".scale");
+  scale.textContent = isLog ? "log" : "linear";
+  scale.disabled = !canBeLog;
+  if (chart.traces.length > 3) place.style.height = `${250 + 19 * chart.traces.length}px`;  // room for the legend
+  Plotly.react(place, tracesOf(chart), layoutOf(chart, isLog), {
+    responsive: true, displaylogo: false, displayModeBar: isTouched ? true : "hover", modeBarButtons: buttons(),
+  });
 }
 
 function drawPlots() {

@@ -12,14 +12,14 @@ from mf_dist.errors import UserError
 from mf_dist.report import facts
 from mf_dist.report.collect import Run, read_runs
 from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
-from mf_dist.report.pictures import Shown, classes, grids, measured_pictures
+from mf_dist.report.pictures import Shown, classes, grids, last_grids, neighbours
+from mf_dist.report.results import compared, headline, measured
 
 HERE = Path(__file__).parent
 LIMIT = 9_900_000
 """Bytes of a report."""
 SHARES = {"grids": 0.45, "classes": 0.3, "last": 0.1, "neighbours": 0.1}
 """Of the room for a run's pictures."""
-LAST = {"steps": "side by side, the same noise"}
 
 
 def write_report(folders: list[Path], out: Path) -> None:
@@ -36,10 +36,11 @@ def write_report(folders: list[Path], out: Path) -> None:
 
 def _pictures(run: Run, room: int) -> dict[str, Shown]:
     rooms = {name: max(0, int(share * room)) for name, share in SHARES.items()}
+    drawn = grids(run, rooms["grids"])
     return {
-        "grids": grids(run, rooms["grids"]),
-        "last": measured_pictures(run, "grid", LAST, rooms["last"]),
-        "neighbours": measured_pictures(run, "neighbours", {"": "these images"}, rooms["neighbours"]),
+        "grids": drawn,
+        "last": last_grids(run, drawn, rooms["last"]),
+        "neighbours": neighbours(run, rooms["neighbours"]),
         "classes": classes(run, rooms["classes"]),
     }
 
@@ -53,10 +54,10 @@ def _render(runs: list[Run], pictures: list[dict[str, Shown]]) -> str:
     environment.filters["number"] = facts.short
     return environment.get_template("page.html").render(
         runs=[_run(number, run, found) for number, (run, found) in enumerate(zip(runs, pictures, strict=True))],
-        overview=facts.overview(runs),
+        overview=[*(compared(runs) if len(runs) > 1 else []), *facts.overview(runs)],
         plots=plots,
-        missing={"curves": missing(plots["curves"], LOSSES), "speed": missing(plots["speed"], SPEED)},
-        thinned=facts.thinned(plots["curves"]),
+        missing={"curves": missing(runs, plots["curves"], LOSSES), "speed": missing(runs, plots["speed"], SPEED)},
+        thinned={section: facts.thinned(drawn) for section, drawn in plots.items()},
         differences=facts.differing(runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         data={"plots": plots, "runs": shown},
@@ -70,8 +71,8 @@ def _run(number: int, run: Run, pictures: dict[str, Shown]) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "status": facts.status(run),
-        "headline": facts.headline(run),
-        "measured": facts.measured(run),
+        "headline": headline(run),
+        "measured": measured(run),
         "history": facts.history(run),
         "faults": facts.faults(run),
         "config": facts.sections(run),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mf_dist.report.collect import Run
+from mf_dist.report.collect import Run, table
 from mf_dist.report.curves import steps
 
 GRID = re.compile(r"step(?P<step>\d+)(-nfe(?P<nfe>\d+))?\.png")
@@ -24,8 +24,8 @@ MAX_GRIDS = 32
 """Steps of the slider."""
 MAX_READ = 400_000_000
 """Bytes of a file of samples that are looked through for the class browser."""
-SIDE, COLUMNS, ROWS = 96, 8, 2
-"""Of the class browser: largest side of a sample, and samples shown of a class."""
+SIDE, COLUMNS, ROWS, GAP = 96, 8, 2, 2
+"""Of the class browser: largest side of a sample, samples shown of a class, and pixels between them."""
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What a damaged .npz raises."""
 
@@ -90,8 +90,11 @@ def grids(run: Run, room: int) -> Shown:
         if match := GRID.fullmatch(path.name):
             found.setdefault(int(match["step"]), []).append((int(match["nfe"] or 0), path))
 
+    counts = table(run.config.get("eval")).get("grid_nfe")
+    only = steps(counts[0]) if isinstance(counts, list) and len(counts) == 1 else ""
+
     def frame(step: int) -> dict[str, Any] | None:
-        made = [picture(path, steps(nfe) if nfe else "") for nfe, path in sorted(found[step])]
+        made = [picture(path, steps(nfe) if nfe else only) for nfe, path in sorted(found[step])]
         whole = [one for one in made if one]
         return {"step": step, "images": run.images(step), "pictures": whole} if whole else None
 
@@ -109,20 +112,39 @@ def grids(run: Run, room: int) -> Shown:
     return Shown(whole, " ".join(notes))
 
 
-def measured_pictures(run: Run, kind: str, captions: dict[str, str], room: int) -> Shown:
-    """eval/KIND*.png; `captions` by what follows KIND in the name. One with all numbers of steps stands for all."""
-    folder = run.folder / "eval"
-    together = folder / f"{kind}_steps.png"
-    paths = [together] if together.is_file() else sorted(folder.glob(f"{kind}*.png"))
+def last_grids(run: Run, drawn: Shown, room: int) -> Shown:
+    """The grids of tools/fid_eval.py, but not those that the slider `drawn` ends with. Of MeanFlow one picture has
+    several numbers of steps; of flow matching each has its own."""
+    last = run.measurements[-1].protocol if run.measurements else {}
+    names = ("grid_nfe*.png", "grid_steps.png") if last.get("sampler") == "euler" else ("grid_steps.png", "grid_*.png")
+    found = _captioned(run, next(filter(None, (_pictures(run, name) for name in names)), []), "grid", room)
+    known = {one["src"] for one in drawn.items[-1]["pictures"]} if drawn.items else set()
+    return Shown([one for one in found.items if one["src"] not in known], found.note)
+
+
+def neighbours(run: Run, room: int) -> Shown:
+    """The rows of tools/fid_eval.py: a sample, then the nearest real images."""
+    return _captioned(run, _pictures(run, "neighbours*.png"), "neighbours", room)
+
+
+def _pictures(run: Run, name: str) -> list[Path]:
+    return sorted((run.folder / "eval").glob(name), key=lambda path: (len(path.name), path.name))
+
+
+def _captioned(run: Run, paths: list[Path], kind: str, room: int) -> Shown:
+    """With the number of sampling steps, which is in the file's name, and the training step, which is not."""
 
     def one(path: Path) -> dict[str, Any] | None:
-        tail = path.stem.removeprefix(kind).strip("_")
-        nfe = re.fullmatch(r"nfe(\d+)", tail)
-        made = picture(path, captions.get(tail, steps(nfe[1]) if nfe else tail))
+        nfe = re.fullmatch(r"nfe(\d+)(_times)?", path.stem.removeprefix(kind).strip("_"))
+        measured = [m.protocol for m in run.measurements if not m.protocol.get("in_training")]
+        known = [entry.get("step") for entry in measured if nfe is None or str(entry.get("nfe")) == nfe[1]]
+        when = f"after training step {known[-1]:,}" if known and isinstance(known[-1], int) else ""
+        counts = steps(nfe[1]) if nfe else "several numbers of steps" if path.stem.endswith("_steps") else ""
+        made = picture(path, ", ".join(part for part in (counts, when) if part))
         return {"pictures": [made]} if made else None
 
     made = fit(paths, one, room, 6)
-    note = "" if len(made) == len(paths) else f"{len(made)} of {len(paths)} pictures; all are in {folder}."
+    note = "" if len(made) == len(paths) else f"{len(made)} of {len(paths)} pictures; all are in {run.folder}/eval."
     return Shown([found["pictures"][0] for found in made if found], note)
 
 
@@ -158,11 +180,11 @@ def classes(run: Run, room: int) -> Shown:
 
 def _sprite(samples: npt.NDArray[np.uint8], caption: str) -> Picture:
     """(N, H, W, 3) as one picture of COLUMNS columns."""
-    side = samples.shape[1]
-    rows = -(-len(samples) // COLUMNS)
-    canvas = Image.new("RGB", (min(COLUMNS, len(samples)) * side, rows * side), "white")
+    side, across = samples.shape[1], min(COLUMNS, len(samples))
+    pitch, rows = side + GAP, -(-len(samples) // COLUMNS)
+    canvas = Image.new("RGB", (across * pitch - GAP, rows * pitch - GAP), "white")
     for i, pixels in enumerate(samples):
-        canvas.paste(Image.fromarray(pixels), (i % COLUMNS * side, i // COLUMNS * side))
+        canvas.paste(Image.fromarray(pixels), (i % COLUMNS * pitch, i // COLUMNS * pitch))
     return {"caption": caption, "src": data_uri(canvas, lossless=side <= 64), "w": canvas.width, "h": canvas.height}
 
 

@@ -266,8 +266,9 @@ def test_neighbours_of_a_memorised_image_are_that_image(images, network, tmp_pat
     assert np.array_equal(reference.real_image(int(order[1, 0])), pixels[70])
     assert save_neighbours(source, result.blocks, reference, tmp_path / "near.png") is None
     picture = np.asarray(Image.open(tmp_path / "near.png"))
-    margin = picture.shape[1] - 8 * 66
-    shown = picture[:64:2, margin : margin + 64 : 2], picture[:64:2, margin + 66 : margin + 130 : 2]
+    top, near = 16, picture.shape[1] - 7 * 66
+    sample = near - 10 - 66  # set apart from the real images by more than these are from each other
+    shown = [picture[top : top + 64 : 2, left : left + 64 : 2] for left in (sample, near)]
     assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], pixels[7].transpose(1, 2, 0))
 
 
