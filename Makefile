@@ -36,8 +36,10 @@ demo: install
 test: install
 	$(TEST)
 
+# what runs ranks of its own, and waits for them by the clock, has the machine for itself
 test-dist: install
-	$(PY) -m pytest -m dist
+	$(TEST) -m dist --ignore=tests/distributed --durations=10
+	$(PY) -m pytest -m dist tests/distributed --durations=10
 
 test-slurm: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm

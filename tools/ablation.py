@@ -102,7 +102,7 @@ def row(args, folder):
 
 
 def draw(args):
-    """A row per configuration: every class at 1, 2 and 4 steps, from the same noise."""
+    """A row per configuration: every class at 1 and 4 steps, from the same noise."""
     import numpy as np
     import torch
 
@@ -116,9 +116,9 @@ def draw(args):
         checkpoint = find_checkpoint(args.out / f"{folder}-0")
         generator = load_trained(checkpoint, None, None, torch.device("cpu")).generator
         noise, labels = generator.draw(range(generator.num_classes), "balanced", 0)
-        rows += [generator(noise, labels, uniform_grid(k)) for k in (1, 2, 4)]
+        rows += [generator(noise, labels, uniform_grid(k)) for k in (1, 4)]
     names = [name for name, *_ in CONFIGURATIONS.values()]
-    image_grid(np.concatenate(rows), names, ["1 step", "2 steps", "4 steps"]).save(args.out / "ablation.png")
+    image_grid(np.concatenate(rows), names, ["1 step", "4 steps"]).save(args.out / "ablation.png")
 
 
 if __name__ == "__main__":
