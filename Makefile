@@ -23,9 +23,10 @@ install: .venv/installed
 demo: install
 	$(PY) tools/write_digits.py --out data/digits --split data/digits-split
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
+	$(PY) tools/reference_stats.py --images data/digits-split/a --features $(FEATURES) --out data/digits-split/a.npz
 	$(PY) -m mf_dist.train configs/digits_cpu.yaml train.total_images=$(IMAGES)
-	$(PY) tools/fid_eval.py --nfe 1 --save-npz
-	$(PY) tools/fid_eval.py --nfe 2 --save-npz
+	$(PY) tools/fid_eval.py --nfe 1 --reference data/digits-split/a --save-npz
+	$(PY) tools/fid_eval.py --nfe 2 --reference data/digits-split/a --save-npz
 	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
 	$(PY) tools/fid_eval.py --nfe 50 --save-npz
 	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
