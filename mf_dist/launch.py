@@ -53,9 +53,9 @@ def launched_place() -> Place:
 
 def _adopt_srun() -> None:
     """Gives the tasks of an srun that started them without torchrun torch's variables, from SLURM's. Task 0 is on the
-    first node of the step; the port follows from job and step."""
+    first node of the step; the port follows from job and step. A shell by srun --pty has the terminal alone."""
     said = os.environ
-    if "RANK" in said or said.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+    if "RANK" in said or "SLURM_PTY_PORT" in said or said.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", said.get("SLURM_STEP_NODELIST", ""))
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")

@@ -241,7 +241,9 @@ def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
     assert launched_place().rank == 0
 
 
-@pytest.mark.parametrize("step", [{"STEP_NUM_TASKS": "1"}, {}])
+@pytest.mark.parametrize(
+    "step", [{"STEP_NUM_TASKS": "1"}, {}, {"STEP_NUM_TASKS": "8", "STEP_ID": "0", "LOCALID": "0", "PTY_PORT": "40001"}]
+)
 def test_a_task_alone_is_alone(monkeypatch, step):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
