@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mf_dist.config import Config, load_config
 from mf_dist.data.shards import read_manifest
-from mf_dist.errors import Unrecorded, UserError, command_line
+from mf_dist.errors import CrashLoop, Unrecorded, UserError, command_line
 from mf_dist.status import Status
 from mf_dist.train import check
 
@@ -142,7 +142,7 @@ def main() -> None:
     try:
         verdict = answer(args)
     except UserError as error:
-        verdict = Verdict("refused", str(error))
+        verdict = Verdict("failed" if isinstance(error, CrashLoop) else "refused", str(error))
     except OSError as error:  # a disk that is away says nothing of the run
         verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
     print(verdict.word, " ".join(verdict.reason.split()))

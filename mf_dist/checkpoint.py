@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError
+from mf_dist.errors import UserError, is_fault
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
 """Files without which nothing can be resumed; an EMA beside them."""
@@ -61,13 +61,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over."""
+    """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over. UserError
+    where there is none but one that a disk's fault hides: it may be whole, and a start from scratch would end it."""
     warnings: list[str] = []
+    hidden: UserError | None = None
     for folder in reversed(step_folders(root)):
         try:
             return open_checkpoint(folder), warnings
         except UserError as error:
             warnings.append(f"passed over a damaged checkpoint: {error}")
+            hidden = error if is_fault(error) else hidden
+    if hidden:
+        raise hidden
     return None, warnings
 
 

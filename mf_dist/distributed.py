@@ -39,7 +39,7 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     rank, world_size, local_rank = launched_place()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -62,24 +62,27 @@ def first_ranks_number(number: int, device: torch.device) -> int:
 
 @contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
-    """For work in which one rank alone may find a mistake of the user's, and which has no operation among ranks within:
-    at its end every rank waits for the others and raises what the first that failed has found, as SharedError. Without
-    this the others would wait for one that is gone, and end in traces of stacks."""
+    """For work in which one rank alone may fail, and which has no operation among ranks within: at its end every rank
+    waits for the others and raises what the first that failed has found, as SharedError; a failure that is no mistake
+    of the user's is raised as it is where it was. Without this the others would wait for one that is gone."""
     if ranks.world_size == 1:
         yield
         return
-    text = None
+    text, unforeseen = None, None
     try:
         yield
     except UserError as error:
         text = str(error)
     except OSError as error:
-        if error.filename is None:
-            raise
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except Exception as error:
+        text, unforeseen = f"{type(error).__name__}: {error}", error
     failed = torch.tensor(ranks.world_size if text is None else ranks.rank, device=ranks.device)
     dist.all_reduce(failed, dist.ReduceOp.MIN)
     first = int(failed)
+    if unforeseen is not None:
+        _text_of(first, text or "", ranks)
+        raise unforeseen
     if first < ranks.world_size:
         raise SharedError(_text_of(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
 

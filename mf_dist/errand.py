@@ -4,7 +4,6 @@ and mf_dist.attempt judges it. Where that is not set, as outside of jobs, nothin
 A step is a shard or a block of images made; each is its own checkpoint.
 """
 
-import errno
 import functools
 import os
 import signal
@@ -13,14 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mf_dist.errors import UserError
+from mf_dist.errors import UserError, is_fault
 from mf_dist.launch import launched_place
 from mf_dist.status import Status
 
 VARIABLE = "MF_DIST_STATUS"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""What is wrong with a path when the caller is; any other trouble is the disk's, which may be well again next time."""
 
 
 class Asked(BaseException):
@@ -84,12 +81,3 @@ def _tell(status: Status, error: BaseException) -> None:
         status.refuse(str(error), has_begun=True)
     else:
         status.end("failed", _step(status), str(error) or type(error).__name__)
-
-
-def is_fault(error: BaseException | None) -> bool:
-    """Whether a disk is behind an error, and not its caller."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno and error.errno not in MISTAKES:
-            return True
-        error = error.__context__
-    return False

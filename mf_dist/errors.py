@@ -1,5 +1,6 @@
 """What a user did wrong, said in one line."""
 
+import errno
 import functools
 import os
 import sys
@@ -14,8 +15,25 @@ class SharedError(UserError):
     """The same on every rank, wherever it was found (distributed.together): the first speaks for all."""
 
 
+class CrashLoop(UserError):
+    """Too many starts without progress: a person must look."""
+
+
 class Unrecorded(UserError):
     """A refusal that leaves status.json as it is: rank 0 has written why, or the run is another process's."""
+
+
+MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""What is wrong with a path when the caller is; any other trouble is the disk's, which may be well again next time."""
+
+
+def is_fault(error: BaseException | None) -> bool:
+    """Whether a disk is behind an error, and not its caller."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and error.errno not in MISTAKES:
+            return True
+        error = error.__context__
+    return False
 
 
 def command_line(main: Callable[[], int | None]) -> Callable[[], int]:

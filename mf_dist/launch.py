@@ -57,13 +57,16 @@ def _adopt_srun() -> None:
     said = os.environ
     if "RANK" in said or "SLURM_PTY_PORT" in said or said.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
-    first = re.match(r"([^\[,]+)(?:\[(\d+))?", said.get("SLURM_STEP_NODELIST", ""))
+    first = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?(?:,|$)", said.get("SLURM_STEP_NODELIST", ""))
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    if not first or any(not said.get(name, "").isdigit() for name in names):
+    if any(not said.get(name, "").isdigit() for name in names):
         return
+    if not first and "MASTER_ADDR" not in said:
+        raise UserError(f"cannot tell the first node of {said.get('SLURM_STEP_NODELIST')!r}; set MASTER_ADDR to it")
     tasks, rank, local_rank, job, step = (said[name] for name in names)
     said.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=local_rank)
-    said.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
+    if first:
+        said.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
     said.setdefault("MASTER_PORT", str(30_000 + (int(job) * 16 + int(step)) % 10_000))  # torchrun's are below
 
 

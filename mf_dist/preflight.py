@@ -132,8 +132,8 @@ def check_wires(into: Path, patience: float) -> None:
         said: dict[str, Any] = {"node": node_name(), "problems": []}
         for name, group in ((WITHIN, own), (OVER_ALL, dist.group.WORLD)):
             speed, is_right = _all_reduce(group, ranks.device)
-            said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group)}
-            if not is_right:
+            said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group), "is_right": is_right}
+            if not is_right and name == WITHIN:  # over all, no node is to blame for what all of them see
                 said["problems"].append(f"a wrong sum from the all-reduce {name}")
             if ranks.is_first_here:
                 write_json(path, said)
@@ -187,7 +187,7 @@ def pairs_that_work(folder: Path, nodes: list[str]) -> dict[tuple[str, str], boo
 
 def _is_through(path: Path) -> bool:
     said = _read(path)
-    return said is not None and OVER_ALL in said and not said["problems"]
+    return said is not None and OVER_ALL in said and said[OVER_ALL]["is_right"] and not said["problems"]
 
 
 def _without_a_partner(folder: Path, nodes: list[str]) -> list[str]:
@@ -241,8 +241,11 @@ def _judge(into: Path, nodes: list[str], reason: str) -> None:
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     words = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
     looked = [_read(into / f"{node}.json") for node in nodes]
+    wires = [said for node in nodes if (said := _read(into / f"{node}.wires.json")) and OVER_ALL in said]
+    if not reason and not all(said[OVER_ALL]["is_right"] for said in wires):
+        reason = f"a wrong sum from the all-reduce {OVER_ALL}"
     if len(nodes) > 1 and all(said and not said["has_data"] for said in looked):
-        print("refused", "-", f"on all nodes, {bad[nodes[0]][0]}")
+        print("refused", "-", f"on all nodes, {'; '.join(bad[nodes[0]])}")
     elif len(bad) == len(nodes) > 1:
         print("failed", "-", f"on all nodes, {words}")
     elif bad:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.durable import write_json
-from mf_dist.errors import Unrecorded, UserError
+from mf_dist.errors import CrashLoop, Unrecorded, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""
@@ -98,7 +98,7 @@ class Status:
         """Declares it, and has the words for who asked."""
         text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
         self._turn("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
-        return UserError(f"crash loop: {text}. Mend that, then start again")
+        return CrashLoop(f"crash loop: {text}. Mend that, then start again")
 
     def committed(self, step: int) -> None:
         """A checkpoint of this step is safe."""

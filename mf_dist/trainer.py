@@ -23,7 +23,7 @@ from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
 from mf_dist.distributed import Ranks, first_ranks_number
 from mf_dist.engine import MASTER, Engine
-from mf_dist.errors import Unrecorded, UserError
+from mf_dist.errors import Unrecorded, UserError, is_fault
 from mf_dist.generate import new_net
 from mf_dist.latents import sample_posterior
 from mf_dist.logger import Logger
@@ -71,13 +71,14 @@ class Trainer:
         self._report()
 
     def _build_or_refuse(self) -> None:
-        """A mistake of the user's found here is no crash."""
+        """A mistake of the user's found here is no crash; a disk's fault is one, and may be over at the next start."""
         try:
             self._build()
         except Unrecorded:
             raise
         except UserError as error:
-            self.status.refuse(str(error), has_begun=True)
+            if not is_fault(error):
+                self.status.refuse(str(error), has_begun=True)
             raise
 
     def _build(self) -> None:
@@ -98,7 +99,7 @@ class Trainer:
         """Step of the newest valid checkpoint, 0 for none, and what there is to say. Counts the start, and refuses one
         too many or a disk without room."""
         found: Checkpoint | None = None
-        error: UserError | None = None
+        error: UserError | OSError | None = None
         story: list[str] = []
         if self.ranks.is_first:
             try:
@@ -110,7 +111,7 @@ class Trainer:
             except UserError as refused:
                 error = refused
             except OSError as refused:
-                error = UserError(f"{refused.filename}: {refused.strerror}")
+                error = refused if is_fault(refused) else UserError(f"{refused.filename}: {refused.strerror}")
         step = first_ranks_number(-1 if error else found.step if found else 0, self.ranks.device)
         if step < 0:
             raise error or Unrecorded("rank 0 refuses to start, see there")

@@ -1,5 +1,6 @@
 """The commit protocol: complete or absent, verified before use, the newest valid one wins."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
-from mf_dist.errors import UserError
+from mf_dist.durable import sha256_of
+from mf_dist.errors import UserError, is_fault
 from mf_dist.saver import Retention, Saver, Share, check_room, write_tensors
 
 KINDS = ["master", "exp_avg", "exp_avg_sq", "ema-0.9"]
@@ -77,6 +79,29 @@ def test_damage_is_seen_before_use_and_the_older_one_taken(tmp_path, name, damag
     checkpoint, warnings = newest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.step == 1
     assert len(warnings) == 1 and "damaged" in warnings[0]
+
+
+def test_what_a_disks_fault_hides_is_no_reason_to_start_from_scratch(tmp_path, monkeypatch):
+    """An older one is, while the fault lasts; none at all is not."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    hidden = {"step-00000002"}
+
+    def failing(path):
+        if path.parent.name in hidden:
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_of(path)
+
+    monkeypatch.setattr("mf_dist.checkpoint.sha256_of", failing)
+    assert newest_checkpoint(tmp_path)[0].step == 1
+    hidden.add("step-00000001")
+    with pytest.raises(UserError, match="Input/output error") as caught:
+        newest_checkpoint(tmp_path)
+    assert is_fault(caught.value)
+    for step in (1, 2):
+        (tmp_path / f"step-{step:08d}" / "master.safetensors").write_bytes(b"")
+    hidden.clear()
+    assert newest_checkpoint(tmp_path)[0] is None
 
 
 def test_a_half_written_folder_does_not_exist(tmp_path):

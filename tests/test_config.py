@@ -241,6 +241,19 @@ def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
     assert launched_place().rank == 0
 
 
+def test_a_list_of_nodes_that_cannot_be_read_is_said(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    said = {"STEP_NUM_TASKS": "4", "STEP_NODELIST": "rack[1-2]n[3-4]", "STEP_ID": "2", "PROCID": "3", "LOCALID": "1"}
+    for name, value in (said | {"JOB_ID": "7"}).items():
+        monkeypatch.setenv("SLURM_" + name, value)
+    with pytest.raises(UserError, match=r"first node of 'rack\[1-2\]n\[3-4\]'; set MASTER_ADDR"):
+        launched_place()
+    monkeypatch.setenv("MASTER_ADDR", "rack1n3")
+    assert launched_place().world_size == 4 and os.environ["MASTER_ADDR"] == "rack1n3"
+
+
 @pytest.mark.parametrize(
     "step", [{"STEP_NUM_TASKS": "1"}, {}, {"STEP_NUM_TASKS": "8", "STEP_ID": "0", "LOCALID": "0", "PTY_PORT": "40001"}]
 )

@@ -82,6 +82,23 @@ def test_wires(tmp_path):
     assert lines == ["all-reduce within a node: 8 ranks, 80.00 GB/s a rank on the slowest node, n2"]
 
 
+def test_a_wrong_sum_over_all_nodes_blames_none_before_the_pairs(tmp_path):
+    """All of them see it. With two nodes in each pair, the one that fails in both of its own is found."""
+    nodes = ["n1", "n2", "n3"]
+    for name in nodes:
+        node(tmp_path, name)
+        over_all = {"gb_per_second": 1.0, "ranks": 6, "is_right": False}
+        write_json(tmp_path / f"{name}.wires.json", {"node": name, "problems": [], "over all nodes": over_all})
+    assert verdict(tmp_path, *nodes) == "failed - a wrong sum from the all-reduce over all nodes"
+    for first, second in (("n1", "n2"), ("n2", "n3"), ("n3", "n1")):
+        pair(tmp_path, first, second, works=True)
+        if "n2" in (first, second):
+            for name in (first, second):
+                said = {"node": name, "problems": [], "over all nodes": over_all}
+                write_json(tmp_path / "pairs" / f"{first}+{second}" / f"{name}.wires.json", said)
+    assert verdict(tmp_path, *nodes) == "bad n2 n2: the all-reduce with either neighbour fails"
+
+
 def test_what_all_nodes_have_is_no_nodes_fault(tmp_path):
     node(tmp_path, "n1", ["checkpoints: no room"])
     node(tmp_path, "n2", ["checkpoints: no room"])
@@ -108,7 +125,9 @@ def test_data_that_no_node_has_are_a_mistake(tmp_path):
 def pair(into, first, second, works):
     """What the two leave: words of each at the end, or of the all-reduce within each alone."""
     for name in (first, second):
-        said = {"node": name, "problems": [], "within a node": {}} | ({"over all nodes": {}} if works else {})
+        said = {"node": name, "problems": [], "within a node": {}} | (
+            {"over all nodes": {"is_right": True}} if works else {}
+        )
         folder = into / "pairs" / f"{first}+{second}"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.wires.json", said)

@@ -15,6 +15,7 @@ where it stopped, with any number of processes. docs/evaluation.md says what the
 
 import argparse
 import contextlib
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -103,7 +104,8 @@ def number(text):
 def settings_of(args):
     from mf_dist.evaluation.measure import Settings
 
-    return Settings(args.metrics, args.statistics == "exact", args.block, args.resume)
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # such a job goes on with what it has made itself
+    return Settings(args.metrics, args.statistics == "exact", args.block, args.resume or requeued)
 
 
 def measure_images(args, ranks):
@@ -136,13 +138,12 @@ def measure_model(args, ranks):
     side = args.resolution or trained.generator.resolution
     reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
     grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
-    for times in grids:
-        measure_times(args, trained, times, network, reference, ranks, out)
+    blocks = [measure_times(args, trained, times, network, reference, ranks, out) for times in grids]
     with together(ranks):
         if ranks.is_first:
             steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
             trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
-            clear(out, reference.blocks)
+            clear(out, *blocks, reference.blocks)  # not before: a job that is requeued at the last grid has the others
 
 
 def load(args, ranks):
@@ -168,7 +169,7 @@ def load(args, ranks):
 
 
 def measure_times(args, trained, times, network, reference, ranks, out):
-    """One time grid."""
+    """One time grid; its blocks."""
     from mf_dist.distributed import together
     from mf_dist.evaluation.measure import measure
     from mf_dist.generate import Samples
@@ -187,7 +188,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
         if ranks.is_first:
             finish(args, measured.entry, out)
             save_all(args, trained, samples, measured.blocks, reference, out)
-            clear(out, measured.blocks)
+    return measured.blocks
 
 
 def save_all(args, trained, samples, blocks, reference, out):

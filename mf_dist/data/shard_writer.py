@@ -88,8 +88,8 @@ def _write_index(path: Path, partial: Path, records: list[Record], skipped: list
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed writers left behind."""
-    for path in folder.glob("*.tmp"):
+    """Removes what killed writers of shards left behind; a manifest may be another task's, just being written."""
+    for path in folder.glob("shard-*.tmp"):
         path.unlink(missing_ok=True)
 
 

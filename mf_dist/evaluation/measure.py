@@ -181,7 +181,7 @@ def warnings_of(
     theirs = reference.provenance.get("reference_resolution", made.get("resolution", side))
     if theirs != side:
         found.append(f"the reference has images of side {theirs}, these have {side}")
-    if made and made["resize"] != network.resize:
+    if made.get("resize", network.resize) != network.resize:
         found.append(f"the reference was resized by {made['resize']}, these by {network.resize}")
     if network.is_inception and labels == "balanced":
         found.append("labels are balanced; most published FIDs draw them at random")

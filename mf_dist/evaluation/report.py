@@ -16,7 +16,9 @@ from mf_dist.durable import write_json, write_whole
 from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
 
-RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments")
+OF_METRICS = ("pr_real_images", "kid_subset_size", "kid_real_images")
+"""What single metrics say of how they were made."""
+RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", *OF_METRICS)
 """Keys of an entry that are not part of its protocol: a new entry of the same protocol and pixels joins the old one."""
 SHOWN = (
     "num_samples",
@@ -58,7 +60,8 @@ def record(entry: dict[str, Any], out: Path) -> Path:
         entries = read_entries(path)
         for old in entries:
             if protocol(old) == protocol(plain):
-                plain["metrics"] = {**old["metrics"], **plain["metrics"]}
+                kept = {key: old[key] for key in OF_METRICS if key in old}
+                plain = {**kept, **plain, "metrics": {**old["metrics"], **plain["metrics"]}}
         write_json(path, [*(old for old in entries if protocol(old) != protocol(plain)), plain])
     return path
 

@@ -215,6 +215,12 @@ def test_record_replaces_the_very_same_protocol_only(tmp_path):
     record({**entry, "metrics": {"fd": 5.0}, "pixels_sha256": "b"}, tmp_path / "more")  # other images at the same place
     found = [e["metrics"] for e in read_entries(tmp_path / "more/metrics.json")]
     assert found == [{"is": 9.0, "fd": 1.0}, {"fd": 5.0}]
+    apart = {"nfe": 4, "pixels_sha256": "a"}  # what one metric says of itself is no other protocol
+    record({**apart, "metrics": {"precision": 0.7}, "pr_real_images": 90}, tmp_path / "apart")
+    record({**apart, "metrics": {"kid": 0.1}, "kid_subset_size": 40}, tmp_path / "apart")
+    (both,) = read_entries(tmp_path / "apart/metrics.json")
+    assert both["metrics"] == {"precision": 0.7, "kid": 0.1}
+    assert (both["pr_real_images"], both["kid_subset_size"]) == (90, 40)
     for damaged in ("{", '[{"metric": "fd", "value": 1}]', "[1]"):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match="damaged or of an older version"):
