@@ -1,4 +1,4 @@
-# make demo   the main job on real digits, offline, about 5 minutes on 2 CPU cores
+# make demo   the main job on real digits, offline, about 6 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
 # make test-slurm   jobs on a real SLURM that is set up here (root and apt; else skipped): about 20 minutes
 # make torture   every trial of kill -9 and the other faults (docs/reliability.md), about half an hour
