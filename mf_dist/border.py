@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from mf_dist.launch import HEARD
+from mf_dist.runtime.launch import HEARD
 
 MARGIN = 120.0
 """Seconds before a time limit at which the run stops, if its last save took no longer."""

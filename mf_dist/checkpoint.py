@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError, is_fault
+from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.runtime.errors import UserError, is_fault
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
 """Files without which nothing can be resumed; an EMA beside them."""

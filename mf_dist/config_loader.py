@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 T = TypeVar("T")
 

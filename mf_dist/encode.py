@@ -22,11 +22,11 @@ from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
 from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
-from mf_dist.durable import sha256_of, write_json
 from mf_dist.errand import made
-from mf_dist.errors import UserError
 from mf_dist.latents import Vae
-from mf_dist.progress import progress
+from mf_dist.runtime.atomic_files import sha256_of, write_json
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.progress import progress
 
 PLAN = "plan.json"
 """What the shards in a folder are made of; a folder with another plan is refused."""
@@ -127,7 +127,7 @@ def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
         "encode_batch": encoding.batch,
         "encode_precision": vae.precision,
         "encode_compiled": vae.compiled,
-        "encoded_by": vae.surroundings,
+        "encoded_by": vae.environment,
         "shard_size": encoding.shard_size,
         "vae": vae.identity,
     }

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mf_dist.errors import UserError, is_fault
-from mf_dist.launch import launched_place
+from mf_dist.runtime.errors import UserError, is_fault
+from mf_dist.runtime.launch import launched_place
 from mf_dist.status import Status
 
 VARIABLE = "MF_DIST_STATUS"

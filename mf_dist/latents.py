@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError
-from mf_dist.precision import Precision, computing_in
+from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import Precision, computing_in
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -78,7 +78,7 @@ class Vae:
         }
 
     @property
-    def surroundings(self) -> str:
+    def environment(self) -> str:
         """What else decides the last bits of what `encode` gives."""
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
         if self.device.type == "cuda":
@@ -137,7 +137,7 @@ def _vae_folder(source: str) -> Path:
 
 
 def _load_autoencoder(folder: Path) -> Any:
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from diffusers import AutoencoderKL

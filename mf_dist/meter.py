@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from mf_dist.distributed import sum_over_ranks
+from mf_dist.runtime.distributed import sum_over_ranks
 
 
 class Meter:

@@ -1,52 +1,21 @@
 """Where a run's state comes from: its newest valid checkpoint, else init_from, else nothing; and whether what is asked
 now fits what was saved."""
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mf_dist.checkpoint import Checkpoint, find_checkpoint, load_tensors
 from mf_dist.config import Config
 from mf_dist.config_loader import from_tree, to_tree
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
-PACKAGES = ("torch", "deepspeed", "diffusers", "numpy", "safetensors")
 MATHEMATICS = ("model", "meanflow", "optim", "dataset")
 """Sections of which every key changes what is trained."""
 MATHEMATICS_KEYS = ("data.flip", "train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
 FIXED = ("model",)
 """Sections that no flag can change: the weights would not fit."""
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def surroundings(world_size: int) -> dict[str, str]:
-    """Versions, code and machine, recorded with a checkpoint."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
-    return {**versions(), "code": _git_commit(), "device": device, "ranks": str(world_size)}
-
-
-def _git_commit() -> str:
-    """The commit of the code's working tree, read without git; 'unknown' for an installed package."""
-    git = Path(__file__).resolve().parent.parent / ".git"
-    try:
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        name = head.removeprefix("ref: ")
-        if name == head:
-            return head
-        if (git / name).is_file():
-            return (git / name).read_text(encoding="utf-8").strip()
-        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next(line.split()[0] for line in packed if line.endswith(" " + name))
-    except (OSError, StopIteration):
-        return "unknown"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

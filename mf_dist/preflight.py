@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.config import Config, load_config
-from mf_dist.durable import write_json
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.atomic_files import write_json
+from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.train import check
 
 GPU_NUMBERS = 64 << 20
@@ -42,7 +42,7 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
     """What one node says of itself. problems: a line each, none if it is fit to train."""
     import torch
 
-    from mf_dist.origin import versions
+    from mf_dist.runtime.environment import versions
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
@@ -120,7 +120,7 @@ def check_wires(into: Path, patience: float) -> None:
     that a rank waits for the others."""
     import torch.distributed as dist
 
-    from mf_dist.distributed import process_group
+    from mf_dist.runtime.distributed import process_group
 
     path = into / f"{node_name()}.wires.json"
     with process_group(patience) as ranks:

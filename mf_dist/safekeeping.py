@@ -12,10 +12,10 @@ from typing import Any
 
 from mf_dist.border import MARGIN, Border, Stop
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks, first_ranks_number, neighbours
 from mf_dist.engine import Engine
-from mf_dist.errors import UserError
 from mf_dist.origin import measured_decays
+from mf_dist.runtime.distributed import Ranks, first_ranks_number, neighbours
+from mf_dist.runtime.errors import UserError
 from mf_dist.saver import Retention, Saver, Share
 from mf_dist.status import Status
 from mf_dist.watchdog import Watchdog, longest_wait

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint import step_folder, step_folders
-from mf_dist.durable import sync_folder, write_json
-from mf_dist.errors import UserError
+from mf_dist.runtime.atomic_files import sync_folder, write_json
+from mf_dist.runtime.errors import UserError
 
 CHUNK = 64 << 20
 """Bytes per write: the interpreter runs other threads meanwhile."""

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mf_dist.durable import write_json
-from mf_dist.errors import CrashLoop, Unrecorded, UserError
+from mf_dist.runtime.atomic_files import write_json
+from mf_dist.runtime.errors import CrashLoop, Unrecorded, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from mf_dist.config import Config, load_config, resolve
 from mf_dist.cost import describe
 from mf_dist.data.shards import read_manifest
-from mf_dist.errors import UserError, command_line
-from mf_dist.launch import hear_signals, launched_place, leave
+from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.launch import hear_signals, launched_place, leave
 from mf_dist.status import Status
 
 
@@ -52,7 +52,9 @@ def main() -> None:
         print(describe(config, place.world_size))
         return
     hear_signals()
-    from mf_dist.distributed import process_group  # torch and deepspeed only now that the config is known to be good
+    from mf_dist.runtime.distributed import (
+        process_group,  # torch and deepspeed only now that the config is known to be good
+    )
     from mf_dist.trainer import Trainer
     from mf_dist.watchdog import longest_wait
 

@@ -21,15 +21,16 @@ from mf_dist.cost import checkpoint_bytes
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
-from mf_dist.distributed import Ranks, first_ranks_number
 from mf_dist.engine import MASTER, Engine
-from mf_dist.errors import Unrecorded, UserError, is_fault
 from mf_dist.generate import new_net
 from mf_dist.latents import sample_posterior
 from mf_dist.logger import Logger
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.meter import Meter
-from mf_dist.origin import check_changes, load_initial, surroundings
+from mf_dist.origin import check_changes, load_initial
+from mf_dist.runtime.distributed import Ranks, first_ranks_number
+from mf_dist.runtime.environment import environment
+from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
 from mf_dist.safekeeping import Safekeeping
 from mf_dist.saver import check_room
 from mf_dist.snapshots import Snapshots
@@ -268,7 +269,7 @@ class Trainer:
             "classes": self.shards.manifest["classes"],
             "vae": self.shards.manifest["vae"],
             "dataset": {"path": self.config.data.path, "sha256": dataset_sha256(self.shards.manifest)},
-            "versions": surroundings(self.ranks.world_size),
+            "versions": environment(self.ranks.world_size),
         }
 
     def _say(self, line: str) -> None:

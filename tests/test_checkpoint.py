@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
-from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError, is_fault
+from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.runtime.errors import UserError, is_fault
 from mf_dist.saver import Retention, Saver, Share, check_room, write_tensors
 
 KINDS = ["master", "exp_avg", "exp_avg_sq", "ema-0.9"]

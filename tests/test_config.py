@@ -13,8 +13,8 @@ import pytest
 from mf_dist.config import Config, MeanFlowConfig, load_config, resolve
 from mf_dist.config_loader import from_tree, to_tree
 from mf_dist.data.shards import read_manifest
-from mf_dist.errors import UserError
-from mf_dist.launch import launched_place
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.launch import launched_place
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = str(ROOT / "configs/digits_cpu.yaml")

@@ -10,7 +10,7 @@ from conftest import VAE, encode
 
 from mf_dist.attempt import begin_tool, judge
 from mf_dist.errand import VARIABLE, errand
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 from mf_dist.status import MAX_STARTS, Status
 
 

@@ -8,8 +8,8 @@ import torch
 from conftest import run_python
 
 from mf_dist.config import load_config
-from mf_dist.durable import write_json
 from mf_dist.preflight import check_node, judge
+from mf_dist.runtime.atomic_files import write_json
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from conftest import ROOT, run_python
 from PIL import Image
 from report_runs import CONFIG, NASTY, Page, line, report, write_run, write_samples
 
-from mf_dist.errors import UserError
 from mf_dist.report.collect import newest_run, read_run, read_runs
 from mf_dist.report.curves import STRETCHES
 from mf_dist.report.facts import differing
 from mf_dist.report.page import LIMIT
 from mf_dist.report.pictures import classes
+from mf_dist.runtime.errors import UserError
 from mf_dist.status import Status
 
 

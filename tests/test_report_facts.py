@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from report_runs import CONFIG, line, report, write_run
 
-from mf_dist.errors import UserError
 from mf_dist.report.collect import read_run, read_runs
 from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_image, thin
 from mf_dist.report.facts import faults, history, status, training_seconds
 from mf_dist.report.page import write_report
 from mf_dist.report.pictures import fit, grids, last_grids
 from mf_dist.report.results import compared, headline
+from mf_dist.runtime.errors import UserError
 from mf_dist.status import Status
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from mf_dist import rng
+from mf_dist.runtime import rng
 
 SHAPE = (4, 8, 8)
 

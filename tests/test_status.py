@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 from mf_dist.status import Status
 
 

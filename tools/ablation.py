@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["-m", "mf_dist.train"]
@@ -51,7 +51,7 @@ def main() -> None:
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    from mf_dist.progress import progress
+    from mf_dist.runtime.progress import progress
 
     todo = [(folder, seed) for seed in range(args.seeds) for folder in CONFIGURATIONS]
     with progress(len(todo), "run", "ablation") as bar, ThreadPoolExecutor(args.jobs) as pool:

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @command_line

@@ -19,7 +19,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 BATCH = 256
 RANKS, WORKERS = 8, 2
@@ -83,7 +83,7 @@ def write_latents(folder, count, per_shard=5000):
 
     from mf_dist.data.shard_writer import Record, write_shard
     from mf_dist.data.shards import FORMAT, index_path, read_index, shard_name, write_manifest
-    from mf_dist.durable import sha256_of
+    from mf_dist.runtime.atomic_files import sha256_of
 
     g, shards = np.random.default_rng(0), []
     for number, first in enumerate(range(0, count, per_shard)):
@@ -163,7 +163,7 @@ def write_index(folder, total, member=20480):
     import numpy as np
 
     from mf_dist.data.shards import FORMAT, index_checksum, index_path, shard_name, write_manifest
-    from mf_dist.durable import sha256_of
+    from mf_dist.runtime.atomic_files import sha256_of
 
     shards = []
     for number, first in enumerate(range(0, total, 10_000)):
@@ -188,9 +188,9 @@ def write_index(folder, total, member=20480):
 
 
 def bench_index(args):
-    from mf_dist import rng
     from mf_dist.data.loader import LatentStream
     from mf_dist.data.shards import LatentShards
+    from mf_dist.runtime import rng
 
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as small:
         folder, num_shards = Path(name), write_index(Path(name), args.index)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 FORMS = {
     "fp32": ("fp32", False, False), "fp32, channels last": ("fp32", True, False),
@@ -26,7 +26,7 @@ FORMS = {
 
 def random_vae(folder, width):
     """Stable Diffusion's shape at `width` 128, with weights that keep the signal's size."""
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from diffusers import AutoencoderKL
@@ -81,7 +81,7 @@ def main() -> None:
         raise UserError("--width, --latent-size, --batch and --rounds must be at least 1")
     import torch
 
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

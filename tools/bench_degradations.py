@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 SERIES = {
     "JPEG, quality": (90, 50, 20, 5),
@@ -110,8 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.count < 2:
         raise UserError(f"--count must be at least 2, got {args.count}")
-    from mf_dist.distributed import process_group
     from mf_dist.evaluation.features import open_features
+    from mf_dist.runtime.distributed import process_group
 
     with process_group() as ranks, tempfile.TemporaryDirectory() as work:
         if ranks.world_size > 1:

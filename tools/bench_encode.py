@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench_measure import matmul_peak, now
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 def parse():

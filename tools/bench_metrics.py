@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 def features(count, dimension, decades, seed):
@@ -47,7 +47,7 @@ def peers():
     import numpy as np
     from scipy import linalg
 
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from torch_fidelity.metric_fid import fid_statistics_to_metric

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench_measure import counted_flops, matmul_peak, now, peak_bytes, saved_bytes
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 VARIANTS = ("plain", "diffusers", "ours", "blocks", "authors", "port", "tim")
 UNGUIDED = ("plain", "diffusers")

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 def parse():

@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 from mf_dist.errand import errand
-from mf_dist.errors import UserError, command_line
-from mf_dist.launch import launched_place
+from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.launch import launched_place
 
 
 def parse():

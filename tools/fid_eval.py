@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mf_dist.errand import errand
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",
               "save_npz", "save_images")  # fmt: skip
@@ -109,9 +109,9 @@ def settings_of(args):
 
 
 def measure_images(args, ranks):
-    from mf_dist.distributed import together
     from mf_dist.evaluation.features import open_features
     from mf_dist.evaluation.measure import images_for, measure, open_reference
+    from mf_dist.runtime.distributed import together
 
     with together(ranks):
         network = open_features(args.features, args.inception_weights, ranks.device)
@@ -128,9 +128,9 @@ def measure_images(args, ranks):
 
 
 def measure_model(args, ranks):
-    from mf_dist.distributed import together
     from mf_dist.evaluation.measure import open_reference
     from mf_dist.meanflow.sampler import uniform_grid
+    from mf_dist.runtime.distributed import together
 
     with together(ranks):
         trained, network = load(args, ranks)
@@ -170,9 +170,9 @@ def load(args, ranks):
 
 def measure_times(args, trained, times, network, reference, ranks, out):
     """One time grid; its blocks."""
-    from mf_dist.distributed import together
     from mf_dist.evaluation.measure import measure
     from mf_dist.generate import Samples
+    from mf_dist.runtime.distributed import together
 
     nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
     made_by = {"checkpoint_sha256": checkpoint.sha256, "ema": trained.ema_decay, "compiled": args.compile}
@@ -234,7 +234,7 @@ def finish(args, entry, out):
 @errand
 def main() -> None:
     args = parse()
-    from mf_dist.distributed import process_group
+    from mf_dist.runtime.distributed import process_group
 
     with process_group() as ranks:
         (measure_images if args.images else measure_model)(args, ranks)

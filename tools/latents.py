@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 def parse():
@@ -31,7 +31,7 @@ def parse():
 
 def verify(args):
     from mf_dist.data.audit import problems
-    from mf_dist.progress import progress
+    from mf_dist.runtime.progress import progress
 
     with progress(None, "sample", "verify") as bar:
         found = list(problems(args.data, bar.update))

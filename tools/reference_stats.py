@@ -15,7 +15,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @command_line
@@ -34,10 +34,10 @@ def main() -> None:
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .npz")
     if (args.resolution is not None and args.resolution < 8) or args.block < 1:
         raise UserError("--resolution must be at least 8, --block at least 1")
-    from mf_dist.distributed import process_group, together
     from mf_dist.evaluation.features import open_features
     from mf_dist.evaluation.measure import Settings, open_reference
-    from mf_dist.origin import versions
+    from mf_dist.runtime.distributed import process_group, together
+    from mf_dist.runtime.environment import versions
 
     with process_group() as ranks:
         with together(ranks):

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @command_line

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from toy_field import STD, average_velocity, means, sample_data
 
 from mf_dist.config import MeanFlowConfig
-from mf_dist.errors import UserError, command_line
 from mf_dist.meanflow.loss import meanflow_loss
 from mf_dist.meanflow.times import sample_times
 from mf_dist.models.layers import Linear, silu
-from mf_dist.progress import progress
+from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.progress import progress
 
 RULES = ("flow matching", "direct regression", "MeanFlow")
 # The plain squared loss: the recipe's weight 1 / (s + eps) makes the minimiser seek modes instead of the mean, which is

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @command_line
@@ -58,7 +58,7 @@ def fit(pixels, labels, num_classes, steps, seed, g):
     import torch.nn.functional as F
 
     from mf_dist.evaluation.features import SmallClassifier
-    from mf_dist.progress import progress
+    from mf_dist.runtime.progress import progress
 
     with torch.random.fork_rng():  # torch initialises layers from the global generator
         torch.manual_seed(seed)

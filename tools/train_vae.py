@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @command_line
@@ -46,7 +46,7 @@ def main() -> None:
 def _fit(vae, images, args, g):
     import torch
 
-    from mf_dist.progress import progress
+    from mf_dist.runtime.progress import progress
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
@@ -67,7 +67,7 @@ def _fit(vae, images, args, g):
 def _new_vae(resolution, seed):
     import torch
 
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from diffusers import AutoencoderKL

@@ -11,7 +11,7 @@ import gzip
 import sys
 from pathlib import Path
 
-from mf_dist.errors import UserError, command_line
+from mf_dist.runtime.errors import UserError, command_line
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     from PIL import Image
 
-    from mf_dist.progress import progress
+    from mf_dist.runtime.progress import progress
 
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images = read_idx(args.idx / f"{prefix}-images-idx3-ubyte.gz", (28, 28))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mf_dist.data.shard_writer import array_offsets
-from mf_dist.durable import sha256_of
+from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.data.shards import Index, index_path, read_index, read_manifest
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 
 def problems(folder: Path, advance: Callable[[int], Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mf_dist.data.images import SUFFIXES, ImageFolder, list_images
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 
 class _Place(NamedTuple):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 89_478_485

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mf_dist import rng
+from mf_dist.runtime import rng
 from mf_dist.config import Config
 from mf_dist.data.shards import LatentShards
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -118,4 +118,4 @@ def training_batches(
     try:
         yield from loader
     except UserError as error:  # a loader process sends its whole traceback, of which the last line is the error
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("mf_dist.errors.UserError: ")) from None
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")) from None

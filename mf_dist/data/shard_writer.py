@@ -13,7 +13,7 @@ import numpy as np
 import webdataset
 
 from mf_dist.data.shards import Index, Moments, index_checksum, index_path, read_index
-from mf_dist.durable import partial_path, sha256_of, sync_folder
+from mf_dist.runtime.atomic_files import partial_path, sha256_of, sync_folder
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mf_dist.data.staging import is_staged, staged_path
-from mf_dist.durable import sha256_of, write_json
-from mf_dist.errors import UserError
+from mf_dist.runtime.atomic_files import sha256_of, write_json
+from mf_dist.runtime.errors import UserError
 
 FORMAT = 3
 Moments = npt.NDArray[np.float16]

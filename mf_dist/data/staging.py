@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mf_dist.durable import partial_path, sha256_of
+from mf_dist.runtime.atomic_files import partial_path, sha256_of
 
 CHUNK = 16 << 20
 

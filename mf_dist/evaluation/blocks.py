@@ -25,14 +25,14 @@ import numpy.typing as npt
 import torch
 
 from mf_dist.data.images import Pixels
-from mf_dist.distributed import Ranks, together
-from mf_dist.durable import write_json, write_npz
 from mf_dist.errand import made
-from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.sources import Source
-from mf_dist.precision import one_thread
-from mf_dist.progress import progress
+from mf_dist.runtime.atomic_files import write_json, write_npz
+from mf_dist.runtime.distributed import Ranks, together
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import one_thread
+from mf_dist.runtime.progress import progress
 
 BLOCK = 50
 """Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""

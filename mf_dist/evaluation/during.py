@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from mf_dist.config import Config
-from mf_dist.distributed import Ranks, sum_over_ranks, together
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import BLOCK, device_name, number_of_blocks
 from mf_dist.evaluation.features import open_features
 from mf_dist.evaluation.measure import warnings_of
@@ -25,8 +23,10 @@ from mf_dist.evaluation.statistics import FeatureSums, Gaussian, frechet_distanc
 from mf_dist.generate import Generator, Samples, new_net
 from mf_dist.latents import Vae
 from mf_dist.meanflow.sampler import uniform_grid
-from mf_dist.origin import surroundings
-from mf_dist.precision import Precision, one_thread
+from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together
+from mf_dist.runtime.environment import environment
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import Precision, one_thread
 
 
 class TrainingEvaluation:
@@ -109,7 +109,7 @@ class TrainingEvaluation:
             "features": self.network.name, "features_sha256": self.network.sha256, "resize": self.network.resize,
             "vae_sha256": self.vae.sha256, "precision": self.precision, "block": BLOCK, "statistics": "streaming",
             **self.reference.provenance,
-            "versions": surroundings(self.ranks.world_size), "device": device_name(self.ranks.device),
+            "versions": environment(self.ranks.world_size), "device": device_name(self.ranks.device),
             "ranks": self.ranks.world_size,
             "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
             "warnings": warnings_of(count, self.resolution, self.network, self.reference, chosen.labels),

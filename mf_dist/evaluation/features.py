@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mf_dist.data.images import Pixels
-from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError
-from mf_dist.precision import computing_in
+from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import computing_in
 
 WEIGHTS = "model.safetensors"
 WITH_WEIGHTS = ("inception", "inception-other")

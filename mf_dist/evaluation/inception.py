@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mf_dist.durable import sha256_of
-from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FeatureNetwork, fit, load_weights
-from mf_dist.torchvision_repair import repair_torchvision
+from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.torchvision_repair import repair_torchvision
 
 repair_torchvision()
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mf_dist.distributed import Ranks, together
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
 from mf_dist.evaluation.features import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import NpzImages, Source, open_source
-from mf_dist.origin import surroundings
-from mf_dist.precision import one_thread
+from mf_dist.runtime.distributed import Ranks, together
+from mf_dist.runtime.environment import environment
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import one_thread
 
 PACKAGES = ("torch-fidelity", "torchvision", "scipy", "pillow")
 
@@ -153,7 +153,7 @@ def _entry(
         "block": settings.block,
         **values.settings,
         "pixels_sha256": blocks.pixels_sha256,
-        "versions": {**surroundings(ranks.world_size), **{package: version(package) for package in PACKAGES}},
+        "versions": {**environment(ranks.world_size), **{package: version(package) for package in PACKAGES}},
         "device": device_name(ranks.device),
         "ranks": ranks.world_size,
         "seconds": {stage: round(seconds, 3) for stage, seconds in values.seconds.items()},

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mf_dist.distributed import Ranks, sum_over_ranks, together
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
 from mf_dist.evaluation.features import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
-from mf_dist.torchvision_repair import repair_torchvision
+from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.torchvision_repair import repair_torchvision
 
 repair_torchvision()
 from torch_fidelity.metric_isc import isc_features_to_metric  # noqa: E402

@@ -16,12 +16,12 @@ import numpy as np
 from scipy import linalg
 
 from mf_dist.data.images import Pixels
-from mf_dist.durable import sha256_of, write_npz
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
 from mf_dist.evaluation.features import FeatureNetwork, Floats
 from mf_dist.evaluation.sources import NpzImages, Source
 from mf_dist.evaluation.statistics import Array, Gaussian, positive
+from mf_dist.runtime.atomic_files import sha256_of, write_npz
+from mf_dist.runtime.errors import UserError
 
 ROWS = 10_000
 """Real images whose features are kept for precision, recall, KID and nearest neighbours, as in ADM's files."""

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from mf_dist.data.images import Pixels
-from mf_dist.durable import write_json, write_whole
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import Blocks
+from mf_dist.runtime.atomic_files import write_json, write_whole
+from mf_dist.runtime.errors import UserError
 
 OF_METRICS = ("pr_real_images", "kid_subset_size", "kid_real_images")
 """What single metrics say of how they were made."""

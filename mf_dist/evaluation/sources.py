@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import Pixels, decode_image
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 Labels = npt.NDArray[np.int64]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[Any]

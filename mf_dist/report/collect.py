@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.checkpoint import step_folders
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 Table = dict[str, Any]
 MEANT_AS_ONE = ("metrics.jsonl", "status.json", "checkpoints", "eval")

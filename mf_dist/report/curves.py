@@ -9,8 +9,8 @@ from typing import Any
 from mf_dist.config import Config
 from mf_dist.config_loader import from_tree
 from mf_dist.cost import forward_flops, forwards_per_image
-from mf_dist.errors import UserError
 from mf_dist.report.collect import Run, table, told
+from mf_dist.runtime.errors import UserError
 
 POINTS, STRETCHES = 600, 300
 """A curve of more points than a screen can tell apart is drawn as so many stretches."""

@@ -7,13 +7,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mf_dist.durable import write_whole
-from mf_dist.errors import UserError
 from mf_dist.report import facts
 from mf_dist.report.collect import Run, read_runs
 from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
 from mf_dist.report.pictures import Shown, classes, grids, last_grids, neighbours
 from mf_dist.report.results import compared, headline, measured
+from mf_dist.runtime.atomic_files import write_whole
+from mf_dist.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 LIMIT = 9_900_000

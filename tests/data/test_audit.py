@@ -13,9 +13,9 @@ from conftest import VAE, encode, run_python
 
 from mf_dist.data.audit import problems
 from mf_dist.data.shard_writer import Record, write_shard
-from mf_dist.durable import sha256_of
+from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.data.shards import LatentShards, index_checksum, index_path, read_manifest, shard_name, write_manifest
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 from mf_dist.latents import WEIGHTS, Vae
 
 TAR = "shard-00001.tar"

@@ -11,7 +11,7 @@ from PIL import Image
 from mf_dist.data.image_tars import open_images
 from mf_dist.data.images import decode_image, list_images
 from mf_dist.data.shards import LatentShards
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 
 def add(archive, name, raw, kind=tarfile.REGTYPE, declared=None):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mf_dist.data.images import centre_crop, decode_image, image_grid, list_images, load_image
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 
 def adm_crop(image, size):

@@ -14,9 +14,9 @@ from conftest import FEATURES, ROOT
 from safetensors.numpy import load_file
 
 from mf_dist.checkpoint import open_checkpoint, step_folders
-from mf_dist.errors import UserError
 from mf_dist.report.collect import read_run
 from mf_dist.report.facts import history
+from mf_dist.runtime.errors import UserError
 
 FULL = os.environ.get("TORTURE") == "1"
 """make torture: all trials; else a seeded sample of them."""

@@ -147,7 +147,7 @@ def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, conf
 
 def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkeypatch):
     """The same random weights in their own code: features, logits, the resize; and distances."""
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     import pytorch_fid.fid_score

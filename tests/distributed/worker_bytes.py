@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mf_dist import train
-from mf_dist.launch import leave
+from mf_dist.runtime.launch import leave
 from mf_dist.trainer import Trainer
 
 KINDS = {

@@ -16,12 +16,12 @@ from torch._dynamo.utils import counters
 from mf_dist.config import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
-from mf_dist.distributed import process_group
 from mf_dist.engine import Engine
 from mf_dist.generate import new_net
 from mf_dist.latents import sample_posterior
-from mf_dist.launch import leave
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+from mf_dist.runtime.distributed import process_group
+from mf_dist.runtime.launch import leave
 
 
 def main():

@@ -30,14 +30,14 @@ import time
 
 import torch
 
-import mf_dist.durable
 import mf_dist.evaluation.measure
+import mf_dist.runtime.atomic_files
 import mf_dist.saver
 import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
-from mf_dist.launch import leave
-from mf_dist.torchvision_repair import repair_torchvision
+from mf_dist.runtime.launch import leave
+from mf_dist.runtime.torchvision_repair import repair_torchvision
 
 LATE = ("diffusers.models.autoencoders.autoencoder_kl", "deepspeed.runtime.zero.muon.muon_optimizer",
         "mf_dist.evaluation.during", "mf_dist.evaluation.pictures", "mf_dist.report.page")  # fmt: skip
@@ -69,7 +69,7 @@ class Disk:
         self.faults, self.operations, self.calls = faults, 0, {"write": 0, "fsync": 0, "rename": 0}
         module_os = mf_dist.saver.os
         self.fsync, self.replace, self.real_open = module_os.fsync, module_os.replace, open
-        for module in (mf_dist.saver, mf_dist.durable):
+        for module in (mf_dist.saver, mf_dist.runtime.atomic_files):
             module.os = self
         mf_dist.saver.open = self.opened
 
@@ -158,7 +158,7 @@ def install(faults):
 
 def install_block(fault):
     """The n-th write of a block stops half-way."""
-    savez, count = mf_dist.durable.np.savez, [0]
+    savez, count = mf_dist.runtime.atomic_files.np.savez, [0]
 
     def half(file, **arrays):
         count[0] += 1
@@ -168,7 +168,7 @@ def install_block(fault):
             do(fault["do"])
         savez(file, **arrays)
 
-    mf_dist.durable.np.savez = half
+    mf_dist.runtime.atomic_files.np.savez = half
 
 
 def poison(poisons):

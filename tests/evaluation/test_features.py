@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from test_reference import Bomb
 
 from mf_dist.data.images import list_images, load_image
-from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FolderNetwork, load_weights, open_features
+from mf_dist.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

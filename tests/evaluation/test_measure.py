@@ -15,8 +15,6 @@ from conftest import FEATURES, ROOT, write_digits
 from PIL import Image
 from test_reference import Bomb
 
-from mf_dist.distributed import Ranks
-from mf_dist.errors import UserError
 from mf_dist.evaluation.blocks import compute_blocks, read_block
 from mf_dist.evaluation.features import FolderNetwork
 from mf_dist.evaluation.measure import Settings, measure, open_reference, pick
@@ -24,6 +22,8 @@ from mf_dist.evaluation.metrics import choose, metric_name
 from mf_dist.evaluation.pictures import nearest_rows, save_neighbours
 from mf_dist.evaluation.report import read_entries, record, save_images, save_npz, table
 from mf_dist.evaluation.sources import ImageFiles, NpzImages, open_source
+from mf_dist.runtime.distributed import Ranks
+from mf_dist.runtime.errors import UserError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

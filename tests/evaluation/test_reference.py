@@ -9,9 +9,9 @@ import torch
 from conftest import FEATURES
 from test_statistics import random_gaussian
 
-from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FolderNetwork
 from mf_dist.evaluation.reference import KNOWN, read_reference, write_reference
+from mf_dist.runtime.errors import UserError
 
 D = 64
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from mf_dist.errors import UserError
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
+from mf_dist.runtime.errors import UserError
 
 
 def random_gaussian(seed, d=12, rank=None):
@@ -29,7 +29,7 @@ def test_closed_form_of_commuting_covariances():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_matrix_square_root_and_torch_fidelity(seed):
-    from mf_dist.torchvision_repair import repair_torchvision
+    from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from torch_fidelity.metric_fid import fid_statistics_to_metric

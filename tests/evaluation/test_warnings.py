@@ -8,11 +8,11 @@ import torch
 from conftest import FEATURES
 from test_measure import ALONE, as_npz, measured
 
-from mf_dist.errors import UserError
 from mf_dist.evaluation.features import FolderNetwork, open_features
 from mf_dist.evaluation.measure import images_for, warnings_of
 from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.sources import ImageFiles
+from mf_dist.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

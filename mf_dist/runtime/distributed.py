@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mf_dist.errors import SharedError, UserError
-from mf_dist.launch import launched_place
+from mf_dist.runtime.errors import SharedError, UserError
+from mf_dist.runtime.launch import launched_place
 
 
 @dataclass(frozen=True)

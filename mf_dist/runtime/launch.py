@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-from mf_dist.errors import UserError
+from mf_dist.runtime.errors import UserError
 
 HEARD: list[signal.Signals] = []
 """Signals that came since hear_signals()."""
