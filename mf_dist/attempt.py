@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mf_dist.config import Config, load_config
+from mf_dist.config.schema import Config, load_config
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import CrashLoop, Unrecorded, UserError, command_line
 from mf_dist.status import Status

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from mf_dist.config import Config
+from mf_dist.config.schema import Config
 from mf_dist.guard import GradientGuard
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.optim import AdamWEma, ema_name

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint import Checkpoint
-from mf_dist.config import Config, ModelConfig
-from mf_dist.config_loader import from_tree
+from mf_dist.config.loader import from_tree
+from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, image_grid
 from mf_dist.latents import Vae
 from mf_dist.meanflow.sampler import sample_euler, sample_meanflow, uniform_grid

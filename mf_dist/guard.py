@@ -4,7 +4,7 @@ which is the same number on every rank: so all ranks decide the same without ask
 import math
 from typing import Any
 
-from mf_dist.config import OptimConfig
+from mf_dist.config.schema import OptimConfig
 
 MEMORY = 0.99
 """Of the running mean of the norm: it looks back over some 100 steps."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mf_dist.config import Config
-from mf_dist.config_loader import to_tree
+from mf_dist.config.loader import to_tree
+from mf_dist.config.schema import Config
 
 SHOWN = {
     "raw r=t": "raw_loss_r_equals_t",

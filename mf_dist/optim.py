@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from mf_dist.config import OptimConfig
+from mf_dist.config.schema import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

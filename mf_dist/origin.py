@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mf_dist.checkpoint import Checkpoint, find_checkpoint, load_tensors
-from mf_dist.config import Config
-from mf_dist.config_loader import from_tree, to_tree
+from mf_dist.config.loader import from_tree, to_tree
+from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
 
 MATHEMATICS = ("model", "meanflow", "optim", "dataset")

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mf_dist.config import Config, load_config
+from mf_dist.config.schema import Config, load_config
 from mf_dist.runtime.atomic_files import write_json
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.train import check
@@ -104,7 +104,7 @@ def _check_scratch(config: Config) -> None:
 
 def _check_disk(config: Config) -> None:
     """The run's folder can be written here and has room."""
-    from mf_dist.cost import checkpoint_bytes
+    from mf_dist.config.cost import checkpoint_bytes
     from mf_dist.saver import check_room
 
     run_dir = Path(config.run_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.border import MARGIN, Border, Stop
-from mf_dist.config import Config
+from mf_dist.config.schema import Config
 from mf_dist.engine import Engine
 from mf_dist.origin import measured_decays
 from mf_dist.runtime.distributed import Ranks, first_ranks_number, neighbours

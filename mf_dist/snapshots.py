@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mf_dist.config import Config
+from mf_dist.config.schema import Config
 from mf_dist.engine import Engine
 from mf_dist.generate import Generator, new_net
 from mf_dist.latents import Vae

@@ -10,8 +10,8 @@ Anything in the config can be overridden by section.key=value.
 import argparse
 from pathlib import Path
 
-from mf_dist.config import Config, load_config, resolve
-from mf_dist.cost import describe
+from mf_dist.config.cost import describe
+from mf_dist.config.schema import Config, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.launch import hear_signals, launched_place, leave

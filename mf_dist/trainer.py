@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mf_dist.border import Stop
 from mf_dist.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
-from mf_dist.config import Config
-from mf_dist.config_loader import to_tree
-from mf_dist.cost import checkpoint_bytes
+from mf_dist.config.cost import checkpoint_bytes
+from mf_dist.config.loader import to_tree
+from mf_dist.config.schema import Config
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging

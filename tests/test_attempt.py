@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from mf_dist.attempt import begin, end, judge
-from mf_dist.config import load_config
+from mf_dist.config.schema import load_config
 from mf_dist.runtime.errors import Unrecorded, UserError
 from mf_dist.status import MAX_STARTS, Status
 

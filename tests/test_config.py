@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mf_dist.config import Config, MeanFlowConfig, load_config, resolve
-from mf_dist.config_loader import from_tree, to_tree
+from mf_dist.config.loader import from_tree, to_tree
+from mf_dist.config.schema import Config, MeanFlowConfig, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.launch import launched_place

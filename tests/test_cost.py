@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mf_dist import cost
-from mf_dist.config import MeanFlowConfig, ModelConfig, load_config, resolve
+from mf_dist.config import cost
+from mf_dist.config.schema import MeanFlowConfig, ModelConfig, load_config, resolve
 from mf_dist.generate import new_net
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 

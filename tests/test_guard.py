@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mf_dist.config import OptimConfig
+from mf_dist.config.schema import OptimConfig
 from mf_dist.guard import WARM_UP, GradientGuard
 
 

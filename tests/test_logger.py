@@ -2,7 +2,7 @@
 
 import json
 
-from mf_dist.config import load_config
+from mf_dist.config.schema import load_config
 from mf_dist.logger import Logger
 
 LINE = {

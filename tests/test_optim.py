@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mf_dist.config import OptimConfig
+from mf_dist.config.schema import OptimConfig
 from mf_dist.optim import AdamWEma, ema_decay_after
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_python
 
-from mf_dist.config import load_config
+from mf_dist.config.schema import load_config
 from mf_dist.preflight import check_node, judge
 from mf_dist.runtime.atomic_files import write_json
 
@@ -40,7 +40,7 @@ def test_shards_that_cannot_be_read_are_named(fresh, tmp_path, fault):
 
 
 def test_a_disk_without_room_is_named(fresh, monkeypatch):
-    monkeypatch.setattr("mf_dist.cost.checkpoint_bytes", lambda config: 1 << 60)
+    monkeypatch.setattr("mf_dist.config.cost.checkpoint_bytes", lambda config: 1 << 60)
     (problem,) = check_node(fresh, gpus=0, ranks=2)["problems"]
     assert problem.startswith("checkpoints: ") and "MiB free" in problem
 

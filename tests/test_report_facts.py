@@ -161,9 +161,9 @@ def test_distances_measured_during_training_are_curves(tmp_path):
 
 def test_rates_follow_from_the_config(tmp_path):
     """2 ranks share 640 images/s; a GPU's share of its peak only where that is known and the run is in bf16."""
-    from mf_dist.config import Config
-    from mf_dist.config_loader import from_tree
-    from mf_dist.cost import forward_flops
+    from mf_dist.config.cost import forward_flops
+    from mf_dist.config.loader import from_tree
+    from mf_dist.config.schema import Config
 
     run = read_run(write_run(tmp_path / "run"), "run")
     forward = forward_flops(from_tree(Config, CONFIG, "test").model)

@@ -28,8 +28,8 @@ def main() -> None:
     import torch
 
     from mf_dist.checkpoint import find_checkpoint
-    from mf_dist.config import Config
-    from mf_dist.config_loader import from_tree
+    from mf_dist.config.loader import from_tree
+    from mf_dist.config.schema import Config
 
     checkpoint = find_checkpoint(args.checkpoint)
     config = from_tree(Config, checkpoint.state["config"], str(checkpoint.folder))

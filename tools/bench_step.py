@@ -91,7 +91,7 @@ def build_cases(args, device):
     import torch
     from bench_peers import authors, plain, port, tim
 
-    from mf_dist.config import MeanFlowConfig
+    from mf_dist.config.schema import MeanFlowConfig
     from mf_dist.meanflow.loss import meanflow_loss
     from mf_dist.meanflow.times import sample_times
     from mf_dist.models.sizes import named_model

@@ -115,8 +115,8 @@ def diff(args):
 
 def prune(args):
     from mf_dist.checkpoint import open_checkpoint
-    from mf_dist.config import Config
-    from mf_dist.config_loader import from_tree
+    from mf_dist.config.loader import from_tree
+    from mf_dist.config.schema import Config
     from mf_dist.origin import measured_decays
     from mf_dist.saver import Retention, remove
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from toy_field import STD, average_velocity, means, sample_data
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.loss import meanflow_loss
 from mf_dist.meanflow.times import sample_times
 from mf_dist.models.layers import Linear, silu

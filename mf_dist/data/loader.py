@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mf_dist.runtime import rng
-from mf_dist.config import Config
+from mf_dist.config.schema import Config
 from mf_dist.data.shards import LatentShards
 from mf_dist.runtime.errors import UserError
 

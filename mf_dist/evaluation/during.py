@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mf_dist.config import Config
+from mf_dist.config.schema import Config
 from mf_dist.evaluation.blocks import BLOCK, device_name, number_of_blocks
 from mf_dist.evaluation.features import open_features
 from mf_dist.evaluation.measure import warnings_of

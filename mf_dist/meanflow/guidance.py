@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.path import per_row
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.guidance import drop_labels, guided_velocity
 from mf_dist.meanflow.path import path, per_row
 from mf_dist.meanflow.times import sample_times

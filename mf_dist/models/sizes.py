@@ -4,7 +4,7 @@ B to XL: the paper's Table 4. XXL and G: width, depth and heads of Large-DiT 2B 
 our blocks have full modulations, hence 2.3 and 5.5 billion parameters.
 """
 
-from mf_dist.config import ModelConfig
+from mf_dist.config.schema import ModelConfig
 
 SHAPES = {  # depth, width, heads
     "B": (12, 768, 12),

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mf_dist.config import Config
-from mf_dist.config_loader import from_tree
-from mf_dist.cost import forward_flops, forwards_per_image
+from mf_dist.config.cost import forward_flops, forwards_per_image
+from mf_dist.config.loader import from_tree
+from mf_dist.config.schema import Config
 from mf_dist.report.collect import Run, table, told
 from mf_dist.runtime.errors import UserError
 

@@ -100,7 +100,7 @@ def test_a_precision_or_size_the_vae_has_not_is_refused(images):
 
 
 def test_plain_latents_cannot_be_mirrored(tiny_config):
-    from mf_dist.config import load_config, resolve
+    from mf_dist.config.schema import load_config, resolve
 
     config = load_config(str(tiny_config), ["data.flip=true"])
     with pytest.raises(UserError, match="encode it with --flip"):

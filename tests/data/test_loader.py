@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mf_dist.runtime import rng
-from mf_dist.config import load_config, resolve
+from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import LatentStream, training_batches
 from mf_dist.data.shards import LatentShards, read_manifest
 

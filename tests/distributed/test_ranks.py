@@ -146,8 +146,8 @@ def test_bf16_accumulation_adds_up_in_fp32(one_step, reference, stage):
 )
 def test_the_bytes_on_the_wire_are_those_of_the_cost_model(zygote, config, tmp_path, monkeypatch, reuse, overrides):
     """Counted over two ranks in a step, but for the few numbers of norms, flags and the border."""
-    from mf_dist import cost
-    from mf_dist.config import load_config, resolve
+    from mf_dist.config import cost
+    from mf_dist.config.schema import load_config, resolve
     from mf_dist.data.shards import read_manifest
 
     if reuse == "no-reuse":

@@ -8,7 +8,7 @@ import sys
 import deepspeed.comm
 import torch
 
-from mf_dist.config import load_config, resolve
+from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import LatentShards
 from mf_dist.engine import Engine
 from mf_dist.generate import new_net

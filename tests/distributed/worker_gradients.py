@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
-from mf_dist.config import load_config, resolve
+from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
 from mf_dist.engine import Engine

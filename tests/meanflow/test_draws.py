@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.guidance import drop_labels, guided_velocity
 from mf_dist.meanflow.path import path
 from mf_dist.meanflow.times import sample_times

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import full_batch_rows, small_dit
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.guidance import guided_velocity
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss, meanflow_loss
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Closed, GaussianData, point_mass
 
-from mf_dist.config import MeanFlowConfig
+from mf_dist.config.schema import MeanFlowConfig
 from mf_dist.meanflow.loss import meanflow_loss, meanflow_target
 from mf_dist.meanflow.sampler import sample_euler, sample_meanflow, uniform_grid
 

@@ -2,8 +2,8 @@
 
 import yaml
 
-from mf_dist.config import Config, ModelConfig
-from mf_dist.config_loader import to_tree
+from mf_dist.config.loader import to_tree
+from mf_dist.config.schema import Config, ModelConfig
 
 SINUSOIDS = 256
 KEPT_PER_BLOCK = 18

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from mf_dist.config_loader import Check, read_config
+from mf_dist.config.loader import Check, read_config
 from mf_dist.runtime.errors import UserError
 
 Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
