@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint import Checkpoint
+from mf_dist.checkpoint.reader import Checkpoint
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, image_grid

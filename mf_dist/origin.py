@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mf_dist.checkpoint import Checkpoint, find_checkpoint, load_tensors
+from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, load_tensors
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError

@@ -104,8 +104,8 @@ def _check_scratch(config: Config) -> None:
 
 def _check_disk(config: Config) -> None:
     """The run's folder can be written here and has room."""
+    from mf_dist.checkpoint.writer import check_room
     from mf_dist.config.cost import checkpoint_bytes
-    from mf_dist.saver import check_room
 
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

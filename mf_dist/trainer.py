@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mf_dist.border import Stop
-from mf_dist.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
+from mf_dist.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
+from mf_dist.checkpoint.writer import check_room
 from mf_dist.config.cost import checkpoint_bytes
 from mf_dist.config.loader import to_tree
 from mf_dist.config.schema import Config
@@ -32,7 +33,6 @@ from mf_dist.runtime.distributed import Ranks, first_ranks_number
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
 from mf_dist.safekeeping import Safekeeping
-from mf_dist.saver import check_room
 from mf_dist.snapshots import Snapshots
 from mf_dist.status import Status
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mf_dist.checkpoint import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
+from mf_dist.checkpoint.reader import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
+from mf_dist.checkpoint.writer import Retention, Saver, Share, check_room, write_tensors
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError, is_fault
-from mf_dist.saver import Retention, Saver, Share, check_room, write_tensors
 
 KINDS = ["master", "exp_avg", "exp_avg_sq", "ema-0.9"]
 
@@ -92,7 +92,7 @@ def test_what_a_disks_fault_hides_is_no_reason_to_start_from_scratch(tmp_path, m
             raise OSError(errno.EIO, "Input/output error")
         return sha256_of(path)
 
-    monkeypatch.setattr("mf_dist.checkpoint.sha256_of", failing)
+    monkeypatch.setattr("mf_dist.checkpoint.reader.sha256_of", failing)
     assert newest_checkpoint(tmp_path)[0].step == 1
     hidden.add("step-00000001")
     with pytest.raises(UserError, match="Input/output error") as caught:
@@ -181,7 +181,7 @@ def test_saving_does_not_hold_up_the_caller(tmp_path, monkeypatch):
     """begin returns while the writer is still held up by the disk; later changes of the weights do not reach it."""
     gate = threading.Event()
     fsync = os.fsync
-    monkeypatch.setattr("mf_dist.saver.os.fsync", lambda number: (gate.wait(20), fsync(number)))
+    monkeypatch.setattr("mf_dist.checkpoint.writer.os.fsync", lambda number: (gate.wait(20), fsync(number)))
     tensors, saver = random_tensors(3), Saver(tmp_path, Share(0, 1), Retention(2))
     begin(saver, {kind: {n: a.clone() for n, a in by_name.items()} for kind, by_name in tensors.items()}, 3)
     assert saver.is_running and saver.committed is None
@@ -280,8 +280,8 @@ def test_a_disk_that_does_not_even_answer_is_a_failed_save(tmp_path, monkeypatch
     def gone(*_):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr("mf_dist.saver.write_tensors", gone)
-    monkeypatch.setattr("mf_dist.saver.shutil.disk_usage", gone)
+    monkeypatch.setattr("mf_dist.checkpoint.writer.write_tensors", gone)
+    monkeypatch.setattr("mf_dist.checkpoint.writer.shutil.disk_usage", gone)
     begin(saver, random_tensors(1), 1)
     saver.wait()
     assert saver.has_failed and "Stale file handle" in saver.error and "does not answer" in saver.error

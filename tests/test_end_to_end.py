@@ -9,7 +9,7 @@ from conftest import FEATURES, ROOT, TINY, VAE, encode, run_python, write_digits
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mf_dist.checkpoint import open_checkpoint
+from mf_dist.checkpoint.reader import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def draw(args):
     import numpy as np
     import torch
 
-    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.data.images import image_grid
     from mf_dist.generate import load_trained
     from mf_dist.meanflow.sampler import uniform_grid

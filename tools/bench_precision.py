@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError(f"--batches must be at least 1, got {args.batches}")
     import torch
 
-    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
 

@@ -46,7 +46,7 @@ def parse():
 
 def folders(path):
     """A step-N folder, or all of a run's, oldest first."""
-    from mf_dist.checkpoint import step_folders
+    from mf_dist.checkpoint.reader import step_folders
 
     found = [path] if path.name.startswith("step-") else step_folders(path / "checkpoints")
     if not found or not found[0].is_dir():
@@ -70,7 +70,7 @@ def ls(args):
 
 
 def verify(args):
-    from mf_dist.checkpoint import open_checkpoint
+    from mf_dist.checkpoint.reader import open_checkpoint
 
     bad = 0
     for folder in folders(args.path):
@@ -98,7 +98,7 @@ def difference(one, other):
 
 
 def diff(args):
-    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.origin import differences
 
     a, b = find_checkpoint(args.a), find_checkpoint(args.b)
@@ -114,11 +114,11 @@ def diff(args):
 
 
 def prune(args):
-    from mf_dist.checkpoint import open_checkpoint
+    from mf_dist.checkpoint.reader import open_checkpoint
+    from mf_dist.checkpoint.writer import Retention, remove
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
     from mf_dist.origin import measured_decays
-    from mf_dist.saver import Retention, remove
 
     if args.keep < 1:
         raise UserError(f"--keep must be at least 1, got {args.keep}: one valid checkpoint always stays")
@@ -143,9 +143,9 @@ def prune(args):
 
 
 def export(args):
-    from mf_dist.checkpoint import find_checkpoint
+    from mf_dist.checkpoint.reader import find_checkpoint
+    from mf_dist.checkpoint.writer import write_tensors
     from mf_dist.origin import first_decay
-    from mf_dist.saver import write_tensors
 
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .safetensors")

@@ -148,7 +148,7 @@ def measure_model(args, ranks):
 
 def load(args, ranks):
     """The trained model and the feature network; what was not given comes from the run's config."""
-    from mf_dist.checkpoint import find_checkpoint, newest_run
+    from mf_dist.checkpoint.reader import find_checkpoint, newest_run
     from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
     from mf_dist.generate import load_trained
 

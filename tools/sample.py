@@ -31,7 +31,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     import torch
 
-    from mf_dist.checkpoint import find_checkpoint, newest_run
+    from mf_dist.checkpoint.reader import find_checkpoint, newest_run
     from mf_dist.generate import load_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

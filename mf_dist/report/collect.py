@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mf_dist.checkpoint import step_folders
+from mf_dist.checkpoint.reader import step_folders
 from mf_dist.runtime.errors import UserError
 
 Table = dict[str, Any]

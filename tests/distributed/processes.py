@@ -13,7 +13,7 @@ import numpy as np
 from conftest import FEATURES, ROOT
 from safetensors.numpy import load_file
 
-from mf_dist.checkpoint import open_checkpoint, step_folders
+from mf_dist.checkpoint.reader import open_checkpoint, step_folders
 from mf_dist.report.collect import read_run
 from mf_dist.report.facts import history
 from mf_dist.runtime.errors import UserError

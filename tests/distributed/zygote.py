@@ -30,9 +30,9 @@ import time
 
 import torch
 
+import mf_dist.checkpoint.writer
 import mf_dist.evaluation.measure
 import mf_dist.runtime.atomic_files
-import mf_dist.saver
 import mf_dist.snapshots
 import mf_dist.trainer
 from mf_dist import train
@@ -67,11 +67,11 @@ class Disk:
 
     def __init__(self, faults):
         self.faults, self.operations, self.calls = faults, 0, {"write": 0, "fsync": 0, "rename": 0}
-        module_os = mf_dist.saver.os
+        module_os = mf_dist.checkpoint.writer.os
         self.fsync, self.replace, self.real_open = module_os.fsync, module_os.replace, open
-        for module in (mf_dist.saver, mf_dist.runtime.atomic_files):
+        for module in (mf_dist.checkpoint.writer, mf_dist.runtime.atomic_files):
             module.os = self
-        mf_dist.saver.open = self.opened
+        mf_dist.checkpoint.writer.open = self.opened
 
     def __getattr__(self, name):  # all else is the real os
         return getattr(os, name)

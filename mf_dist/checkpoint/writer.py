@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint import step_folder, step_folders
+from mf_dist.checkpoint.reader import step_folder, step_folders
 from mf_dist.runtime.atomic_files import sync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
