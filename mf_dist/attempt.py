@@ -2,7 +2,7 @@
 
     python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
     python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
-    python -m mf_dist.attempt begin --tool runs/jobs/17        # the same of a tool (mf_dist.errand) and its folder
+    python -m mf_dist.attempt begin --tool runs/jobs/17        # the same for a tool and its folder
 
 begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
 finished | stopped (a person's wish) | failed (for good) | refused. status.json alone decides, since exit codes do not
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from mf_dist.config.schema import Config, load_config
 from mf_dist.data.shards import read_manifest
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import CrashLoop, Unrecorded, UserError, command_line
-from mf_dist.status import Status
 from mf_dist.train import check
 
 LOCK_SECONDS = 120.0

@@ -22,7 +22,7 @@ from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
 from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
-from mf_dist.errand import made
+from mf_dist.fault_tolerance.tool_status import made
 from mf_dist.latents import Vae
 from mf_dist.runtime.atomic_files import sha256_of, write_json
 from mf_dist.runtime.errors import UserError

@@ -13,9 +13,9 @@ from pathlib import Path
 from mf_dist.config.cost import describe
 from mf_dist.config.schema import Config, load_config, resolve
 from mf_dist.data.shards import read_manifest
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.launch import hear_signals, launched_place, leave
-from mf_dist.status import Status
 
 
 def check(config: Config, world_size: int, needs_data: bool) -> Config:
@@ -52,11 +52,11 @@ def main() -> None:
         print(describe(config, place.world_size))
         return
     hear_signals()
+    from mf_dist.fault_tolerance.watchdog import longest_wait
     from mf_dist.runtime.distributed import (
         process_group,  # torch and deepspeed only now that the config is known to be good
     )
     from mf_dist.trainer import Trainer
-    from mf_dist.watchdog import longest_wait
 
     with process_group(longest_wait(config.train.hang_seconds)) as ranks:
         Trainer(config, ranks, args.allow_config_change).run()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.border import Stop
 from mf_dist.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
 from mf_dist.checkpoint.writer import check_room
 from mf_dist.config.cost import checkpoint_bytes
@@ -23,6 +22,8 @@ from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
 from mf_dist.engine import MASTER, Engine
+from mf_dist.fault_tolerance.status import Status
+from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.generate import new_net
 from mf_dist.latents import sample_posterior
 from mf_dist.logger import Logger
@@ -34,7 +35,6 @@ from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
 from mf_dist.safekeeping import Safekeeping
 from mf_dist.snapshots import Snapshots
-from mf_dist.status import Status
 
 
 class Trainer:

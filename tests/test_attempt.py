@@ -13,8 +13,8 @@ from conftest import ROOT, run_python
 
 from mf_dist.attempt import begin, end, judge
 from mf_dist.config.schema import load_config
+from mf_dist.fault_tolerance.status import MAX_STARTS, Status
 from mf_dist.runtime.errors import Unrecorded, UserError
-from mf_dist.status import MAX_STARTS, Status
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def test_what_the_run_said_is_not_replaced(config, tiny_config):
 
 def test_a_run_that_another_process_has_is_waited_for(config):
     """A node that was lost frees its lock late."""
-    code = f"import time; from pathlib import Path; from mf_dist.status import Status; Status(Path({config.run_dir!r}))"
+    imports = "import time; from pathlib import Path; from mf_dist.fault_tolerance.status import Status"
+    code = f"{imports}; Status(Path({config.run_dir!r}))"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}.hold(); print(1, flush=True); time.sleep(60)"], stdout=-1)
     holder.stdout.readline()
     with pytest.raises(Unrecorded, match="is being trained by"):

@@ -9,9 +9,9 @@ import pytest
 from conftest import VAE, encode
 
 from mf_dist.attempt import begin_tool, judge
-from mf_dist.errand import VARIABLE, errand
+from mf_dist.fault_tolerance.status import MAX_STARTS, Status
+from mf_dist.fault_tolerance.tool_status import VARIABLE, errand
 from mf_dist.runtime.errors import UserError
-from mf_dist.status import MAX_STARTS, Status
 
 
 @pytest.fixture

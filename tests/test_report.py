@@ -12,13 +12,13 @@ from conftest import ROOT, run_python
 from PIL import Image
 from report_runs import CONFIG, NASTY, Page, line, report, write_run, write_samples
 
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.report.collect import newest_run, read_run, read_runs
 from mf_dist.report.curves import STRETCHES
 from mf_dist.report.facts import differing
 from mf_dist.report.page import LIMIT
 from mf_dist.report.pictures import classes
 from mf_dist.runtime.errors import UserError
-from mf_dist.status import Status
 
 
 def test_a_real_run_leaves_its_report(tiny_config, tmp_path):

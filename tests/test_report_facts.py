@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from report_runs import CONFIG, line, report, write_run
 
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.report.collect import read_run, read_runs
 from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_image, thin
 from mf_dist.report.facts import faults, history, status, training_seconds
@@ -19,7 +20,6 @@ from mf_dist.report.page import write_report
 from mf_dist.report.pictures import fit, grids, last_grids
 from mf_dist.report.results import compared, headline
 from mf_dist.runtime.errors import UserError
-from mf_dist.status import Status
 
 
 def test_spread_keeps_the_ends_and_the_room():
@@ -91,7 +91,8 @@ def test_a_refused_call_does_not_stain_the_run(tmp_path):
 def test_only_a_run_that_somebody_holds_is_running(tmp_path):
     """A process that holds the run, a call refused meanwhile, and a kill -9 of the process."""
     code = (
-        "import sys; from pathlib import Path; from mf_dist.status import Status; told = Status(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from mf_dist.fault_tolerance.status import Status;"
+        "told = Status(Path(sys.argv[1]));"
         "told.hold(); told.begin(0); told.committed(8); print('begun', flush=True); sys.stdin.read()"
     )
     folder = tmp_path / "run"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError
-from mf_dist.status import Status
 
 
 def test_the_first_failure_is_the_reason(tmp_path):
@@ -60,7 +60,7 @@ def test_many_processes_write_and_no_reader_sees_half(tmp_path):
     status = Status(tmp_path)
     status.begin(0)
     writer = (
-        "from pathlib import Path; from mf_dist.status import Status\n"
+        "from pathlib import Path; from mf_dist.fault_tolerance.status import Status\n"
         f"for i in range(50): Status(Path({str(tmp_path)!r}))._write('running', i, 'x' * 5000)"
     )
     processes = [subprocess.Popen([sys.executable, "-c", writer]) for _ in range(4)]
@@ -73,7 +73,8 @@ def test_a_run_belongs_to_one_process(tmp_path):
     import subprocess
     import sys
 
-    code = f"from pathlib import Path; from mf_dist.status import Status; Status(Path({str(tmp_path)!r})).hold()"
+    code = "from pathlib import Path; from mf_dist.fault_tolerance.status import Status; Status(Path({!r})).hold()"
+    code = code.format(str(tmp_path))
     Status(tmp_path).begin(0)
     holder = Status(tmp_path)
     holder.hold()

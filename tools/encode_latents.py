@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from mf_dist.errand import errand
+from mf_dist.fault_tolerance.tool_status import errand
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.launch import launched_place
 

@@ -20,7 +20,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from mf_dist.errand import errand
+from mf_dist.fault_tolerance.tool_status import errand
 from mf_dist.runtime.errors import UserError, command_line
 
 MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",

@@ -5,10 +5,10 @@ import statistics
 from datetime import UTC, datetime
 from typing import Any
 
+from mf_dist.fault_tolerance.status import WORDLESS
 from mf_dist.report.collect import Run, Table, number, table
 from mf_dist.report.curves import POINTS, tflops_per_image
 from mf_dist.report.standing import ago, ends, is_alive, last_sign, standing
-from mf_dist.status import WORDLESS
 
 MAX_ROWS = 200
 """Of a table that grows with a run: the newest."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError, is_fault
 from mf_dist.runtime.launch import launched_place
-from mf_dist.status import Status
 
 VARIABLE = "MF_DIST_STATUS"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

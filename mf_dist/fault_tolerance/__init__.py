@@ -1,0 +1,1 @@
+"""Stops agreed by all ranks, hangs, and the status file that says why a run or tool ended."""
