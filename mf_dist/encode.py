@@ -23,10 +23,10 @@ from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
 from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.fault_tolerance.tool_status import made
-from mf_dist.latents import Vae
 from mf_dist.runtime.atomic_files import sha256_of, write_json
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.progress import progress
+from mf_dist.vae import Vae
 
 PLAN = "plan.json"
 """What the shards in a folder are made of; a folder with another plan is refused."""

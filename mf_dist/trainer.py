@@ -25,7 +25,6 @@ from mf_dist.engine import MASTER, Engine
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.generate import new_net
-from mf_dist.latents import sample_posterior
 from mf_dist.logger import Logger
 from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.meter import Meter
@@ -35,6 +34,7 @@ from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
 from mf_dist.safekeeping import Safekeeping
 from mf_dist.snapshots import Snapshots
+from mf_dist.vae import sample_posterior
 
 
 class Trainer:

@@ -41,7 +41,7 @@ def encode(images, out, vae=VAE, task=(0, 1), **changes):
     import torch
 
     from mf_dist.encode import Encoding, Task, encode_images
-    from mf_dist.latents import Vae
+    from mf_dist.vae import Vae
 
     encoding = Encoding(**{"resolution": 32, "shard_size": 60, "batch": 16, **changes})
     encode_images(str(images), out, Vae(str(vae), torch.device("cpu")), encoding, Task(*task))

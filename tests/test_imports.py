@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mf_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY = {
     "deepspeed": {"engine.py"},
-    "diffusers": {"latents.py"},
+    "diffusers": {"vae.py"},
     "webdataset": {"data/shard_writer.py"},
     "torch_fidelity": {"evaluation/inception.py", "evaluation/metrics.py"},
 }

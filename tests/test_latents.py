@@ -12,8 +12,8 @@ from conftest import VAE
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from mf_dist.latents import Vae, sample_posterior, to_pixels
 from mf_dist.runtime.errors import UserError
+from mf_dist.vae import Vae, sample_posterior, to_pixels
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
 
 def test_a_hub_id_without_network_says_what_to_do():
     program = (
-        "import torch; from mf_dist.latents import Vae; from mf_dist.runtime.errors import UserError\n"
+        "import torch; from mf_dist.vae import Vae; from mf_dist.runtime.errors import UserError\n"
         "try: Vae('stabilityai/sd-vae-ft-mse', torch.device('cpu'))\n"
         "except UserError as error: print(error)"
     )

@@ -106,7 +106,7 @@ def test_step_bench_measures_equal_losses(tmp_path):
 def test_encode_bench_counts_the_convolutions(tmp_path):
     import torch
 
-    from mf_dist.latents import Vae
+    from mf_dist.vae import Vae
 
     tool = ["tools/bench_encode.py", "--vae", VAE, "--resolution", 32, "--batch", 2, "--rounds", 1, "--forms", "eager"]
     first, fp32, bf16 = run_python(*tool).stdout.splitlines()

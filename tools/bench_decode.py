@@ -43,7 +43,7 @@ def random_vae(folder, width):
 def variants(source, device, eager):
     import torch
 
-    from mf_dist.latents import Vae
+    from mf_dist.vae import Vae
 
     found = {}
     for name, (precision, last, compiled) in FORMS.items():

@@ -101,10 +101,10 @@ def batches(config, count, device):
     """Real micro-batches as the loss sees them: z, v, r, t, y, the number of r = t rows."""
     from mf_dist.data.loader import training_batches
     from mf_dist.data.shards import LatentShards
-    from mf_dist.latents import sample_posterior
     from mf_dist.meanflow.guidance import drop_labels
     from mf_dist.meanflow.path import path
     from mf_dist.meanflow.times import sample_times
+    from mf_dist.vae import sample_posterior
 
     shards, recipe = LatentShards(config.data.path), config.meanflow
     stream = training_batches(shards, config, 0, 0, 1, pin_memory=False)

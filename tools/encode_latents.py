@@ -88,7 +88,7 @@ def main() -> None:
     import torch
 
     from mf_dist.encode import Encoding, Task, encode_images, precision_error
-    from mf_dist.latents import Vae
+    from mf_dist.vae import Vae
 
     if torch.cuda.is_available():
         device = torch.device("cuda", launched_place().local_rank % torch.cuda.device_count())

@@ -66,7 +66,7 @@ def show(args):
     from mf_dist.data.image_tars import open_images
     from mf_dist.data.images import decode_image, image_grid
     from mf_dist.data.shards import LatentShards
-    from mf_dist.latents import Vae
+    from mf_dist.vae import Vae
 
     if args.count < 1 or args.out.suffix != ".png":
         raise UserError("--count must be at least 1 and --out end in .png")

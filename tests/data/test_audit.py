@@ -16,7 +16,7 @@ from mf_dist.data.shard_writer import Record, write_shard
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.data.shards import LatentShards, index_checksum, index_path, read_manifest, shard_name, write_manifest
 from mf_dist.runtime.errors import UserError
-from mf_dist.latents import WEIGHTS, Vae
+from mf_dist.vae import WEIGHTS, Vae
 
 TAR = "shard-00001.tar"
 

@@ -15,7 +15,7 @@ from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.encode import Encoding, Task, encode_images, precision_error
 from mf_dist.runtime.errors import UserError
-from mf_dist.latents import Vae
+from mf_dist.vae import Vae
 
 
 def hashes(folder):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mf_dist.data.audit import problems
 from mf_dist.data.shards import index_path
 from mf_dist.runtime.errors import UserError
-from mf_dist.latents import WEIGHTS, Vae
+from mf_dist.vae import WEIGHTS, Vae
 
 
 def hashes(folder):

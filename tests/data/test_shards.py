@@ -14,7 +14,7 @@ from conftest import VAE, encode, run_python, write_digits
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.runtime.errors import UserError
-from mf_dist.latents import Vae
+from mf_dist.vae import Vae
 
 
 def hashes(folder):
