@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from mf_dist.config.schema import Config
 from mf_dist.guard import GradientGuard
-from mf_dist.meanflow.loss import Draws, MeanFlowLoss
+from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.optim import AdamWEma, ema_name
 from mf_dist.runtime.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError

@@ -20,8 +20,8 @@ from mf_dist.checkpoint.reader import Checkpoint
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, image_grid
-from mf_dist.meanflow.sampler import sample_euler, sample_meanflow, uniform_grid
 from mf_dist.models.dit import DiT
+from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, computing_in, one_thread

@@ -26,8 +26,8 @@ from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.generate import new_net
 from mf_dist.logger import Logger
-from mf_dist.meanflow.loss import Draws, MeanFlowLoss
 from mf_dist.meter import Meter
+from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.origin import check_changes, load_initial
 from mf_dist.runtime.distributed import Ranks, first_ranks_number
 from mf_dist.runtime.environment import environment

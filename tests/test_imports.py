@@ -36,14 +36,14 @@ def test_who_imports_what(path):
     for package, allowed in ONLY.items():
         assert name in allowed or not uses(path, package), f"{name} imports {package}"
     assert not uses(path, "tools")
-    if name.startswith(("meanflow/", "models/")):
+    if name.startswith(("objectives/", "models/")):
         for package in ("torch.distributed", "webdataset", "numpy", "wandb"):
             assert not uses(path, package), f"{name} imports {package}"
         own = {n for n in imported(path) if n.startswith("mf_dist.")}
-        inward = ("mf_dist.models", "mf_dist.meanflow", "mf_dist.config.schema")
+        inward = ("mf_dist.models", "mf_dist.objectives", "mf_dist.config.schema")
         assert all(n.startswith(inward) for n in own), f"{name} imports outward: {own}"
     if name.startswith("data/"):
-        for package in ("mf_dist.engine", "mf_dist.trainer", "mf_dist.meanflow", "mf_dist.models"):
+        for package in ("mf_dist.engine", "mf_dist.trainer", "mf_dist.objectives", "mf_dist.models"):
             assert not uses(path, package), f"{name} imports {package}"
 
 

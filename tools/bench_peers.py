@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mf_dist.meanflow.guidance import guided_velocity
-from mf_dist.meanflow.path import path, per_row
 from mf_dist.models.dit import DiT
+from mf_dist.objectives.guidance import guided_velocity
+from mf_dist.objectives.path import path, per_row
 
 
 class PlainBlock(nn.Module):

@@ -101,9 +101,9 @@ def batches(config, count, device):
     """Real micro-batches as the loss sees them: z, v, r, t, y, the number of r = t rows."""
     from mf_dist.data.loader import training_batches
     from mf_dist.data.shards import LatentShards
-    from mf_dist.meanflow.guidance import drop_labels
-    from mf_dist.meanflow.path import path
-    from mf_dist.meanflow.times import sample_times
+    from mf_dist.objectives.guidance import drop_labels
+    from mf_dist.objectives.path import path
+    from mf_dist.objectives.times import sample_times
     from mf_dist.vae import sample_posterior
 
     shards, recipe = LatentShards(config.data.path), config.meanflow
@@ -120,8 +120,8 @@ def target(net, z, v, r, t, y, n_eq, config, dtype):
     """du/dt, u_tgt on the r < t rows, and the seconds it took."""
     import torch
 
-    from mf_dist.meanflow.loss import meanflow_target
-    from mf_dist.meanflow.path import per_row
+    from mf_dist.objectives.meanflow import meanflow_target
+    from mf_dist.objectives.path import per_row
 
     z, v, r, t = (tensor.to(dtype) for tensor in (z, v, r, t))
     start = time.perf_counter()

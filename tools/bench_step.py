@@ -92,9 +92,9 @@ def build_cases(args, device):
     from bench_peers import authors, plain, port, tim
 
     from mf_dist.config.schema import MeanFlowConfig
-    from mf_dist.meanflow.loss import meanflow_loss
-    from mf_dist.meanflow.times import sample_times
     from mf_dist.models.sizes import named_model
+    from mf_dist.objectives.meanflow import meanflow_loss
+    from mf_dist.objectives.times import sample_times
 
     losses = {"plain": plain, "diffusers": plain, "authors": authors, "port": port, "tim": tim}
     losses |= dict.fromkeys(("ours", "blocks"), lambda *a: meanflow_loss(*a)[0])

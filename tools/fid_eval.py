@@ -129,7 +129,7 @@ def measure_images(args, ranks):
 
 def measure_model(args, ranks):
     from mf_dist.evaluation.measure import open_reference
-    from mf_dist.meanflow.sampler import uniform_grid
+    from mf_dist.objectives.sampler import uniform_grid
     from mf_dist.runtime.distributed import together
 
     with together(ranks):

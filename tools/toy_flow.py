@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from toy_field import STD, average_velocity, means, sample_data
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.loss import meanflow_loss
-from mf_dist.meanflow.times import sample_times
 from mf_dist.models.layers import Linear, silu
+from mf_dist.objectives.meanflow import meanflow_loss
+from mf_dist.objectives.times import sample_times
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.progress import progress
 

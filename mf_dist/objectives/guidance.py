@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.path import per_row
+from mf_dist.objectives.path import per_row
 
 
 def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, null_label: int) -> Tensor:

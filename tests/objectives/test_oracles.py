@@ -5,8 +5,8 @@ import torch
 from oracles import Closed, GaussianData, point_mass
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.loss import meanflow_loss, meanflow_target
-from mf_dist.meanflow.sampler import sample_euler, sample_meanflow, uniform_grid
+from mf_dist.objectives.meanflow import meanflow_loss, meanflow_target
+from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
 
 PLAIN = MeanFlowConfig(omega=1.0, kappa=0.0)
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.guidance import drop_labels, guided_velocity
-from mf_dist.meanflow.path import path, per_row
-from mf_dist.meanflow.times import sample_times
 from mf_dist.models.dit import DiT
+from mf_dist.objectives.guidance import drop_labels, guided_velocity
+from mf_dist.objectives.path import path, per_row
+from mf_dist.objectives.times import sample_times
 
 Net = Callable[..., Tensor]
 """u = net(z, r, t, y), and (u, du) = net(z, r, t, y, tangent=(dz, dr, dt))."""

@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.guidance import drop_labels, guided_velocity
-from mf_dist.meanflow.path import path
-from mf_dist.meanflow.times import sample_times
+from mf_dist.objectives.guidance import drop_labels, guided_velocity
+from mf_dist.objectives.path import path
+from mf_dist.objectives.times import sample_times
 
 N = 200_000
 

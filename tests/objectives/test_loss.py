@@ -7,8 +7,8 @@ import torch
 from oracles import full_batch_rows, small_dit
 
 from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.meanflow.guidance import guided_velocity
-from mf_dist.meanflow.loss import Draws, MeanFlowLoss, meanflow_loss
+from mf_dist.objectives.guidance import guided_velocity
+from mf_dist.objectives.meanflow import Draws, MeanFlowLoss, meanflow_loss
 
 RECIPES = {
     "plain": MeanFlowConfig(),
