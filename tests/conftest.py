@@ -40,7 +40,7 @@ def encode(images, out, vae=VAE, task=(0, 1), **changes):
     """`images` by the shipped VAE into shards of 60, in this process."""
     import torch
 
-    from mf_dist.encode import Encoding, Task, encode_images
+    from mf_dist.data.encode import Encoding, Task, encode_images
     from mf_dist.vae import Vae
 
     encoding = Encoding(**{"resolution": 32, "shard_size": 60, "batch": 16, **changes})

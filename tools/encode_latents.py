@@ -87,7 +87,7 @@ def main() -> None:
     number, count = task_of(args)
     import torch
 
-    from mf_dist.encode import Encoding, Task, encode_images, precision_error
+    from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
     from mf_dist.vae import Vae
 
     if torch.cuda.is_available():

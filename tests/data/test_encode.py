@@ -13,7 +13,7 @@ from processes import FULL
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
-from mf_dist.encode import Encoding, Task, encode_images, precision_error
+from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
 from mf_dist.runtime.errors import UserError
 from mf_dist.vae import Vae
 
