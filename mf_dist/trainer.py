@@ -24,7 +24,6 @@ from mf_dist.data.staging import Staging
 from mf_dist.engine import MASTER, Engine
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
-from mf_dist.generate import new_net
 from mf_dist.logger import Logger
 from mf_dist.meter import Meter
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
@@ -33,6 +32,7 @@ from mf_dist.runtime.distributed import Ranks, first_ranks_number
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
 from mf_dist.safekeeping import Safekeeping
+from mf_dist.sampling.generator import new_net
 from mf_dist.snapshots import Snapshots
 from mf_dist.vae import sample_posterior
 

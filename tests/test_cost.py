@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mf_dist.config import cost
 from mf_dist.config.schema import MeanFlowConfig, ModelConfig, load_config, resolve
-from mf_dist.generate import new_net
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.sampling.generator import new_net
 
 MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_size=8, latent_channels=4, num_classes=5)
 

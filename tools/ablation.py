@@ -108,8 +108,8 @@ def draw(args):
 
     from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.data.images import image_grid
-    from mf_dist.generate import load_trained
     from mf_dist.objectives.sampler import uniform_grid
+    from mf_dist.sampling.generator import load_trained
 
     rows = []
     for folder in CONFIGURATIONS:

@@ -58,7 +58,7 @@ def build_nets(weights, config, device):
     import torch
     from bench_peers import PlainDiT
 
-    from mf_dist.generate import new_net
+    from mf_dist.sampling.generator import new_net
 
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
 

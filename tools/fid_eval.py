@@ -150,7 +150,7 @@ def load(args, ranks):
     """The trained model and the feature network; what was not given comes from the run's config."""
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
     from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
-    from mf_dist.generate import load_trained
+    from mf_dist.sampling.generator import load_trained
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
     if ranks.is_first:
@@ -171,8 +171,8 @@ def load(args, ranks):
 def measure_times(args, trained, times, network, reference, ranks, out):
     """One time grid; its blocks."""
     from mf_dist.evaluation.measure import measure
-    from mf_dist.generate import Samples
     from mf_dist.runtime.distributed import together
+    from mf_dist.sampling.generator import Samples
 
     nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
     made_by = {"checkpoint_sha256": checkpoint.sha256, "ema": trained.ema_decay, "compiled": args.compile}

@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
-    from mf_dist.generate import load_trained
+    from mf_dist.sampling.generator import load_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(find_checkpoint(args.checkpoint or newest_run(Path("runs"))), args.ema, args.vae, device)

@@ -20,12 +20,12 @@ from mf_dist.evaluation.metrics import metric_name, reduce_sums
 from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.report import record
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, frechet_distance
-from mf_dist.generate import Generator, Samples, new_net
 from mf_dist.objectives.sampler import uniform_grid
 from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, one_thread
+from mf_dist.sampling.generator import Generator, Samples, new_net
 from mf_dist.vae import Vae
 
 

@@ -17,10 +17,10 @@ from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
 from mf_dist.engine import Engine
-from mf_dist.generate import new_net
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import leave
+from mf_dist.sampling.generator import new_net
 from mf_dist.vae import sample_posterior
 
 

@@ -5,8 +5,8 @@ import torch
 from oracles import small_dit
 
 from mf_dist.config.schema import load_config
-from mf_dist.generate import new_net
 from mf_dist.models.dit import DiT, sine_cosine_positions
+from mf_dist.sampling.generator import new_net
 
 
 @pytest.mark.parametrize(
