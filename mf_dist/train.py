@@ -56,7 +56,7 @@ def main() -> None:
     from mf_dist.runtime.distributed import (
         process_group,  # torch and deepspeed only now that the config is known to be good
     )
-    from mf_dist.trainer import Trainer
+    from mf_dist.training.trainer import Trainer
 
     with process_group(longest_wait(config.train.hang_seconds)) as ranks:
         Trainer(config, ranks, args.allow_config_change).run()

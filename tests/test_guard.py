@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mf_dist.config.schema import OptimConfig
-from mf_dist.guard import WARM_UP, GradientGuard
+from mf_dist.training.gradient_guard import WARM_UP, GradientGuard
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mf_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY = {
-    "deepspeed": {"engine.py"},
+    "deepspeed": {"training/engine.py"},
     "diffusers": {"vae.py"},
     "webdataset": {"data/shard_writer.py"},
     "torch_fidelity": {"evaluation/inception.py", "evaluation/metrics.py"},
@@ -43,7 +43,7 @@ def test_who_imports_what(path):
         inward = ("mf_dist.models", "mf_dist.objectives", "mf_dist.config.schema")
         assert all(n.startswith(inward) for n in own), f"{name} imports outward: {own}"
     if name.startswith("data/"):
-        for package in ("mf_dist.engine", "mf_dist.trainer", "mf_dist.objectives", "mf_dist.models"):
+        for package in ("mf_dist.training.engine", "mf_dist.training.trainer", "mf_dist.objectives", "mf_dist.models"):
             assert not uses(path, package), f"{name} imports {package}"
 
 

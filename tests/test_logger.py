@@ -3,7 +3,7 @@
 import json
 
 from mf_dist.config.schema import load_config
-from mf_dist.logger import Logger
+from mf_dist.training.logger import Logger
 
 LINE = {
     "loss": 1.0,

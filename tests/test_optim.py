@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mf_dist.config.schema import OptimConfig
-from mf_dist.optim import AdamWEma, ema_decay_after
+from mf_dist.training.optimizer import AdamWEma, ema_decay_after
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

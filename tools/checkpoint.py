@@ -99,7 +99,7 @@ def difference(one, other):
 
 def diff(args):
     from mf_dist.checkpoint.reader import find_checkpoint
-    from mf_dist.origin import differences
+    from mf_dist.training.resume import differences
 
     a, b = find_checkpoint(args.a), find_checkpoint(args.b)
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in differences(a.state, b.state).items()]
@@ -118,7 +118,7 @@ def prune(args):
     from mf_dist.checkpoint.writer import Retention, remove
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
-    from mf_dist.origin import measured_decays
+    from mf_dist.training.resume import measured_decays
 
     if args.keep < 1:
         raise UserError(f"--keep must be at least 1, got {args.keep}: one valid checkpoint always stays")
@@ -145,7 +145,7 @@ def prune(args):
 def export(args):
     from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.checkpoint.writer import write_tensors
-    from mf_dist.origin import first_decay
+    from mf_dist.training.resume import first_decay
 
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .safetensors")

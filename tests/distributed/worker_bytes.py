@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mf_dist import train
 from mf_dist.runtime.launch import leave
-from mf_dist.trainer import Trainer
+from mf_dist.training.trainer import Trainer
 
 KINDS = {
     "all_reduce": "all-reduce",

@@ -10,12 +10,12 @@ import torch
 
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import LatentShards
-from mf_dist.engine import Engine
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.errors import command_line
 from mf_dist.runtime.launch import leave
 from mf_dist.sampling.generator import new_net
+from mf_dist.training.engine import Engine
 
 
 @command_line

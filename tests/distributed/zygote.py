@@ -33,8 +33,8 @@ import torch
 import mf_dist.checkpoint.writer
 import mf_dist.evaluation.measure
 import mf_dist.runtime.atomic_files
-import mf_dist.snapshots
-import mf_dist.trainer
+import mf_dist.training.snapshots
+import mf_dist.training.trainer
 from mf_dist import train
 from mf_dist.runtime.launch import leave
 from mf_dist.runtime.torchvision_repair import repair_torchvision
@@ -133,7 +133,7 @@ def install(faults):
         if "seconds" in fault:
             threading.Timer(fault["seconds"], do, [fault["do"]]).start()
     if any("step" in fault and "do" in fault for fault in faults):
-        one_step = mf_dist.trainer.Trainer._one_step
+        one_step = mf_dist.training.trainer.Trainer._one_step
 
         def with_faults(self, batches):
             for fault in faults:
@@ -141,13 +141,13 @@ def install(faults):
                     do(fault["do"])
             one_step(self, batches)
 
-        mf_dist.trainer.Trainer._one_step = with_faults
+        mf_dist.training.trainer.Trainer._one_step = with_faults
     if any("draw" in fault for fault in faults):
-        draw = mf_dist.snapshots.Snapshots._draw_grid
-        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
+        draw = mf_dist.training.snapshots.Snapshots._draw_grid
+        mf_dist.training.snapshots.Snapshots._draw_grid = lambda *a: (time.sleep(faults[0]["draw"]), draw(*a))
     if any("draws" in fault for fault in faults):
-        draws = mf_dist.snapshots.Snapshots._draw_grid
-        mf_dist.snapshots.Snapshots._draw_grid = lambda *a: (do(faults[0]["do"]), draws(*a))
+        draws = mf_dist.training.snapshots.Snapshots._draw_grid
+        mf_dist.training.snapshots.Snapshots._draw_grid = lambda *a: (do(faults[0]["do"]), draws(*a))
     for fault in faults:
         if "block" in fault:
             install_block(fault)
@@ -173,7 +173,7 @@ def install_block(fault):
 
 def poison(poisons):
     """Makes the loss, one gradient or the JVP's tangent infinite in the given steps."""
-    train_micro_batch = mf_dist.trainer.Trainer._train_micro_batch
+    train_micro_batch = mf_dist.training.trainer.Trainer._train_micro_batch
 
     def poisoned(self, batch):
         where, loss = poisons.get(self.step + 1), self.engine._engine.module
@@ -190,7 +190,7 @@ def poison(poisons):
             handle.remove()
         return sums
 
-    mf_dist.trainer.Trainer._train_micro_batch = poisoned
+    mf_dist.training.trainer.Trainer._train_micro_batch = poisoned
 
 
 def child(request):

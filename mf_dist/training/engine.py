@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mf_dist.config.schema import Config
-from mf_dist.guard import GradientGuard
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
-from mf_dist.optim import AdamWEma, ema_name
 from mf_dist.runtime.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError
+from mf_dist.training.gradient_guard import GradientGuard
+from mf_dist.training.optimizer import AdamWEma, ema_name
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU

@@ -12,13 +12,13 @@ from typing import Any
 
 from mf_dist.checkpoint.writer import Retention, Saver, Share
 from mf_dist.config.schema import Config
-from mf_dist.engine import Engine
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import MARGIN, Border, Stop
 from mf_dist.fault_tolerance.watchdog import Watchdog, longest_wait
-from mf_dist.origin import measured_decays
 from mf_dist.runtime.distributed import Ranks, first_ranks_number, neighbours
 from mf_dist.runtime.errors import UserError
+from mf_dist.training.engine import Engine
+from mf_dist.training.resume import measured_decays
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: a disk may come back, but training for nothing must end."""

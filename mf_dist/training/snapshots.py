@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.config.schema import Config
-from mf_dist.engine import Engine
-from mf_dist.logger import Logger
 from mf_dist.models.dit import DiT
-from mf_dist.origin import measured_decays
 from mf_dist.runtime.distributed import Ranks, together
 from mf_dist.sampling.generator import Generator, new_net
+from mf_dist.training.engine import Engine
+from mf_dist.training.logger import Logger
+from mf_dist.training.resume import measured_decays
 from mf_dist.vae import Vae
 
 

@@ -21,19 +21,19 @@ from mf_dist.config.schema import Config
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
-from mf_dist.engine import MASTER, Engine
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
-from mf_dist.logger import Logger
-from mf_dist.meter import Meter
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
-from mf_dist.origin import check_changes, load_initial
 from mf_dist.runtime.distributed import Ranks, first_ranks_number
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
-from mf_dist.safekeeping import Safekeeping
 from mf_dist.sampling.generator import new_net
-from mf_dist.snapshots import Snapshots
+from mf_dist.training.engine import MASTER, Engine
+from mf_dist.training.logger import Logger
+from mf_dist.training.resume import check_changes, load_initial
+from mf_dist.training.snapshots import Snapshots
+from mf_dist.training.supervisor import Safekeeping
+from mf_dist.training.throughput import Meter
 from mf_dist.vae import sample_posterior
 
 
