@@ -99,14 +99,14 @@ on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes o
 
 task() { # a tool and its arguments, in one process on one node; the same call goes on where it stopped
   local verdict='' reason='' code=0
-  export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # the tool and mf_dist.attempt talk there
+  export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # the tool and mf_dist.jobs.attempt talk there
   [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$MF_DIST_STATUS/status.json" # of a job of the same number, long ago
   say "job $job start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(ours mf_dist.attempt begin --tool "$MF_DIST_STATUS")
+  read -r verdict reason < <(ours mf_dist.jobs.attempt begin --tool "$MF_DIST_STATUS")
   if [ "$verdict" = go ]; then
     step "$PYTHON" "$@" || code=$?
     reason="srun ended with code $code before the tool said why"
-    read -r verdict reason < <(ours mf_dist.attempt end --tool "$MF_DIST_STATUS" --reason "$reason" --asked "$asked")
+    read -r verdict reason < <(ours mf_dist.jobs.attempt end --tool "$MF_DIST_STATUS" --reason "$reason" --asked "$asked")
   fi
   conclude ''
 }
@@ -140,11 +140,11 @@ preflight() { # config, overrides: sets verdict (good, bad, failed, refused), ba
   local into=$run_dir/preflight/$start why='' within=(timeout --kill-after=30 "$PREFLIGHT_SECONDS")
   local patience=$((PREFLIGHT_SECONDS / 3)) # less than the whole, so that ranks can say what they wait for
   # one node that fails early must not end the others, which would then seem silent
-  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" "$PYTHON" -m mf_dist.preflight node \
+  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" "$PYTHON" -m mf_dist.jobs.preflight node \
     --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why=$(ended $?)
   judge
   [ "$verdict" = good ] || return
-  wires "$into" || why="the all-reduce over all nodes failed, $(ended $?)"
+  check_network "$into" || why="the all-reduce over all nodes failed, $(ended $?)"
   judge
   [ "$verdict" = failed ] && [ -z "$asked" ] || return
   if [ "$nodes" = 2 ]; then
@@ -162,8 +162,8 @@ ended() { # code of a step
     echo "srun ended with code $1"
   fi
 }
-wires() { # folder
-  on_ranks "$1/logs" -m mf_dist.preflight wires --into "$1" --patience "$patience"
+check_network() { # folder
+  on_ranks "$1/logs" -m mf_dist.jobs.preflight network --into "$1" --patience "$patience"
 }
 pairs() { # neighbours in the ring of nodes, no node in two pairs at once
   local within=(timeout --kill-after=30 "$patience") patience=$((patience / 2)) round i pids
@@ -181,10 +181,10 @@ pairs() { # neighbours in the ring of nodes, no node in two pairs at once
 }
 pair() { # two nodes
   local nodes=2 names=("$@") start=$start.$1+$2
-  wires "$into/pairs/$1+$2" &> /dev/null # its ranks' words are in the folder
+  check_network "$into/pairs/$1+$2" &> /dev/null # its ranks' words are in the folder
 }
 judge() { # uses preflight's into and why
-  read -r verdict bad reason < <(ours mf_dist.preflight judge --into "$into" --reason "$why" "${names[@]}")
+  read -r verdict bad reason < <(ours mf_dist.jobs.preflight judge --into "$into" --reason "$why" "${names[@]}")
 }
 
 count_ranks() { # sets NPROC_PER_NODE and ranks
@@ -204,7 +204,7 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
   fi
   count_ranks
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(ours mf_dist.attempt begin --ranks "$ranks" "$@")
+  read -r verdict reason < <(ours mf_dist.jobs.attempt begin --ranks "$ranks" "$@")
   run_dir=$reason
   if [ "$verdict" = go ]; then
     preflight "$@"
@@ -217,7 +217,7 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
       reason="preflight: ${reason:-it does not run}"
     fi
     [ "$bad" != - ] || bad=''
-    read -r verdict reason < <(ours mf_dist.attempt end "${refused[@]}" --reason "$reason" --asked "$asked" "$@")
+    read -r verdict reason < <(ours mf_dist.jobs.attempt end "${refused[@]}" --reason "$reason" --asked "$asked" "$@")
   fi
   conclude "$bad"
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
-from mf_dist.attempt import begin, end, judge
 from mf_dist.config.schema import load_config
 from mf_dist.fault_tolerance.status import MAX_STARTS, Status
+from mf_dist.jobs.attempt import begin, end, judge
 from mf_dist.runtime.errors import Unrecorded, UserError
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_another_process_has_is_waited_for(config):
 
 def test_the_command_answers_in_one_line(tiny_config, tmp_path):
     def ask(*arguments):
-        command = [sys.executable, "-m", "mf_dist.attempt", *map(str, arguments)]
+        command = [sys.executable, "-m", "mf_dist.jobs.attempt", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
         assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
         return done.stdout.strip()
@@ -144,5 +144,5 @@ def test_data_that_this_node_lacks_are_the_preflights_matter(tiny_config):
 
 
 def test_a_disk_that_is_away_is_named(tiny_config):
-    said = run_python("-m", "mf_dist.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
+    said = run_python("-m", "mf_dist.jobs.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
     assert said.startswith("failed /proc/nope: No such file")

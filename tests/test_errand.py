@@ -8,9 +8,9 @@ import signal
 import pytest
 from conftest import VAE, encode
 
-from mf_dist.attempt import begin_tool, judge
 from mf_dist.fault_tolerance.status import MAX_STARTS, Status
 from mf_dist.fault_tolerance.tool_status import VARIABLE, errand
+from mf_dist.jobs.attempt import begin_tool, judge
 from mf_dist.runtime.errors import UserError
 
 

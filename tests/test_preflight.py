@@ -8,7 +8,7 @@ import torch
 from conftest import run_python
 
 from mf_dist.config.schema import load_config
-from mf_dist.preflight import check_node, judge
+from mf_dist.jobs.preflight import check_node, judge
 from mf_dist.runtime.atomic_files import write_json
 
 
@@ -52,7 +52,7 @@ def node(into, name, problems=(), has_data=True, **same):
 
 def verdict(into, *nodes, reason=""):
     options = ["--into", into, "--reason", reason]
-    return run_python("-m", "mf_dist.preflight", "judge", *options, *nodes).stdout.strip()
+    return run_python("-m", "mf_dist.jobs.preflight", "judge", *options, *nodes).stdout.strip()
 
 
 def test_silent_odd_and_broken_nodes_are_blamed(tmp_path):
@@ -70,12 +70,12 @@ def test_silent_odd_and_broken_nodes_are_blamed(tmp_path):
     }
 
 
-def test_wires(tmp_path):
+def test_network(tmp_path):
     """A node without a word beside others that have one; a wrong sum; and speeds of the slowest."""
     for name, speed, problems in (("n1", 90.0, []), ("n2", 80.0, ["a wrong sum from the all-reduce within a node"])):
         node(tmp_path, name)
         said = {"node": name, "problems": problems, "within a node": {"gb_per_second": speed, "ranks": 8}}
-        (tmp_path / f"{name}.wires.json").write_text(json.dumps(said))
+        (tmp_path / f"{name}.network.json").write_text(json.dumps(said))
     node(tmp_path, "n3")
     bad, lines = judge(tmp_path, ["n1", "n2", "n3"])
     assert bad == {"n2": ["a wrong sum from the all-reduce within a node"], "n3": ["its ranks did not answer"]}
@@ -88,14 +88,14 @@ def test_a_wrong_sum_over_all_nodes_blames_none_before_the_pairs(tmp_path):
     for name in nodes:
         node(tmp_path, name)
         over_all = {"gb_per_second": 1.0, "ranks": 6, "is_right": False}
-        write_json(tmp_path / f"{name}.wires.json", {"node": name, "problems": [], "over all nodes": over_all})
+        write_json(tmp_path / f"{name}.network.json", {"node": name, "problems": [], "over all nodes": over_all})
     assert verdict(tmp_path, *nodes) == "failed - a wrong sum from the all-reduce over all nodes"
     for first, second in (("n1", "n2"), ("n2", "n3"), ("n3", "n1")):
         pair(tmp_path, first, second, works=True)
         if "n2" in (first, second):
             for name in (first, second):
                 said = {"node": name, "problems": [], "over all nodes": over_all}
-                write_json(tmp_path / "pairs" / f"{first}+{second}" / f"{name}.wires.json", said)
+                write_json(tmp_path / "pairs" / f"{first}+{second}" / f"{name}.network.json", said)
     assert verdict(tmp_path, *nodes) == "bad n2 n2: the all-reduce with either neighbour fails"
 
 
@@ -130,7 +130,7 @@ def pair(into, first, second, works):
         )
         folder = into / "pairs" / f"{first}+{second}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.wires.json", said)
+        write_json(folder / f"{name}.network.json", said)
 
 
 def test_a_node_that_fails_with_both_neighbours_is_to_blame(tmp_path):

@@ -1,5 +1,5 @@
 """A tool that a job script runs says how it fares, as a run does in RUN/status.json: MF_DIST_STATUS names the folder,
-and mf_dist.attempt judges it. Where that is not set, as outside of jobs, nothing is written. No torch.
+and mf_dist.jobs.attempt judges it. Where that is not set, as outside of jobs, nothing is written. No torch.
 
 A step is a shard or a block of images made; each is its own checkpoint.
 """

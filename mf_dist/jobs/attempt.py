@@ -1,8 +1,8 @@
 """What a job script asks about its run before and after it trains; the answer is one line, a verdict and its reason.
 
-    python -m mf_dist.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
-    python -m mf_dist.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
-    python -m mf_dist.attempt begin --tool runs/jobs/17        # the same for a tool and its folder
+    python -m mf_dist.jobs.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
+    python -m mf_dist.jobs.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
+    python -m mf_dist.jobs.attempt begin --tool runs/jobs/17        # the same for a tool and its folder
 
 begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
 finished | stopped (a person's wish) | failed (for good) | refused. status.json alone decides, since exit codes do not
@@ -124,9 +124,11 @@ def answer(args: argparse.Namespace) -> Verdict:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mf_dist.attempt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mf_dist.jobs.attempt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("what", choices=("begin", "end"))
     parser.add_argument("config", nargs="?", help="YAML file, as for mf_dist.train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

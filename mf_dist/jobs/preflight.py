@@ -1,14 +1,14 @@
 """Looks at every node before training does, so that a bad one is named and not searched for among stack traces.
 
-    srun python -m mf_dist.preflight node --into FOLDER --gpus 8 --ranks 16 CONFIG   # one a node: FOLDER/NODE.json
-    srun torchrun ... -m mf_dist.preflight wires --into FOLDER                       # one a GPU: FOLDER/NODE.wires.json
-    python -m mf_dist.preflight judge --into FOLDER n1 n2         # good | bad NODES WHY | failed - WHY | refused - WHY
+    srun python -m mf_dist.jobs.preflight node --into DIR --gpus 8 --ranks 16 CONFIG     # one a node: DIR/NODE.json
+    srun torchrun ... -m mf_dist.jobs.preflight network --into DIR                # one a GPU: DIR/NODE.network.json
+    python -m mf_dist.jobs.preflight judge --into DIR n1 n2       # good | bad NODES WHY | failed - WHY | refused - WHY
 
-node: versions, GPUs that compute, room for checkpoints and staged shards, shards that can be read. wires: an all-reduce
-within each node, then over all: its sum and its speed. If that fails, the launcher runs wires on pairs of neighbours in
-the ring of nodes, in FOLDER/pairs/A+B: a node is to blame that fails with both. What nodes say goes through files in a
-folder they share, so that one that says nothing is known by its silence; judge compares them. A step that has not run
-is not judged.
+node: versions, GPUs that compute, room for checkpoints and staged shards, shards that can be read. network: an
+all-reduce within each node, then over all nodes: its sum and its speed. If that fails, the launcher runs the network
+step on pairs of neighbours in the ring of nodes, in DIR/pairs/A+B: a node that fails with both neighbours is bad. Nodes
+write their results into a folder that they share, so that a node without a result is known too; judge compares them. A
+step that has not run is not judged.
 """
 
 import argparse
@@ -115,14 +115,14 @@ def _check_disk(config: Config) -> None:
     check_room(run_dir / "checkpoints", checkpoint_bytes(config))
 
 
-def check_wires(into: Path, patience: float) -> None:
+def check_network(into: Path, patience: float) -> None:
     """Run by every rank under torchrun: first the ranks of each node among themselves, then all. `patience`: seconds
     that a rank waits for the others."""
     import torch.distributed as dist
 
     from mf_dist.runtime.distributed import process_group
 
-    path = into / f"{node_name()}.wires.json"
+    path = into / f"{node_name()}.network.json"
     with process_group(patience) as ranks:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         own = None
@@ -168,13 +168,13 @@ def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]
     told = {node: said["same"] for node, said in looked.items() if said}
     for node, lines in _odd_ones(told).items():
         bad[node] += lines
-    wires = {node: said for node in nodes if (said := _read(into / f"{node}.wires.json"))}
-    if wires:  # if no node has a word to say, none is to blame
+    network = {node: said for node in nodes if (said := _read(into / f"{node}.network.json"))}
+    if network:  # if no node has a word to say, none is to blame
         for node in nodes:
-            bad[node] += wires[node]["problems"] if node in wires else ["its ranks did not answer"]
+            bad[node] += network[node]["problems"] if node in network else ["its ranks did not answer"]
     for node in _without_a_partner(into / "pairs", nodes):
         bad[node].append("the all-reduce with either neighbour fails")
-    return {node: problems for node, problems in bad.items() if problems}, _speeds(wires)
+    return {node: problems for node, problems in bad.items() if problems}, _speeds(network)
 
 
 def pairs_that_work(folder: Path, nodes: list[str]) -> dict[tuple[str, str], bool]:
@@ -182,7 +182,7 @@ def pairs_that_work(folder: Path, nodes: list[str]) -> dict[tuple[str, str], boo
     if not folder.is_dir():
         return {}
     ring = zip(nodes, [*nodes[1:], nodes[0]], strict=True)
-    return {(a, b): all(_is_through(folder / f"{a}+{b}/{node}.wires.json") for node in (a, b)) for a, b in ring}
+    return {(a, b): all(_is_through(folder / f"{a}+{b}/{node}.network.json") for node in (a, b)) for a, b in ring}
 
 
 def _is_through(path: Path) -> bool:
@@ -215,10 +215,10 @@ def _odd_ones(told: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def _speeds(wires: dict[str, dict[str, Any]]) -> list[str]:
+def _speeds(network: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for where in (WITHIN, OVER_ALL):
-        speeds = {node: said[where] for node, said in wires.items() if where in said}
+        speeds = {node: said[where] for node, said in network.items() if where in said}
         if speeds:
             slowest = min(speeds, key=lambda node: speeds[node]["gb_per_second"])
             speed, ranks = speeds[slowest]["gb_per_second"], speeds[slowest]["ranks"]
@@ -241,8 +241,8 @@ def _judge(into: Path, nodes: list[str], reason: str) -> None:
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     words = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
     looked = [_read(into / f"{node}.json") for node in nodes]
-    wires = [said for node in nodes if (said := _read(into / f"{node}.wires.json")) and OVER_ALL in said]
-    if not reason and not all(said[OVER_ALL]["is_right"] for said in wires):
+    network = [said for node in nodes if (said := _read(into / f"{node}.network.json")) and OVER_ALL in said]
+    if not reason and not all(said[OVER_ALL]["is_right"] for said in network):
         reason = f"a wrong sum from the all-reduce {OVER_ALL}"
     if len(nodes) > 1 and all(said and not said["has_data"] for said in looked):
         print("refused", "-", f"on all nodes, {'; '.join(bad[nodes[0]])}")
@@ -266,15 +266,17 @@ def _untold(into: Path, nodes: list[str]) -> str:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mf_dist.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mf_dist.jobs.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("step", choices=("node", "wires", "judge"))
+    )
+    parser.add_argument("step", choices=("node", "network", "judge"))
     parser.add_argument("rest", nargs="*", metavar="ARG", help="node: CONFIG [section.key=value ...]; judge: nodes")
     parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
     parser.add_argument("--gpus", type=int, default=0, help="node: GPUs that must be there")
     parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
-    parser.add_argument("--patience", type=float, default=120, help="wires: seconds to wait for others (default 120)")
+    parser.add_argument("--patience", type=float, default=120, help="network: seconds to wait for others (default 120)")
     parser.add_argument("--reason", default="", help="judge: why the step before failed, if it did")
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
     args = parser.parse_intermixed_args()
@@ -282,8 +284,8 @@ def main() -> None:
     if args.step == "node":
         config = load_config(args.rest[0], args.rest[1:])
         write_json(args.into / f"{node_name()}.json", check_node(config, args.gpus, args.ranks))
-    elif args.step == "wires":
-        check_wires(args.into, args.patience)
+    elif args.step == "network":
+        check_network(args.into, args.patience)
     else:
         _judge(args.into, args.rest, args.reason)
 

@@ -1,0 +1,1 @@
+"""What job scripts ask: whether to start, what follows an end, which nodes are fit."""
