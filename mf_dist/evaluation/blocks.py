@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from mf_dist.data.images import Pixels
-from mf_dist.evaluation.features import FeatureNetwork
+from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.sources import Source
 from mf_dist.fault_tolerance.tool_status import made
 from mf_dist.runtime.atomic_files import write_json, write_npz

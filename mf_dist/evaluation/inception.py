@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mf_dist.evaluation.features import FeatureNetwork, fit, load_weights
+from mf_dist.evaluation.feature_network import FeatureNetwork, load_strictly, read_state_dict
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.torchvision_repair import repair_torchvision
@@ -32,7 +32,7 @@ class _Graph(FeatureExtractorInceptionV3):  # type: ignore[misc]
         super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # type: ignore[override]
-        """Weights come afterwards, by `fit`."""
+        """Weights come afterwards, by `load_strictly`."""
 
 
 def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inception":
@@ -58,7 +58,7 @@ def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inc
             f"{weights} is not the published Inception: its sha256 is {sha256}, expected {SHA256}; nothing of it was "
             "loaded. With --features inception-other it is used, and the metric gets another name than FID"
         )
-    fit(graph, load_weights(Path(weights)), weights)
+    load_strictly(graph, read_state_dict(Path(weights)), weights)
     return Inception(graph, "inception" if sha256 == SHA256 else f"inception_{sha256[:8]}", sha256, device)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
-from mf_dist.evaluation.features import FeatureNetwork
+from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import NpzImages, Source, open_source

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
-from mf_dist.evaluation.features import FeatureNetwork, Floats
+from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
 from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together

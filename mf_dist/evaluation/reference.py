@@ -17,7 +17,7 @@ from scipy import linalg
 
 from mf_dist.data.images import Pixels
 from mf_dist.evaluation.blocks import Blocks
-from mf_dist.evaluation.features import FeatureNetwork, Floats
+from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.sources import NpzImages, Source
 from mf_dist.evaluation.statistics import Array, Gaussian, positive
 from mf_dist.runtime.atomic_files import sha256_of, write_npz

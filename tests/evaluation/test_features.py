@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from test_reference import Bomb
 
 from mf_dist.data.images import list_images, load_image
-from mf_dist.evaluation.features import FolderNetwork, load_weights, open_features
+from mf_dist.evaluation.feature_network import read_state_dict
+from mf_dist.evaluation.features import FolderNetwork, open_features
 from mf_dist.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def test_refused_folders(tmp_path):
     with pytest.raises(UserError, match="other than inception"):
         FolderNetwork(copy, CPU)
     config()
-    tensors = load_weights(copy / "model.safetensors")
+    tensors = read_state_dict(copy / "model.safetensors")
     save_file({**tensors, "classify.bias": tensors["classify.bias"] * np.nan}, copy / "model.safetensors")
     with pytest.raises(UserError, match="classify.bias is not finite"):
         FolderNetwork(copy, CPU)
@@ -72,12 +73,12 @@ def test_no_weights_file_runs_code(tmp_path):
     (tmp_path / "empty.pth").touch()
     for name in ("pickle.pth", "object.pth", "script.pt", "list.pth", "short.safetensors", "empty.pth"):
         with pytest.raises(UserError, match=r"no plain state dict|hold list, expected tensors") as caught:
-            load_weights(tmp_path / name)
+            read_state_dict(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot read weights"):
-        load_weights(tmp_path / "nowhere.pth")
+        read_state_dict(tmp_path / "nowhere.pth")
     torch.save({"x": torch.ones(2)}, tmp_path / "good.pth")
-    assert load_weights(tmp_path / "good.pth")["x"].tolist() == [1, 1]
+    assert read_state_dict(tmp_path / "good.pth")["x"].tolist() == [1, 1]
 
 
 def test_the_true_inception_is_known_by_its_hash_before_it_is_read(tmp_path):

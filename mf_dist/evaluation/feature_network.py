@@ -1,0 +1,102 @@
+"""What every feature network is and gives, and how weights from files enter one: the base of features and inception."""
+
+import pickle
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mf_dist.data.images import Pixels
+from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.precision import computing_in
+
+Floats = npt.NDArray[np.float32]
+
+
+class Features(NamedTuple):
+    """What a network says of B images, fp32: pooled (B, D), spatial (B, S) (S = 0 where it has none), logits (B, K)."""
+
+    pooled: Floats
+    spatial: Floats
+    logits: Floats
+
+
+class FeatureNetwork(ABC):
+    name: str
+    """Part of every metric's name."""
+    sha256: str
+    """Of the weights file."""
+    dimension: int
+    """D of the pooled features."""
+    resolution: int | None = None
+    """Side that images must have; None: any, the network resizes them."""
+    resize: str = "none"
+    """How images reach the network's own size, in words."""
+    spatial_dimension = 0
+    """S of the spatial features; 0: it has none."""
+    is_inception = False
+    """Whether its Frechet distance may be called FID."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Pixels) -> Features:
+        """(B, 3, R, R) uint8. UserError where the side is wrong or the features are not finite."""
+        if self.resolution is not None and pixels.shape[2:] != (self.resolution, self.resolution):
+            raise UserError(
+                f"features {self.name!r} take images of side {self.resolution}, got {pixels.shape[2]}x{pixels.shape[3]}"
+            )
+        with computing_in("fp32", self.device):
+            tensors = self.compute(torch.from_numpy(pixels).to(self.device))
+        features = Features(*(tensor.float().cpu().numpy() for tensor in tensors))
+        if not all(np.isfinite(part).all() for part in features):
+            raise UserError(f"features {self.name!r} are not finite")
+        return features
+
+    @abstractmethod
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled, spatial and logits of (B, 3, R, R) uint8 on the network's device."""
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from torch's zip format under weights_only: pickled objects and TorchScript
+    are refused with UserError, and none of their code runs."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say, the error says in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(
+            f"weights {str(path)!r} are no plain state dict ({reason}); pickled objects and TorchScript are refused, "
+            "nothing in the file was run"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {str(path)!r} hold {type(state).__name__}, expected tensors by name")
+    return state
+
+
+def load_strictly(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Loads `tensors`; UserError names the first that is missing, too much, of another shape or not finite."""
+    wanted = network.state_dict()
+    for key in sorted({*wanted, *tensors}):
+        if key not in tensors or key not in wanted:
+            raise UserError(f"weights {source!r}: {key} is {'missing' if key in wanted else 'too much'}")
+        if tensors[key].shape != wanted[key].shape:
+            shapes = tuple(tensors[key].shape), tuple(wanted[key].shape)
+            raise UserError(f"weights {source!r}: {key} has shape {shapes[0]}, this network needs {shapes[1]}")
+        if not tensors[key].isfinite().all():
+            raise UserError(f"weights {source!r}: {key} is not finite")
+    nn.Module.load_state_dict(network, tensors)
