@@ -21,7 +21,7 @@ install: .venv/installed
 	@touch $@
 
 demo: install
-	$(PY) tools/write_digits.py --out data/digits --split data/digits-split
+	$(PY) tools/demo/write_digits.py --out data/digits --split data/digits-split
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
 	$(PY) tools/reference_stats.py --images data/digits-split/a --features $(FEATURES) --out data/digits-split/a.npz
 	$(PY) -m mf_dist.train configs/digits_cpu.yaml train.total_images=$(IMAGES)
@@ -32,7 +32,7 @@ demo: install
 	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
 	$(PY) tools/report.py runs/digits
 	$(PY) tools/report.py runs/digits runs/digits_flow
-	$(PY) tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real --min-svc $(MIN_SVC)
+	$(PY) tools/demo/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real --min-svc $(MIN_SVC)
 
 test: install
 	$(TEST)

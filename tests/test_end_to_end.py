@@ -183,7 +183,7 @@ def test_sampling_one_class(runs, tmp_path):
         (["tools/fid_eval.py", "--nfe", "1,x"], "error: --nfe must be from 1 to 10000, got x"),
         (["tools/reference_stats.py", "--images", "x", "--out", "x.npy"], "error: --out 'x.npy' must be"),
         (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),
-        (["tools/write_digits.py", "--out", "README.md/x"], "error:"),
+        (["tools/demo/write_digits.py", "--out", "README.md/x"], "error:"),
         (
             ["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"],
             "error: --resolution",

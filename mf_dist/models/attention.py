@@ -13,7 +13,7 @@ if torch.cuda.is_available():  # elsewhere triton may be missing
     from mf_dist.models.fused_attention import fused_attention_with_tangent
 
 FUSED_FROM_TOKENS = 1024
-"""From here on a GPU in bf16 runs the fused kernel. An assumption: tools/bench_attention.py measures where it wins."""
+"""A GPU in bf16 runs the fused kernel from this count on: an assumption, tools/bench/bench_attention.py measures it."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Trains as `python -m mf_dist.train` does, but with du/dt along the wrong direction (v, 0, 0) in place of (v, 0, 1).
 
-python tests/wrong_tangent.py configs/fashion_cpu.yaml run_dir=runs/fashion/wrong-tangent-0
+python tools/study/wrong_tangent.py configs/fashion_cpu.yaml run_dir=runs/fashion/wrong-tangent-0
 
-The paper's Table 1b trains so to show that the direction matters; tools/ablation.py does the same.
+The paper's Table 1b trains so to show that the direction matters; tools/study/ablation.py does the same.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The paper's ablation in small: trains six configurations with several seeds, measures each, compares.
 
-    python tools/ablation.py                            # configs/fashion_cpu.yaml into runs/fashion, two at a time
-    python tools/ablation.py --seeds 1 --jobs 1 train.total_images=6400 --out runs/fashion-try
+    python tools/study/ablation.py                       # configs/fashion_cpu.yaml into runs/fashion, two at a time
+    python tools/study/ablation.py --seeds 1 --jobs 1 train.total_images=6400 --out runs/fashion-try
 
 Each run trains and is measured in a folder of its own, with its output in log.txt there. The same command goes on where
 it stopped. Writes OUT/ablation.md (mean and standard deviation over the seeds) and OUT/ablation.png (samples of the
@@ -19,10 +19,10 @@ from statistics import mean, stdev
 
 from mf_dist.runtime.errors import UserError, command_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["-m", "mf_dist.train"]
 EVALUATE = [str(ROOT / "tools" / "fid_eval.py"), "--metrics", "fid", "--num-samples", "5000"]
-WRONG_TANGENT = [str(ROOT / "tests" / "wrong_tangent.py")]
+WRONG_TANGENT = [str(ROOT / "tools/study/wrong_tangent.py")]
 FLOW = "meanflow.share_r_equals_t=1"
 NO_GUIDANCE = ["meanflow.omega=1", "meanflow.kappa=0"]
 CONFIGURATIONS = {

@@ -1,8 +1,8 @@
 """Times the data path: decoding images, and reading latents beside WebDataset's own reader.
 
-    python tools/bench_data.py --images data/digits          # decode and crop, images/s and core
-    python tools/bench_data.py --samples 20000               # reading, on synthetic latents, warm cache
-    python tools/bench_data.py --index 1281167               # opening, shuffling, seeking at ImageNet's size
+    python tools/bench/bench_data.py --images data/digits          # decode and crop, images/s and core
+    python tools/bench/bench_data.py --samples 20000               # reading, on synthetic latents, warm cache
+    python tools/bench/bench_data.py --index 1281167               # opening, shuffling, seeking at ImageNet's size
 
 Each part in one process on one thread; rates are medians over --rounds, ratios are taken within a round. "read" makes
 ready batches of moments and labels in random order; "whole" adds everything random of a training step.

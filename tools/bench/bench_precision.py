@@ -1,6 +1,6 @@
 """How far bf16 moves the training target of a trained model, and what fp32 tangents would cost.
 
-    python tools/bench_precision.py --checkpoint runs/digits
+    python tools/bench/bench_precision.py --checkpoint runs/digits
 
 Draws real batches from the run's dataset. Reference: the same weights, rounded to bf16 once, computed in float64.
 Errors are relative norms over the r < t rows: of du/dt, and of u_tgt = v_g - (t - r) du/dt.

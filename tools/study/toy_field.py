@@ -1,4 +1,4 @@
-"""A mixture of Gaussians in the plane, whose flow is known in closed form: what tools/toy_flow.py compares with.
+"""A mixture of Gaussians in the plane, whose flow is known in closed form: what tools/study/toy_flow.py compares with.
 
 x ~ sum_k N(m_k, s^2 I) / K, e ~ N(0, I), z_t = (1 - t) x + t e. Given component k, z_t ~ N((1 - t) m_k, q I) with
 q = (1 - t)^2 s^2 + t^2, and x and e are Gaussian with the means below; weighted by the components' posteriors they give

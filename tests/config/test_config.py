@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.schema import Config, MeanFlowConfig, load_config, resolve
@@ -16,7 +16,6 @@ from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.launch import launched_place
 
-ROOT = Path(__file__).resolve().parent.parent
 DIGITS = str(ROOT / "configs/digits_cpu.yaml")
 LATENT = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10", "data.path=none"]
 

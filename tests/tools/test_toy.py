@@ -1,19 +1,9 @@
 """The toy's closed forms against other ways to the same numbers, and its network's tangent."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, run_python
-
-
-@pytest.fixture(scope="module")
-def field():
-    sys.path.insert(0, str(ROOT / "tools"))
-    import toy_field
-
-    yield toy_field
-    sys.path.remove(str(ROOT / "tools"))
+import toy_field as field
+from conftest import run_python
 
 
 def points(count=50):
@@ -22,7 +12,7 @@ def points(count=50):
     return z, times.amin(0), times.amax(0)
 
 
-def test_velocity_is_that_of_the_score(field):
+def test_velocity_is_that_of_the_score():
     """v = -t s - (z + t^2 s) / (1 - t) with the score s = grad log p_t, here by autograd of the mixture's density."""
     z, _, t = points()
     z.requires_grad_()
@@ -39,7 +29,7 @@ def test_velocity_is_that_of_the_score(field):
     )
 
 
-def test_average_velocity_satisfies_the_meanflow_identity(field):
+def test_average_velocity_satisfies_the_meanflow_identity():
     """u = v - (t - r) du/dt, with du/dt along the trajectory by a central difference."""
     z, r, t = points(20)
     keep = (t - r > 0.1) & (t < 0.95)
@@ -50,7 +40,7 @@ def test_average_velocity_satisfies_the_meanflow_identity(field):
     torch.testing.assert_close(u, v - (t - r)[:, None] * du_dt, rtol=1e-4, atol=1e-4)
 
 
-def test_the_flow_carries_noise_into_data(field):
+def test_the_flow_carries_noise_into_data():
     g, n = torch.Generator().manual_seed(1), 4000
     noise = torch.randn(n, 2, dtype=torch.float64, generator=g)
     ends = field.trajectory(noise, torch.ones(n).double(), torch.zeros(n).double())[-1]
@@ -59,7 +49,7 @@ def test_the_flow_carries_noise_into_data(field):
     assert torch.bincount(mode, minlength=5).div(n).sub(0.2).abs().max() < 0.03
 
 
-def test_tangent_of_the_network(field):
+def test_tangent_of_the_network():
     from toy_flow import PlaneNet
 
     net = PlaneNet(torch.Generator().manual_seed(0)).double()
@@ -74,7 +64,7 @@ def test_tangent_of_the_network(field):
     torch.testing.assert_close((u, du), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_distance_and_share_off_the_modes(field):
+def test_distance_and_share_off_the_modes():
     """A shifted set is as far as the shift; sorted is the best coupling on a line."""
     from toy_flow import off_modes, wasserstein
 
@@ -87,7 +77,7 @@ def test_distance_and_share_off_the_modes(field):
     assert off_modes(at) == 0.5
 
 
-def test_the_rules_differ_in_the_target_alone(field):
+def test_the_rules_differ_in_the_target_alone():
     """Direct regression by hand; at (r = t) all three have the same target e - x."""
     from toy_flow import RECIPE, PlaneNet, loss_of, sample_times
 
@@ -105,7 +95,7 @@ def test_the_rules_differ_in_the_target_alone(field):
 
 @pytest.mark.dist
 def test_the_tool_draws_and_tells(tmp_path):
-    command = ["tools/toy_flow.py", "--steps", 400, "--seeds", 1, "--points", 400, "--out", tmp_path]
+    command = ["tools/study/toy_flow.py", "--steps", 400, "--seeds", 1, "--points", 400, "--out", tmp_path]
     cells = [line.split(" | ") for line in run_python(*command).stdout.splitlines() if line.startswith("| ")]
     distance = {name.strip("| "): float(told.split()[0]) for name, told, *_ in cells[1:]}
     assert distance["MeanFlow"] < 0.6 * min(distance["flow matching"], distance["direct regression"])

@@ -1,7 +1,7 @@
 """Shows what a feature network's distance makes of spoilt photographs: it should grow with every kind of damage.
 
-    python tools/bench_degradations.py --images photos.tar --resolution 256 --other fashion.npz
-    python tools/bench_degradations.py --images DIR --resolution 256 --features inception --inception-weights FILE
+    python tools/bench/bench_degradations.py --images photos.tar --resolution 256 --other fashion.npz
+    python tools/bench/bench_degradations.py --images DIR --resolution 256 --features inception --inception-weights FILE
 
 Every second image is the reference; the others are measured as they are, then as JPEG, blurred, with noise, and with
 other images in their place, as many of them. Small sets are biased upwards, all rows alike: the first row says by how

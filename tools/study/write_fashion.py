@@ -1,6 +1,6 @@
 """Writes Fashion-MNIST as image folders, from the four files of https://github.com/zalandoresearch/fashion-mnist.
 
-    python tools/write_fashion.py --idx fashion-mnist --out data/fashion
+    python tools/study/write_fashion.py --idx fashion-mnist --out data/fashion
 
 gives OUT/train/<class>/<number>.png (60,000) and OUT/test/... (10,000): 28x28 with two black pixels around, so
 32x32, RGB.

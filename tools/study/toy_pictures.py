@@ -1,4 +1,4 @@
-"""The pictures of tools/toy_flow.py."""
+"""The pictures of tools/study/toy_flow.py."""
 
 from pathlib import Path
 

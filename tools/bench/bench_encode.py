@@ -1,7 +1,7 @@
 """Times the VAE's encoder: images/s in each precision, against its FLOPs and the machine's measured peak.
 
-    python tools/bench_encode.py --vae stabilityai/sd-vae-ft-mse
-    python tools/bench_encode.py --vae mf_dist/assets/digits-vae --resolution 32 --precisions fp32 --forms eager
+    python tools/bench/bench_encode.py --vae stabilityai/sd-vae-ft-mse
+    python tools/bench/bench_encode.py --vae mf_dist/assets/digits-vae --resolution 32 --precisions fp32 --forms eager
 
 Every form encodes the same random images, from uint8 on the CPU to moments back there; forms take turns, medians over
 --rounds. The peak is that of a square matrix product in the same precision. On a GPU the five costliest kernels of the

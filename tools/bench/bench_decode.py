@@ -1,7 +1,7 @@
 """Times the VAE's decoder, most of the work of an image made in one step, in the forms that it can run in.
 
-    python tools/bench_decode.py                                      # the shape of Stable Diffusion's, random weights
-    python tools/bench_decode.py --vae stabilityai/sd-vae-ft-mse --batch 50 --rounds 10
+    python tools/bench/bench_decode.py                              # the shape of Stable Diffusion's, random weights
+    python tools/bench/bench_decode.py --vae stabilityai/sd-vae-ft-mse --batch 50 --rounds 10
 
 Every form decodes the same latents, interleaved, `--rounds` times after a first call that compiles. The best round
 counts, since another job may share the machine; pixels that differ from those of the plain fp32 form are counted. On a

@@ -1,6 +1,6 @@
 """Writes scikit-learn's 1797 real handwritten digits as an image folder.
 
-    python tools/write_digits.py --out data/digits --split data/digits-split
+    python tools/demo/write_digits.py --out data/digits --split data/digits-split
 
 gives OUT/<class>/<number>.png, 32x32 RGB, upsampled from 8x8 by bicubic interpolation. --split also writes the
 same images in two parts, SPLIT/b of 1000 images and SPLIT/a of the other 797: how far apart two sets of real

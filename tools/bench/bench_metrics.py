@@ -1,7 +1,7 @@
 """Times what follows the networks: statistics of features and the Frechet distance, beside scipy's matrix root.
 
-    python tools/bench_metrics.py                       # 50,000 features of 2048, the sizes of an FID
-    python tools/bench_metrics.py --count 5000 --dimension 512 --rounds 1
+    python tools/bench/bench_metrics.py                       # 50,000 features of 2048, the sizes of an FID
+    python tools/bench/bench_metrics.py --count 5000 --dimension 512 --rounds 1
 
 Features are normal with a spectrum that falls by some powers of ten, as real ones do. Three cases, since each takes
 another way to the distance: 4 decades; 8, where plain formulas lose digits; and fewer samples than features. All take

@@ -1,4 +1,4 @@
-"""What tools/bench_step.py measures against: a DiT without tangent code, and the loss as others compute it.
+"""What tools/bench/bench_step.py measures against: a DiT without tangent code, and the loss as others compute it.
 
 All forms compute the same loss from the same draws (tim's to its truncation error), which the bench checks before
 it measures. Shapes as in mf_dist/models/dit.py.

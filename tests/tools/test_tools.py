@@ -12,7 +12,7 @@ from mf_dist.models.sizes import SHAPES, named_model
 
 
 def test_digits_are_written_whole_and_in_two_parts(tmp_path):
-    run_python("tools/write_digits.py", "--out", tmp_path / "digits", "--split", tmp_path / "split")
+    run_python("tools/demo/write_digits.py", "--out", tmp_path / "digits", "--split", tmp_path / "split")
     whole, a, b = (list_images(tmp_path / name) for name in ("digits", "split/a", "split/b"))
     assert (len(whole.paths), len(a.paths), len(b.paths)) == (1797, 797, 1000)
     assert set(a.paths) | set(b.paths) == set(whole.paths) and not set(a.paths) & set(b.paths)
@@ -53,7 +53,7 @@ def test_demo_table_and_its_verdict(tmp_path):
         ]
         (out / "metrics.json").write_text(json.dumps(entries))
     folders = [("--" + name, tmp_path / name) for name in ("run", "flow", "real")]
-    command = ["tools/demo_table.py", *(part for pair in folders for part in pair), "--min-svc", 0.95]
+    command = ["tools/demo/demo_table.py", *(part for pair in folders for part in pair), "--min-svc", 0.95]
     np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, digits.target[:100])
     good = run_python(*command)
     assert "MeanFlow            1" in good.stdout and "160" in good.stdout  # 80 images in 5 steps of 0.1 s
@@ -79,7 +79,7 @@ def run(tmp_path_factory, latents, images):
 
 @pytest.mark.dist
 def test_precision_bench(run):
-    lines = run_python("tools/bench_precision.py", "--checkpoint", run, "--batches", 2).stdout.splitlines()
+    lines = run_python("tools/bench/bench_precision.py", "--checkpoint", run, "--batches", 2).stdout.splitlines()
     table = {line[:34].strip(): [float(text) for text in line[34:].split()] for line in lines[2:]}
     assert table["float64"][:2] == [0, 0]
     assert 0 < table["explicit tangents, fp32 JVP"][0] < table["explicit tangents, bf16"][0] < 0.1
@@ -89,7 +89,7 @@ def test_precision_bench(run):
 @pytest.mark.dist
 def test_step_bench_measures_equal_losses(tmp_path):
     """It refuses to time variants that compute another loss, so ending well is the test of the peers."""
-    run_python("tools/bench_step.py", "--depth", 1, "--rounds", 1, "--guidance", "guided", "--variants", "all",
+    run_python("tools/bench/bench_step.py", "--depth", 1, "--rounds", 1, "--guidance", "guided", "--variants", "all",
                "--json", tmp_path / "bench.json")  # fmt: skip
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["variant"]: row for row in result["results"]}
@@ -108,7 +108,19 @@ def test_encode_bench_counts_the_convolutions(tmp_path):
 
     from mf_dist.vae import Vae
 
-    tool = ["tools/bench_encode.py", "--vae", VAE, "--resolution", 32, "--batch", 2, "--rounds", 1, "--forms", "eager"]
+    tool = [
+        "tools/bench/bench_encode.py",
+        "--vae",
+        VAE,
+        "--resolution",
+        32,
+        "--batch",
+        2,
+        "--rounds",
+        1,
+        "--forms",
+        "eager",
+    ]
     first, fp32, bf16 = run_python(*tool).stdout.splitlines()
     vae, counted = Vae(str(VAE), torch.device("cpu")), []
     for module in vae.model.encoder.modules():
@@ -130,7 +142,7 @@ def test_damage_makes_photographs_farther(tmp_path):
             piece = image[y * 140 : y * 140 + 140, x * 160 : x * 160 + 140]
             Image.fromarray(piece).save(tmp_path / f"{name}{i:02d}.png")
     digits = write_digits(tmp_path.with_name("digits"), 12)
-    done = run_python("tools/bench_degradations.py", "--images", tmp_path, "--other", digits, "--resolution", 140,
+    done = run_python("tools/bench/bench_degradations.py", "--images", tmp_path, "--other", digits, "--resolution", 140,
                       "--strengths", 1)  # fmt: skip
     rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
     assert done.stdout.count("every step is farther") == 3 and "NOT" not in done.stdout
@@ -138,7 +150,7 @@ def test_damage_makes_photographs_farther(tmp_path):
 
 
 def test_metrics_bench_agrees_with_its_peers():
-    done = run_python("tools/bench_metrics.py", "--count", 600, "--dimension", 64, "--rounds", 1)
+    done = run_python("tools/bench/bench_metrics.py", "--count", 600, "--dimension", 64, "--rounds", 1)
     rows = [line for line in done.stdout.splitlines() if line.startswith(("ours ", "scipy ", "torch-fidelity "))]
     differences = [abs(float(line.split()[-1])) for line in rows]
     assert len(rows) == 9 and differences[::3] == [0, 0, 0] and "peak memory" in done.stdout
@@ -147,6 +159,6 @@ def test_metrics_bench_agrees_with_its_peers():
 
 @pytest.mark.dist
 def test_decode_bench_sees_rounding_alone():
-    done = run_python("tools/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
+    done = run_python("tools/bench/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
     plain, last, bf16 = (line.split()[-2:] for line in done.stdout.splitlines()[1:4])
     assert plain == ["0.00%", "0"] and int(last[1]) <= 1 and float(last[0][:-1]) < 1 < float(bf16[0][:-1])

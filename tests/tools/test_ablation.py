@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import sys
 from argparse import Namespace
 
+import ablation
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import run_python
 from oracles import func_jvp, small_dit
 from PIL import Image
 from wrong_tangent import without_time
@@ -28,16 +28,7 @@ def test_the_wrong_tangent_leaves_out_time():
     torch.testing.assert_close(without_time(net, z, r, t, y), value)
 
 
-@pytest.fixture
-def ablation():
-    sys.path.insert(0, str(ROOT / "tools"))
-    import ablation
-
-    yield ablation
-    sys.path.remove(str(ROOT / "tools"))
-
-
-def test_a_row_is_mean_and_deviation_over_the_seeds(ablation, tmp_path):
+def test_a_row_is_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, values in enumerate(((9.0, 4.0), (11.0, 5.0), (13.0, 6.0))):
         run = tmp_path / f"recipe-{seed}"
         (run / "eval").mkdir(parents=True)
@@ -58,7 +49,7 @@ def write_idx(folder, count):
 
 def test_fashion_mnist_becomes_folders(tmp_path):
     write_idx(tmp_path, 10)
-    run_python("tools/write_fashion.py", "--idx", tmp_path, "--out", tmp_path / "out")
+    run_python("tools/study/write_fashion.py", "--idx", tmp_path, "--out", tmp_path / "out")
     image = np.asarray(Image.open(tmp_path / "out/test/7-sneaker/00007.png"))
     assert image.shape == (32, 32, 3) and image.sum() == 3 * 207 and image[5, 7, 0] == 207
     assert len(list((tmp_path / "out/train").glob("*/*.png"))) == 10
@@ -72,5 +63,5 @@ def test_what_is_not_fashion_mnist_is_a_line(tmp_path, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:20] if damage == "cut" else gzip.compress(b"no such thing, surely"))
-    failed = run_python("tools/write_fashion.py", "--idx", tmp_path, "--out", tmp_path / "out", expect=2)
+    failed = run_python("tools/study/write_fashion.py", "--idx", tmp_path, "--out", tmp_path / "out", expect=2)
     assert str(path) in failed.stderr and "Traceback" not in failed.stderr

@@ -1,4 +1,4 @@
-"""What tools/bench_step.py measures of a case (a loss to call, and its network) besides its time."""
+"""What tools/bench/bench_step.py measures of a case (a loss to call, and its network) besides its time."""
 
 import os
 import statistics

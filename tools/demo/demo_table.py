@@ -1,6 +1,6 @@
 """Prints the demo's results side by side: two trained runs and real images.
 
-    python tools/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real
+    python tools/demo/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real
 
 Reads each folder's metrics. "SVC" is scikit-learn's classifier trained on the real 8x8 digits: the share of
 one-step samples that it takes for the digit they were asked to be.

@@ -1,8 +1,8 @@
 """Times a training step's forward and backward beside what others do, in one run, interleaved.
 
-    python tools/bench_step.py                                   # DiT-B/4, batch 4: plain, ours, authors; compiled
-    python tools/bench_step.py --variants all --eager --json bench.json
-    python tools/bench_step.py --model XL/2 --batch 32 --dtype bf16          # on a GPU
+    python tools/bench/bench_step.py                             # DiT-B/4, batch 4: plain, ours, authors; compiled
+    python tools/bench/bench_step.py --variants all --eager --json bench.json
+    python tools/bench/bench_step.py --model XL/2 --batch 32 --dtype bf16          # on a GPU
 
 `ours` is compiled as one graph, `blocks` is the same step compiled block by block. Ratios are to `plain`: flow
 matching (forward and backward, 3 F) by a DiT without tangent code, fused attention, same batch and threads. Each round

@@ -1,7 +1,7 @@
 """Times the attention of the target pass, value and tangent: the fused kernel beside the plain compiled form.
 
-    python tools/bench_attention.py                              # XL's heads at 256 to 4096 tokens
-    python tools/bench_attention.py --heads 12 --size 64 --rows 32
+    python tools/bench/bench_attention.py                              # XL's heads at 256 to 4096 tokens
+    python tools/bench/bench_attention.py --heads 12 --size 64 --rows 32
 
 Needs a CUDA GPU. bf16, interleaved, medians over the rounds; memory is what the call allocates beyond its inputs.
 From the token count where the ratio of times falls below 1 the fused kernel pays: FUSED_FROM_TOKENS in

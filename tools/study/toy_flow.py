@@ -1,8 +1,8 @@
 """Why average velocity: three small networks on a mixture in the plane whose flow is known in closed form.
 
-    python tools/toy_flow.py                                      # some minutes; pictures into docs/
-    python tools/toy_flow.py --steps 300 --seeds 1 --out /tmp/toy
-    python tools/toy_flow.py --adaptive-p 1 --out /tmp/weighted   # the recipe's weight, which a plane cannot bear
+    python tools/study/toy_flow.py                                      # some minutes; pictures into docs/
+    python tools/study/toy_flow.py --steps 300 --seeds 1 --out /tmp/toy
+    python tools/study/toy_flow.py --adaptive-p 1 --out /tmp/weighted   # the recipe's weight, which a plane cannot bear
 
 The same network, data, noise and times (r, t) train by three rules: flow matching (r = t, target e - x), direct
 regression (target e - x for every r), and MeanFlow (mf_dist's own loss). Each then makes samples in one step, and its
