@@ -15,7 +15,7 @@ from mf_dist.config.schema import Config, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError, command_line
-from mf_dist.runtime.launch import hear_signals, launched_place, leave
+from mf_dist.runtime.launch import exit_without_finalization, rank_from_environment, record_signals
 
 
 def check(config: Config, world_size: int, needs_data: bool) -> Config:
@@ -30,9 +30,11 @@ def check(config: Config, world_size: int, needs_data: bool) -> Config:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mf_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mf_dist.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("config", help="YAML file, such as configs/digits_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as optim.lr=2e-4")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, and stop")
@@ -41,7 +43,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    place = launched_place()
+    place = rank_from_environment()
     try:
         config = check(config, place.world_size, needs_data=not args.dry_run)
     except UserError as error:
@@ -51,16 +53,16 @@ def main() -> None:
     if args.dry_run:
         print(describe(config, place.world_size))
         return
-    hear_signals()
-    from mf_dist.fault_tolerance.watchdog import longest_wait
+    record_signals()
+    from mf_dist.fault_tolerance.watchdog import process_group_timeout
     from mf_dist.runtime.distributed import (
         process_group,  # torch and deepspeed only now that the config is known to be good
     )
     from mf_dist.training.trainer import Trainer
 
-    with process_group(longest_wait(config.train.hang_seconds)) as ranks:
+    with process_group(process_group_timeout(config.train.hang_seconds)) as ranks:
         Trainer(config, ranks, args.allow_config_change).run()
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_without_finalization(main())

@@ -121,8 +121,22 @@ def test_any_count_has_the_same_images(runs, evaluated, tmp_path):
         pixels, labels = file["arr_0"], file["arr_1"]
     assert pixels.shape == (60, 32, 32, 3) and pixels.dtype == np.uint8
     assert np.array_equal(labels, np.arange(60) % 10)
-    run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--times", "1,0", "--num-samples", 23, "--save-npz",
-               "--save-images", 3, "--metrics", "fid", "--out", tmp_path)  # fmt: skip
+    run_python(
+        "tools/fid_eval.py",
+        "--checkpoint",
+        root / "whole",
+        "--times",
+        "1,0",
+        "--num-samples",
+        23,
+        "--save-npz",
+        "--save-images",
+        3,
+        "--metrics",
+        "fid",
+        "--out",
+        tmp_path,
+    )
     with np.load(tmp_path / "samples_nfe1_times.npz") as file:
         assert np.array_equal(file["arr_0"], pixels[:23])
     (entry,) = json.loads((tmp_path / "metrics.json").read_text())
@@ -137,8 +151,7 @@ def test_statistics_of_real_images_by_the_same_code(images, runs, evaluated, tmp
     done = run_python("tools/reference_stats.py", "--images", images, "--features", FEATURES, "--out", stats)
     assert "150 images of side 32, features digits" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
-    run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--nfe", 1, "--reference", stats,
-               "--out", tmp_path)  # fmt: skip
+    run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--nfe", 1, "--reference", stats, "--out", tmp_path)
     (one,), two = json.loads((tmp_path / "metrics.json").read_text()), evaluated[1][0]
     assert one["metrics"] == two["metrics"] and one["pixels_sha256"] == two["pixels_sha256"]
     assert one["reference_made"]["images_sha256"] == two["reference_sha256"]
@@ -241,8 +254,9 @@ def test_compiling_without_a_compiler_is_refused_and_training_without_works(tiny
 def test_other_latents_are_refused(runs, tmp_path):
     root, _ = runs
     images = write_digits(tmp_path / "other", 40)
-    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "latents", "--vae", VAE,
-               "--resolution", 32)  # fmt: skip
+    run_python(
+        "tools/encode_latents.py", "--images", images, "--out", tmp_path / "latents", "--vae", VAE, "--resolution", 32
+    )
     done = run_python("-m", "mf_dist.train", root / "whole.yaml", f"data.path={tmp_path / 'latents'}", expect=2)
     assert "was trained with dataset.sha256" in done.stderr
 
@@ -283,8 +297,15 @@ def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
 )
 def test_wandb_goes_offline_and_never_ends_a_run(tiny_config, tmp_path, variables):
     env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
-    done = run_python("-m", "mf_dist.train", tiny_config, "log.wandb=online", "train.total_images=32",
-                      "log.sample_every_images=0", env={**env, "HOME": str(tmp_path), **variables})  # fmt: skip
+    done = run_python(
+        "-m",
+        "mf_dist.train",
+        tiny_config,
+        "log.wandb=online",
+        "train.total_images=32",
+        "log.sample_every_images=0",
+        env={**env, "HOME": str(tmp_path), **variables},
+    )
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "logging W&B offline" in warnings[0] and "finished at step 2" in done.stdout
     assert len(metrics(tmp_path / "run")) == 1

@@ -118,7 +118,7 @@ def prune(args):
     from mf_dist.checkpoint.writer import Retention, remove
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
-    from mf_dist.training.resume import measured_decays
+    from mf_dist.training.resume import measured_ema_decays
 
     if args.keep < 1:
         raise UserError(f"--keep must be at least 1, got {args.keep}: one valid checkpoint always stays")
@@ -131,11 +131,11 @@ def prune(args):
     if not valid:
         raise UserError(f"{args.run} has no valid checkpoint: nothing is deleted")
     config = from_tree(Config, valid[-1].state["config"], f"{valid[-1].folder}/state.json")
-    ema = str(measured_decays(config)[0])
+    ema = str(measured_ema_decays(config)[0])
     rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json", ema)
     if args.keep_best and not rules.scores():
         raise UserError(f"--keep-best {args.keep_best}: {rules.metrics} has no value of that metric for EMA {ema}")
-    for folder in rules.superfluous([checkpoint.folder for checkpoint in valid]):
+    for folder in rules.removable([checkpoint.folder for checkpoint in valid]):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
             remove(folder)
@@ -145,14 +145,14 @@ def prune(args):
 def export(args):
     from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.checkpoint.writer import write_tensors
-    from mf_dist.training.resume import first_decay
+    from mf_dist.training.resume import first_ema_decay
 
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .safetensors")
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it, or choose another name")
     checkpoint = find_checkpoint(args.path)
-    decay = args.ema or first_decay(checkpoint)
+    decay = args.ema or first_ema_decay(checkpoint)
     if decay not in checkpoint.ema_decays():
         raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")
     partial = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")

@@ -20,9 +20,9 @@ import os
 import sys
 from pathlib import Path
 
-from mf_dist.fault_tolerance.tool_status import errand
+from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
-from mf_dist.runtime.launch import launched_place
+from mf_dist.runtime.launch import rank_from_environment
 
 
 def parse():
@@ -63,7 +63,7 @@ def task_of(args):
         if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
             raise UserError(f"--task {args.task!r}: expected I/N with 0 <= I < N")
         return int(number), int(count)
-    place = launched_place()
+    place = rank_from_environment()
     number, count = array_task() if "SLURM_ARRAY_TASK_ID" in os.environ else (0, 1)
     return number * place.world_size + place.rank, count * place.world_size
 
@@ -81,7 +81,7 @@ def array_task():
 
 
 @command_line
-@errand
+@reports_status
 def main() -> None:
     args = parse()
     number, count = task_of(args)
@@ -91,7 +91,7 @@ def main() -> None:
     from mf_dist.vae import Vae
 
     if torch.cuda.is_available():
-        device = torch.device("cuda", launched_place().local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", rank_from_environment().local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

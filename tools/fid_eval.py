@@ -20,11 +20,23 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from mf_dist.fault_tolerance.tool_status import errand
+from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
 
-MODEL_ONLY = ("checkpoint", "nfe", "times", "num_samples", "labels", "seed", "ema", "vae", "precision", "compile",
-              "save_npz", "save_images")  # fmt: skip
+MODEL_ONLY = (
+    "checkpoint",
+    "nfe",
+    "times",
+    "num_samples",
+    "labels",
+    "seed",
+    "ema",
+    "vae",
+    "precision",
+    "compile",
+    "save_npz",
+    "save_images",
+)
 GRID_STEPS = [1, 2, 4]
 KINDS = ("fid", "sfid", "is", "pr", "kid")
 
@@ -46,8 +58,13 @@ def parse():
     add("--inception-weights", help="file of the Inception weights")
     add("--reference", help=".npz of statistics, or real images: folder, .tar, .npz")
     add("--metrics", help="some of fid,sfid,is,pr,kid (default: all that features and reference allow)")
-    add("--statistics", choices=("exact", "streaming"), default="exact", help="exact: the same bits for any number of"
-        " processes; streaming: each sums up its share, the same to 1e-9 (default exact)")  # fmt: skip
+    add(
+        "--statistics",
+        choices=("exact", "streaming"),
+        default="exact",
+        help="exact: the same bits for any number of"
+        " processes; streaming: each sums up its share, the same to 1e-9 (default exact)",
+    )
     add("--resolution", type=int, help="centre crop of --images and of real images (default: as they are)")
     add("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="of sampling and decoding (default: tf32 on a GPU)")
@@ -56,8 +73,12 @@ def parse():
     add("--out", type=Path, help="default: eval/ in the run folder")
     add("--save-images", type=int, metavar="N", help="also write the first N samples as PNG")
     add("--save-npz", action="store_true", help="also write all samples as .npz for ADM's evaluator")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="go on with the blocks of an earlier try at the very same (default), or compute all again")  # fmt: skip
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with the blocks of an earlier try at the very same (default), or compute all again",
+    )
     args = parser.parse_args()
     check(args)
     return args
@@ -111,17 +132,17 @@ def settings_of(args):
 def measure_images(args, ranks):
     from mf_dist.evaluation.features import open_features
     from mf_dist.evaluation.measure import images_for, measure, open_reference
-    from mf_dist.runtime.distributed import together
+    from mf_dist.runtime.distributed import raise_on_all_ranks
 
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         network = open_features(args.features, args.inception_weights, ranks.device)
         images = images_for(network, args.images, args.resolution, ranks)
     settings, work = settings_of(args), args.out / "work"
     reference = open_reference(args.reference, network, args.resolution, settings, ranks, work)
     protocol = {"images": args.images}
     measured = measure(images, "images", network, reference, settings, protocol, ranks, work)
-    with together(ranks):
-        if ranks.is_first:
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
             finish(args, measured.entry, args.out)
             show_neighbours(images, measured.blocks, reference, args.out / "neighbours.png")
             clear(args.out, measured.blocks, reference.blocks)
@@ -130,17 +151,17 @@ def measure_images(args, ranks):
 def measure_model(args, ranks):
     from mf_dist.evaluation.measure import open_reference
     from mf_dist.objectives.sampler import uniform_grid
-    from mf_dist.runtime.distributed import together
+    from mf_dist.runtime.distributed import raise_on_all_ranks
 
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         trained, network = load(args, ranks)
     out = args.out or trained.checkpoint.folder.parent.parent / "eval"
     side = args.resolution or trained.generator.resolution
     reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
     grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
     blocks = [measure_times(args, trained, times, network, reference, ranks, out) for times in grids]
-    with together(ranks):
-        if ranks.is_first:
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
             steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
             trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
             clear(out, *blocks, reference.blocks)  # not before: a job that is requeued at the last grid has the others
@@ -150,13 +171,13 @@ def load(args, ranks):
     """The trained model and the feature network; what was not given comes from the run's config."""
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
     from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
-    from mf_dist.sampling.generator import load_trained
+    from mf_dist.sampling.generator import load_trained_model
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         print(f"evaluating {checkpoint.folder}")
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
-    trained = load_trained(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
+    trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
     defaults = ["features", "reference", "num_samples", "labels", "seed"]
     if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # others would refuse them
         defaults.append("inception_weights")
@@ -171,21 +192,29 @@ def load(args, ranks):
 def measure_times(args, trained, times, network, reference, ranks, out):
     """One time grid; its blocks."""
     from mf_dist.evaluation.measure import measure
-    from mf_dist.runtime.distributed import together
+    from mf_dist.runtime.distributed import raise_on_all_ranks
     from mf_dist.sampling.generator import Samples
 
     nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
     made_by = {"checkpoint_sha256": checkpoint.sha256, "ema": trained.ema_decay, "compiled": args.compile}
     samples = Samples(generator, args.num_samples, times, args.labels, args.seed, made_by)
     protocol = {
-        "nfe": nfe, "times": times, "sampler": "euler" if generator.is_flow else "meanflow", "labels": args.labels,
-        "seed": args.seed, **made_by, "checkpoint": str(checkpoint.folder), "step": checkpoint.step,
-        "precision": generator.precision, "vae": generator.vae.source, "vae_sha256": generator.vae.sha256,
-    }  # fmt: skip
+        "nfe": nfe,
+        "times": times,
+        "sampler": "euler" if generator.is_flow else "meanflow",
+        "labels": args.labels,
+        "seed": args.seed,
+        **made_by,
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "precision": generator.precision,
+        "vae": generator.vae.source,
+        "vae_sha256": generator.vae.sha256,
+    }
     keep, work, settings = args.save_npz or bool(args.save_images), out / "work", settings_of(args)
     measured = measure(samples, f"nfe{nfe}", network, reference, settings, protocol, ranks, work, keep)
-    with together(ranks):
-        if ranks.is_first:
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
             finish(args, measured.entry, out)
             save_all(args, trained, samples, measured.blocks, reference, out)
     return measured.blocks
@@ -231,7 +260,7 @@ def finish(args, entry, out):
 
 
 @command_line
-@errand
+@reports_status
 def main() -> None:
     args = parse()
     from mf_dist.runtime.distributed import process_group

@@ -46,12 +46,18 @@ def stats(args):
 
     manifest = LatentShards(args.data).manifest
     vae = manifest["vae"]
-    print(f"{manifest['count']:,} samples of {manifest['num_classes']} classes in {len(manifest['shards'])} shards, "
-          f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**30:.2f} GiB")  # fmt: skip
-    print(f"latents ({manifest['latent_channels']}, {manifest['latent_size']}, {manifest['latent_size']}) of "
-          f"{manifest['resolution']} px images, {manifest['crop']}; mirrored too: {manifest['flip']}")  # fmt: skip
-    print(f"VAE {vae['source']}, sha256 {vae['sha256'][:16]}..., scale {vae['scaling_factor']:g}, encoded in "
-          f"{manifest['encode_precision']}")  # fmt: skip
+    print(
+        f"{manifest['count']:,} samples of {manifest['num_classes']} classes in {len(manifest['shards'])} shards, "
+        f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**30:.2f} GiB"
+    )
+    print(
+        f"latents ({manifest['latent_channels']}, {manifest['latent_size']}, {manifest['latent_size']}) of "
+        f"{manifest['resolution']} px images, {manifest['crop']}; mirrored too: {manifest['flip']}"
+    )
+    print(
+        f"VAE {vae['source']}, sha256 {vae['sha256'][:16]}..., scale {vae['scaling_factor']:g}, encoded in "
+        f"{manifest['encode_precision']}"
+    )
     for c, (mean, std) in enumerate(zip(manifest["channel_mean"], manifest["channel_std"], strict=True)):
         print(f"channel {c}: mean {mean:.4f}, std {std:.4f}, scaled std {std * vae['scaling_factor']:.4f}")
     for line in manifest["skipped"]:

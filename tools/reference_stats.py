@@ -36,16 +36,16 @@ def main() -> None:
         raise UserError("--resolution must be at least 8, --block at least 1")
     from mf_dist.evaluation.features import open_features
     from mf_dist.evaluation.measure import Settings, open_reference
-    from mf_dist.runtime.distributed import process_group, together
+    from mf_dist.runtime.distributed import process_group, raise_on_all_ranks
     from mf_dist.runtime.environment import versions
 
     with process_group() as ranks:
-        with together(ranks):
+        with raise_on_all_ranks(ranks):
             network = open_features(args.features, args.inception_weights, ranks.device)
         work = args.out.with_suffix(".work")
         settings = Settings(block=args.block)
         found = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
-        with together(ranks):
+        with raise_on_all_ranks(ranks):
             if found is not None:
                 write(args, found, network, versions())
                 found.blocks.remove()
@@ -57,11 +57,16 @@ def write(args, found, network, versions):
     from mf_dist.evaluation.reference import write_reference
 
     provenance = {
-        "features": network.name, "features_sha256": network.sha256, "resize": network.resize,
-        "images": args.images, "images_sha256": found.provenance["reference_sha256"],
-        "count": found.provenance["reference_images"], "resolution": found.provenance["reference_resolution"],
-        "block": args.block, "versions": versions,
-    }  # fmt: skip
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "resize": network.resize,
+        "images": args.images,
+        "images_sha256": found.provenance["reference_sha256"],
+        "count": found.provenance["reference_images"],
+        "resolution": found.provenance["reference_resolution"],
+        "block": args.block,
+        "versions": versions,
+    }
     write_reference(args.out, found.pooled, found.spatial, found.rows, found.picks, provenance)
     print(f"{args.out}: {provenance['count']} images of side {provenance['resolution']}, features {network.name}")
 

@@ -32,10 +32,12 @@ def main() -> None:
     import torch
 
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
-    from mf_dist.sampling.generator import load_trained
+    from mf_dist.sampling.generator import load_trained_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(find_checkpoint(args.checkpoint or newest_run(Path("runs"))), args.ema, args.vae, device)
+    trained = load_trained_model(
+        find_checkpoint(args.checkpoint or newest_run(Path("runs"))), args.ema, args.vae, device
+    )
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mf_dist.runtime.atomic_files import sha256_of
-from mf_dist.runtime.errors import UserError, is_fault
+from mf_dist.runtime.errors import UserError, is_disk_fault
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
 """Files without which nothing can be resumed; an EMA beside them."""
@@ -70,7 +70,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
             return open_checkpoint(folder), warnings
         except UserError as error:
             warnings.append(f"passed over a damaged checkpoint: {error}")
-            hidden = error if is_fault(error) else hidden
+            hidden = error if is_disk_fault(error) else hidden
     if hidden:
         raise hidden
     return None, warnings

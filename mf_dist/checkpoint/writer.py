@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint.reader import step_folder, step_folders
-from mf_dist.runtime.atomic_files import sync_folder, write_json
+from mf_dist.runtime.atomic_files import fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
 CHUNK = 64 << 20
@@ -30,7 +30,7 @@ CHUNK = 64 << 20
 
 
 @dataclass(frozen=True)
-class Share:
+class WriterRank:
     """Which part of the writing is whose."""
 
     rank: int
@@ -41,17 +41,17 @@ class Share:
         return number % self.world_size == self.rank
 
 
-class Saver:
+class CheckpointWriter:
     """One save at a time. All of it on every rank: begin, then is_running and error until it has ended."""
 
-    def __init__(self, root: Path, share: Share, keep: "Retention") -> None:
+    def __init__(self, root: Path, share: WriterRank, keep: "Retention") -> None:
         self.root, self.share, self.keep = root, share, keep
         self.error: str | None = None
         """Why the last save failed here; None while it runs and where it succeeded."""
         self.committed: Path | None = None
         """What the last save left, on rank 0."""
         self._thread: threading.Thread | None = None
-        self._given_up = threading.Event()
+        self._cancelled = threading.Event()
 
     @property
     def is_running(self) -> bool:
@@ -60,7 +60,7 @@ class Saver:
     def prepare(self, step: int) -> str | None:
         """Rank 0, before any rank begins: an empty step-N.tmp. Returns what went wrong."""
         try:
-            remove_stale(self.root)
+            remove_unfinished(self.root)
             step_folder(self.root, step).with_suffix(".tmp").mkdir(parents=True)
         except OSError as error:
             return self._explain(error)
@@ -74,13 +74,13 @@ class Saver:
             if kind in mine:
                 mine[kind][name] = tensor.contiguous()
         self.error, self.committed = None, None
-        self._given_up.clear()
+        self._cancelled.clear()
         self._thread = threading.Thread(target=self._run, args=(mine, kinds, state), name="saver", daemon=True)
         self._thread.start()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Another rank failed: wait for nobody, remove what was written."""
-        self._given_up.set()
+        self._cancelled.set()
 
     def wait(self, seconds: float | None = None) -> None:
         if self._thread is not None:
@@ -113,7 +113,7 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _all_written(self, partial: Path, kinds: list[str]) -> bool:
-        while not self._given_up.is_set():
+        while not self._cancelled.is_set():
             if all((partial / f"{kind}.json").is_file() for kind in kinds):
                 return True
             time.sleep(0.02)
@@ -128,18 +128,18 @@ class Saver:
         return f"cannot write a checkpoint to {self.root}: {error}; {free}"
 
 
-def remove_stale(root: Path) -> None:
+def remove_unfinished(root: Path) -> None:
     """What saves left that never ended."""
     for stale in root.glob("step-*.tmp"):
         shutil.rmtree(stale)
 
 
-def check_room(root: Path, checkpoint_bytes: int) -> None:
+def check_free_space(root: Path, checkpoint_bytes: int) -> None:
     """UserError unless there is room for two checkpoints, those that are there counted: the newest stays until the
     next is whole."""
     here = root
     with suppress(OSError):
-        remove_stale(root)
+        remove_unfinished(root)
     while not here.is_dir():
         here = here.parent
     needed = checkpoint_bytes * max(1, 2 - len(step_folders(root)))
@@ -191,7 +191,7 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
     if folder.exists():  # only an invalid one can stand there
         shutil.rmtree(folder)
     os.replace(partial, folder)
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Retention:
     metrics: Path | None = None
     ema: str = ""
 
-    def superfluous(self, folders: list[Path]) -> list[Path]:
+    def removable(self, folders: list[Path]) -> list[Path]:
         """Of step-N folders, oldest first, those that no rule keeps; never the last."""
         best = self._best_step()
         candidates = folders[: -max(1, self.newest)]
@@ -216,7 +216,7 @@ class Retention:
         """After `latest` was committed. What cannot be removed is tried again after the next save; nothing of this
         makes the save a failure."""
         try:
-            for old in self.superfluous([path for path in step_folders(root) if path.name <= latest.name]):
+            for old in self.removable([path for path in step_folders(root) if path.name <= latest.name]):
                 remove(old)
         except Exception as error:
             print(f"warning: older checkpoints stay ({error!r})", file=sys.stderr, flush=True)

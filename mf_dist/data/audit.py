@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mf_dist.data.shard_writer import array_offsets
-from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.data.shards import Index, index_path, read_index, read_manifest
+from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
 
 

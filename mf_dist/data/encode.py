@@ -20,9 +20,9 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
-from mf_dist.data.shard_writer import Record, sweep, whole_index, write_shard
+from mf_dist.data.shard_writer import Record, remove_temporary_files, whole_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
-from mf_dist.fault_tolerance.tool_status import made
+from mf_dist.fault_tolerance.tool_status import count_finished_unit
 from mf_dist.runtime.atomic_files import sha256_of, write_json
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.progress import progress
@@ -61,7 +61,7 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
     check_resolution(encoding.resolution, vae)
     plan = _plan(source, vae, encoding)
     try:
-        _claim(out, plan)
+        _write_or_check_plan(out, plan)
         _encode_shards(source, out, vae, encoding, task, _plan_sha256(plan))
         _finish(out, plan, encoding)
     except OSError as error:
@@ -103,7 +103,7 @@ def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task
 
 def _write(tar: Path, records: list[Record], bad: list[str], plan_sha256: str) -> None:
     write_shard(tar, records, bad, plan_sha256)
-    made()
+    count_finished_unit()
 
 
 def _blocks(total: int, encoding: Encoding) -> list[range]:
@@ -153,7 +153,7 @@ def _plan_sha256(plan: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_unmoved(plan), sort_keys=True).encode()).hexdigest()
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
+def _write_or_check_plan(out: Path, plan: dict[str, Any]) -> None:
     """Records the plan in a new folder; UserError where the folder has another."""
     path = out / PLAN
     out.mkdir(parents=True, exist_ok=True)
@@ -245,16 +245,21 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     skipped = [line for index in found for line in index.skipped]
     _check_bad(skipped, plan["count"], encoding)
     shards = [
-        {"name": shard_name(n), "count": len(index.labels), "bytes": index.size, "sha256": index.sha256,
-         "index_sha256": sha256_of(index_path(out / shard_name(n)))}
+        {
+            "name": shard_name(n),
+            "count": len(index.labels),
+            "bytes": index.size,
+            "sha256": index.sha256,
+            "index_sha256": sha256_of(index_path(out / shard_name(n))),
+        }
         for n, index in enumerate(found)
-    ]  # fmt: skip
+    ]
     channels, side, _ = found[0].shape
     manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in found)}
     manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
     mean, deviation = channel_statistics(LatentShards(out, manifest))
     write_manifest(out, manifest | {"channel_mean": mean, "channel_std": deviation})
-    sweep(out)
+    remove_temporary_files(out)
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
     left_out = f", {len(skipped)} unreadable ones left out (listed in manifest.json)" if skipped else ""
     print(

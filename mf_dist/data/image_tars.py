@@ -48,7 +48,9 @@ def open_images(source: str) -> "ImageFolder | ImageTars":
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
     others = [other for other in path.iterdir() if other not in tars and other.name[0] != "."] if path.is_dir() else []
     if tars and any(other.is_dir() or other.suffix.lower() in SUFFIXES for other in others):
-        raise UserError(f"{source!r} has tars and also folders or images: keep the ones to encode in a folder of their own")
+        raise UserError(
+            f"{source!r} has tars and also folders or images: keep the ones to encode in a folder of their own"
+        )
     return list_tars(path, tars) if tars else list_images(path)
 
 

@@ -57,7 +57,9 @@ def list_images(root: str | Path) -> ImageFolder:
     if in_folders and len(in_folders) < len(paths):
         loose = next(path for path in paths if "/" not in path)
         raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if in_folders else []
+    classes = (
+        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if in_folders else []
+    )
     empty = sorted(set(classes) - {path.split("/")[0] for path in in_folders})
     if empty:
         raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
@@ -95,8 +97,10 @@ def decode_image(raw: bytes, name: str, resolution: int, must_fit: bool = False)
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if must_fit and image.size != (resolution, resolution):
-                raise ValueError(f"it is {image.width}x{image.height}, the first is {resolution}x{resolution}; to crop "
-                                 "all to one size give --resolution")  # fmt: skip
+                raise ValueError(
+                    f"it is {image.width}x{image.height}, the first is {resolution}x{resolution}; to crop "
+                    "all to one size give --resolution"
+                )
             if max(image.size) * resolution > MAX_PIXELS * min(image.size) / resolution:
                 raise ValueError(f"its sides, {image.width} x {image.height}, differ too much")
             rgb = _jpeg(raw) if image.format == "JPEG" and image.mode == "RGB" else None
@@ -138,8 +142,8 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def image_grid(images: Pixels, row_labels: list[str], heads: Sequence[str] = (), gap: int = 2) -> Image.Image:
-    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows, each label to the left of its row, and each of `heads`
-    above an equal share of the columns. Images below 64 pixels are shown enlarged, each pixel a square."""
+    """(N, 3, H, W) uint8 -> one picture with len(row_labels) rows: each label to the left of its row, each of `heads`
+    above an equal share of the columns. Images below 64 pixels are enlarged by whole factors."""
     zoom = max(1, 64 // images.shape[2])
     images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
     rows, (_, _, height, width) = len(row_labels), images.shape

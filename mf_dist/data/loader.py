@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mf_dist.runtime import rng
 from mf_dist.config.schema import Config
 from mf_dist.data.shards import LatentShards
+from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
 
 
@@ -83,7 +83,7 @@ class _MicroBatchesOfRank:
         return len(self.numbers)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _ignore_launcher_signals(worker: int) -> None:
     """A launcher that asks a run to stop signals its loader processes as well; one that died of it would take the
     trainer along before it has saved. So they end on their parent's SIGTERM alone."""
     for number in (signal.SIGUSR1, signal.SIGINT):
@@ -112,10 +112,12 @@ def training_batches(
         sampler=_MicroBatchesOfRank(samples_seen, total, micro_batch, rank, world_size),
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_launcher_signals,
         generator=torch.Generator(),  # the loader draws a base seed: not from the global generator
     )
     try:
         yield from loader
     except UserError as error:  # a loader process sends its whole traceback, of which the last line is the error
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")) from None
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")
+        ) from None

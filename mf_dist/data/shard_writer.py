@@ -1,7 +1,5 @@
 """Writing latent shards: byte-reproducible webdataset tars, each complete or absent."""
 
-import hashlib
-import json
 import os
 import tarfile
 import zlib
@@ -13,7 +11,7 @@ import numpy as np
 import webdataset
 
 from mf_dist.data.shards import Index, Moments, index_checksum, index_path, read_index
-from mf_dist.runtime.atomic_files import partial_path, sha256_of, sync_folder
+from mf_dist.runtime.atomic_files import fsync_folder, partial_path, sha256_of
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,18 @@ class Record:
         flipped = {} if self.flipped is None else {"flipped.npy": self.flipped}
         origin = {"source": self.source, "sha256": self.sha256}
         return {
-            "__key__": f"{self.number:09d}", "moments.npy": self.moments, **flipped, "cls": self.label, "json": origin
-        }  # fmt: skip
+            "__key__": f"{self.number:09d}",
+            "moments.npy": self.moments,
+            **flipped,
+            "cls": self.label,
+            "json": origin,
+        }
 
 
 def write_shard(tar: Path, records: list[Record], skipped: list[str], plan: str) -> None:
-    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. Several processes
-    may write the same shard at once. `skipped`: a line for each image of this block that could not be read; `plan`: sha256
-    of what the shard is made by."""
+    """Writes `tar` and its index, each to a temporary name, fsynced, renamed; the tar is renamed last. Several
+    processes may write the same shard at once. `skipped`: a line for each unreadable image of this block; `plan`:
+    sha256 of the encoding plan."""
     partial, partial_index = partial_path(tar), partial_path(index_path(tar))
     try:
         _write_tar(partial, records)
@@ -52,7 +54,7 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str], plan: str)
     finally:
         for path in (partial, partial_index):
             path.unlink(missing_ok=True)
-    sync_folder(tar.parent)
+    fsync_folder(tar.parent)
 
 
 def _write_tar(partial: Path, records: list[Record]) -> None:
@@ -75,7 +77,9 @@ def _write_index(path: Path, partial: Path, records: list[Record], skipped: list
         "flipped": offsets["flipped"],
         "labels": np.array([record.label for record in records], np.int32),
         "crc32": np.array([zlib.crc32(record.moments.tobytes()) for record in records], np.uint32),
-        "flipped_crc32": np.array([zlib.crc32(r.flipped.tobytes()) for r in records if r.flipped is not None], np.uint32),
+        "flipped_crc32": np.array(
+            [zlib.crc32(r.flipped.tobytes()) for r in records if r.flipped is not None], np.uint32
+        ),
         "shape": np.array(records[0].moments.shape),
         "size": np.array(partial.stat().st_size),
         "sha256": np.array(sha256_of(partial)),
@@ -87,14 +91,14 @@ def _write_index(path: Path, partial: Path, records: list[Record], skipped: list
         os.fsync(file.fileno())
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Removes what killed writers of shards left behind; a manifest may be another task's, just being written."""
     for path in folder.glob("shard-*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def whole_index(tar: Path, plan: str) -> Index | None:
-    """The index of a shard that was made by this plan and is what its index was written with, to the last bit; else None."""
+    """The index of a shard that was made by this plan and still has the bytes that its index records; else None."""
     index = read_index(tar)
     if index is None or index.plan != plan or not tar.is_file() or tar.stat().st_size != index.size:
         return None

@@ -3,8 +3,8 @@
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
     shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json; and
                              KEY.flipped.npy, of the mirrored image, where that was asked for
-    shard-00000.index.npz    of each sample its number in the source list, offset in the tar, label and crc32; the images
-                             that could not be read; the tar's size and sha256, and that of the plan it was made by
+    shard-00000.index.npz    of each sample its number in the source list, offset in the tar, label and crc32; the
+                             unreadable images; the tar's size and sha256, and the sha256 of its plan
 
 The manifest is written last: a folder without one is not finished. It carries a checksum of itself and the sha256 of
 every index, an index one of itself and the crc32 of every sample, and each is compared when it is read: damage never
@@ -99,10 +99,18 @@ def read_index(tar: Path) -> Index | None:
             return None
         channels, side, _ = (int(n) for n in entries["shape"])
         return Index(
-            str(entries["plan"]), entries["numbers"], entries["offsets"], entries["flipped"], entries["labels"],
-            entries["crc32"], entries["flipped_crc32"], (channels, side, side), int(entries["size"]),
-            str(entries["sha256"]), [str(line) for line in entries["skipped"]],
-        )  # fmt: skip
+            str(entries["plan"]),
+            entries["numbers"],
+            entries["offsets"],
+            entries["flipped"],
+            entries["labels"],
+            entries["crc32"],
+            entries["flipped_crc32"],
+            (channels, side, side),
+            int(entries["size"]),
+            str(entries["sha256"]),
+            [str(line) for line in entries["skipped"]],
+        )
     except Exception:  # of damaged bytes, zipfile alone raises eight kinds
         return None
 
@@ -213,4 +221,5 @@ class LatentShards:
     def _remedy(self, number: int) -> str:
         if number in self._near:
             return "remove that copy and start again"
-        return f"run the encode command again to restore it; `python tools/latents.py verify {self.folder}` names all damage"
+        verify = f"python tools/latents.py verify {self.folder}"
+        return f"run the encode command again to restore it; `{verify}` names all damage"

@@ -32,7 +32,7 @@ class Staging:
         shards = self.manifest["shards"]
         try:
             if self.stage_dir is not None:
-                check_room(self.stage_dir, self.manifest)
+                check_free_space(self.stage_dir, self.manifest)
             for number, shard in enumerate(shards, 1):
                 self._one(shard)
                 if number % max(1, len(shards) // 10) == 0 or number == len(shards):
@@ -64,7 +64,7 @@ class Staging:
             partial.unlink(missing_ok=True)
 
 
-def check_room(stage_dir: Path, manifest: dict[str, Any]) -> None:
+def check_free_space(stage_dir: Path, manifest: dict[str, Any]) -> None:
     """OSError unless the shards that are not in `stage_dir` yet fit there; makes the folder."""
     stage_dir.mkdir(parents=True, exist_ok=True)
     missing = [s for s in manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]

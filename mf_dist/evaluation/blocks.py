@@ -27,9 +27,9 @@ import torch
 from mf_dist.data.images import Pixels
 from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.sources import Source
-from mf_dist.fault_tolerance.tool_status import made
+from mf_dist.fault_tolerance.tool_status import count_finished_unit
 from mf_dist.runtime.atomic_files import write_json, write_npz
-from mf_dist.runtime.distributed import Ranks, together
+from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import one_thread
 from mf_dist.runtime.progress import progress
@@ -96,36 +96,47 @@ class EachPart:
 
 
 def compute_blocks(
-    source: Source, network: FeatureNetwork, ranks: Ranks, work: Path, name: str, block: int = BLOCK,
-    resume: bool = True, keep_pixels: bool = False,
-) -> Blocks:  # fmt: skip
+    source: Source,
+    network: FeatureNetwork,
+    ranks: Ranks,
+    work: Path,
+    name: str,
+    block: int = BLOCK,
+    resume: bool = True,
+    keep_pixels: bool = False,
+) -> Blocks:
     """Features of all of `source`, by all ranks together. Blocks of an earlier try at the very same are taken over,
     unless resume is False."""
     plan = {
-        **source.identity, "count": source.count, "block": block, "keep_pixels": keep_pixels,
-        "features": network.name, "features_sha256": network.sha256, "device": device_name(ranks.device),
+        **source.identity,
+        "count": source.count,
+        "block": block,
+        "keep_pixels": keep_pixels,
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "device": device_name(ranks.device),
         "versions": {package: version(package) for package in COMPUTING},
-    }  # fmt: skip
+    }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{name}-{digest}"
-    with together(ranks):
-        if ranks.is_first:
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
             if not resume:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan)
     total = number_of_blocks(source.count, block)
     mine = range(ranks.rank, total, ranks.world_size)
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         missing = {number for number in mine if not _is_whole(folder, number)}
-    with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_first) as bar:
+    with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_rank_zero) as bar:
         bar.update(min(source.count, (len(mine) - len(missing)) * block * ranks.world_size))
         for begin in range(0, total, ROUND * ranks.world_size):
-            with together(ranks):
+            with raise_on_all_ranks(ranks):
                 for number in sorted(missing & {*range(begin, begin + ROUND * ranks.world_size)}):
                     first, last = number * block, min((number + 1) * block, source.count)
                     write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
-                    made()
+                    count_finished_unit()
                     bar.update(min(source.count - bar.n, (last - first) * ranks.world_size))
     return Blocks(folder, source.count, block)
 

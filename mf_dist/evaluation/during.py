@@ -21,11 +21,11 @@ from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.report import record
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, frechet_distance
 from mf_dist.objectives.sampler import uniform_grid
-from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together
+from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, one_thread
-from mf_dist.sampling.generator import Generator, Samples, new_net
+from mf_dist.sampling.generator import Generator, Samples, build_network
 from mf_dist.vae import Vae
 
 
@@ -38,7 +38,7 @@ class TrainingEvaluation:
         chosen, device = config.eval, ranks.device
         recorded = manifest["vae"]
         self.precision: Precision = "tf32" if device.type == "cuda" else "fp32"
-        with together(ranks):
+        with raise_on_all_ranks(ranks):
             self.network = open_features(chosen.features, chosen.inception_weights, device)
             self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
         assert chosen.reference is not None and config.model.latent_size is not None
@@ -52,8 +52,8 @@ class TrainingEvaluation:
         """The real images' Gaussian on every rank; rank 0 alone reads it."""
         d = self.network.dimension
         flat = torch.zeros(d + d * d, dtype=torch.float64)
-        with together(self.ranks):
-            if self.ranks.is_first:
+        with raise_on_all_ranks(self.ranks):
+            if self.ranks.is_rank_zero:
                 self.reference = read_reference(path, self.network)
                 real = self.reference.pooled
                 flat = torch.from_numpy(np.concatenate([real.mean, real.covariance.ravel()]))
@@ -62,7 +62,7 @@ class TrainingEvaluation:
 
     def measure(self, ema: dict[str, Tensor], decay: float, step: int) -> dict[str, float]:
         """Name -> value of this EMA at every eval.nfe, on rank 0 (else empty); also entries of eval/metrics.json."""
-        net = new_net(self.config.model, self.config.train.seed)
+        net = build_network(self.config.model, self.config.train.seed)
         net.load_state_dict(ema)
         generator = Generator(net, self.vae, self.config, self.ranks.device, self.precision)
         values, self.problems = {}, []
@@ -84,7 +84,7 @@ class TrainingEvaluation:
         samples = Samples(generator, count, uniform_grid(nfe), chosen.labels, chosen.training_seed, {})
         sums = FeatureSums(self.real.mean)
         generator.seconds.clear()
-        with together(ranks), one_thread(ranks.device):
+        with raise_on_all_ranks(ranks), one_thread(ranks.device):
             for number in range(ranks.rank, number_of_blocks(count, BLOCK), ranks.world_size):
                 pixels, _ = samples.read(number * BLOCK, (number + 1) * BLOCK)
                 began = time.perf_counter()
@@ -92,25 +92,37 @@ class TrainingEvaluation:
                 featuring += time.perf_counter() - began
             began = time.perf_counter()
         reduce_sums(sums, ranks)
-        with together(ranks):
-            value = frechet_distance(sums.gaussian(), self.real) if ranks.is_first else None
+        with raise_on_all_ranks(ranks):
+            value = frechet_distance(sums.gaussian(), self.real) if ranks.is_rank_zero else None
         end = time.perf_counter()
         return value, {**generator.seconds, "features": featuring, "statistics": end - began, "all": end - start}
 
     def _entry(
         self, value: float, nfe: int, decay: float, step: int, is_flow: bool, seconds: dict[str, float]
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         chosen, count = self.config.eval, self.config.eval.training_samples
         return {
-            "metrics": {self.name: value}, "in_training": True,
-            "nfe": nfe, "sampler": "euler" if is_flow else "meanflow",
-            "labels": chosen.labels, "seed": chosen.training_seed, "ema": str(decay), "step": step,
-            "num_samples": count, "resolution": self.resolution,
-            "features": self.network.name, "features_sha256": self.network.sha256, "resize": self.network.resize,
-            "vae_sha256": self.vae.sha256, "precision": self.precision, "block": BLOCK, "statistics": "streaming",
+            "metrics": {self.name: value},
+            "in_training": True,
+            "nfe": nfe,
+            "sampler": "euler" if is_flow else "meanflow",
+            "labels": chosen.labels,
+            "seed": chosen.training_seed,
+            "ema": str(decay),
+            "step": step,
+            "num_samples": count,
+            "resolution": self.resolution,
+            "features": self.network.name,
+            "features_sha256": self.network.sha256,
+            "resize": self.network.resize,
+            "vae_sha256": self.vae.sha256,
+            "precision": self.precision,
+            "block": BLOCK,
+            "statistics": "streaming",
             **self.reference.provenance,
-            "versions": environment(self.ranks.world_size), "device": device_name(self.ranks.device),
+            "versions": environment(self.ranks.world_size),
+            "device": device_name(self.ranks.device),
             "ranks": self.ranks.world_size,
             "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
             "warnings": warnings_of(count, self.resolution, self.network, self.reference, chosen.labels),
-        }  # fmt: skip
+        }

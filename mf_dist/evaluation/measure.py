@@ -15,7 +15,7 @@ from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import NpzImages, Source, open_source
-from mf_dist.runtime.distributed import Ranks, together
+from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import one_thread
@@ -44,14 +44,19 @@ class Measured:
 
 
 def open_reference(
-    source: str, network: FeatureNetwork, resolution: int | None, settings: Settings, ranks: Ranks, work: Path,
+    source: str,
+    network: FeatureNetwork,
+    resolution: int | None,
+    settings: Settings,
+    ranks: Ranks,
+    work: Path,
     are_images: bool = False,
-) -> Reference | None:  # fmt: skip
+) -> Reference | None:
     """From a statistics file, or from real images: a folder, tar or .npz, whose features all ranks compute. On rank 0;
     None on the others. are_images: an .npz that holds both counts as images."""
     if not are_images and source.endswith(".npz") and has_statistics(source):
         return _from_statistics(source, network, settings, ranks, work)
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         images = images_for(network, source, resolution, ranks)
     return _from_images(images, network, settings, ranks, work)
 
@@ -64,7 +69,7 @@ def images_for(network: FeatureNetwork, source: str, resolution: int | None, ran
             f"features {network.name!r} take images of side {network.resolution}, asked for is {resolution}"
         )
     images = open_source(source, network.resolution or resolution)
-    if isinstance(images, NpzImages) and ranks.is_first:
+    if isinstance(images, NpzImages) and ranks.is_rank_zero:
         images.check()
     return images
 
@@ -82,16 +87,16 @@ def _from_statistics(
     source: str, network: FeatureNetwork, settings: Settings, ranks: Ranks, work: Path
 ) -> Reference | None:
     """ADM's files hold images for precision and recall: their features are computed where they are asked for."""
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         reference = read_reference(source, network)
         wants_rows = settings.kinds is None or {"pr", "kid"} & {*settings.kinds}
         images = reference.pictures if wants_rows and reference.rows is None else None
-        if isinstance(images, NpzImages) and ranks.is_first:
+        if isinstance(images, NpzImages) and ranks.is_rank_zero:
             images.check()
     if images is None:
-        return reference if ranks.is_first else None
+        return reference if ranks.is_rank_zero else None
     blocks = compute_blocks(images, network, ranks, work, "reference", settings.block, settings.resume)
-    return replace(reference, rows=blocks.rows("pooled"), blocks=blocks) if ranks.is_first else None
+    return replace(reference, rows=blocks.rows("pooled"), blocks=blocks) if ranks.is_rank_zero else None
 
 
 def _from_images(
@@ -104,9 +109,11 @@ def _from_images(
         return None
     picks = pick(images.count)
     provenance = {
-        "reference": images.identity["images"], "reference_sha256": blocks.pixels_sha256,
-        "reference_images": images.count, "reference_resolution": images.identity["resolution"],
-    }  # fmt: skip
+        "reference": images.identity["images"],
+        "reference_sha256": blocks.pixels_sha256,
+        "reference_images": images.count,
+        "reference_resolution": images.identity["resolution"],
+    }
     return Reference(pooled, spatial, blocks.picked("pooled", picks), provenance, [], images, picks, blocks)
 
 
@@ -116,19 +123,26 @@ def pick(count: int) -> list[int]:
 
 
 def measure(
-    source: Source, name: str, network: FeatureNetwork, reference: Reference | None, settings: Settings,
-    protocol: Mapping[str, Any], ranks: Ranks, work: Path, keep_pixels: bool = False,
-) -> Measured:  # fmt: skip
+    source: Source,
+    name: str,
+    network: FeatureNetwork,
+    reference: Reference | None,
+    settings: Settings,
+    protocol: Mapping[str, Any],
+    ranks: Ranks,
+    work: Path,
+    keep_pixels: bool = False,
+) -> Measured:
     """All images of `source` against the reference; `protocol` says what they are. All ranks call it."""
     start, values = time.perf_counter(), Values()
-    with together(ranks):
+    with raise_on_all_ranks(ranks):
         kinds = choose(settings.kinds, network, reference, source.count) if reference is not None else ()
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
     middle = time.perf_counter()
     with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
         pooled, spatial = gaussians(blocks, network, ranks, settings.exact)
         values.seconds["statistics"] = time.perf_counter() - middle
-        with together(ranks):
+        with raise_on_all_ranks(ranks):
             if reference is None or pooled is None:
                 return Measured({}, blocks)
             measure_blocks(values, blocks, kinds, network, reference, (pooled, spatial), ranks.device)
@@ -137,9 +151,15 @@ def measure(
 
 
 def _entry(
-    values: Values, source: Source, blocks: Blocks, network: FeatureNetwork, reference: Reference, settings: Settings,
-    protocol: Mapping[str, Any], ranks: Ranks,
-) -> dict[str, Any]:  # fmt: skip
+    values: Values,
+    source: Source,
+    blocks: Blocks,
+    network: FeatureNetwork,
+    reference: Reference,
+    settings: Settings,
+    protocol: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, Any]:
     return {
         "metrics": values.numbers,
         **protocol,
@@ -163,9 +183,7 @@ def _entry(
     }
 
 
-def warnings_of(
-    count: int, side: int, network: FeatureNetwork, reference: Reference, labels: str | None
-) -> list[str]:  # fmt: skip
+def warnings_of(count: int, side: int, network: FeatureNetwork, reference: Reference, labels: str | None) -> list[str]:
     """What makes numbers about `count` images of side `side` no match for published ones, or for those of the
     reference's own protocol. labels: how they were drawn, of a model's samples."""
     found = [*reference.warnings]

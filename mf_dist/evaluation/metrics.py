@@ -23,7 +23,7 @@ from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
 from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
-from mf_dist.runtime.distributed import Ranks, sum_over_ranks, together
+from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.torchvision_repair import repair_torchvision
 
@@ -90,17 +90,17 @@ def gaussians(
     for name in ("pooled", "spatial") if network.spatial_dimension else ("pooled",):
         dimension = network.dimension if name == "pooled" else network.spatial_dimension
         if exact or blocks.count <= dimension:
-            with together(ranks):
-                found.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_first else None)
+            with raise_on_all_ranks(ranks):
+                found.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_rank_zero else None)
             continue
-        with together(ranks):
+        with raise_on_all_ranks(ranks):
             sums = FeatureSums(next(blocks.parts(name, range(1))).mean(axis=0, dtype=np.float64))
             for part in blocks.parts(
                 name, range(ranks.rank, number_of_blocks(blocks.count, blocks.block), ranks.world_size)
             ):
                 sums.add(part)
         reduce_sums(sums, ranks)
-        found.append(sums.gaussian() if ranks.is_first else None)
+        found.append(sums.gaussian() if ranks.is_rank_zero else None)
     return found[0], found[1] if network.spatial_dimension else None
 
 
@@ -112,9 +112,14 @@ def reduce_sums(sums: FeatureSums, ranks: Ranks) -> None:
 
 
 def measure_blocks(
-    values: Values, blocks: Blocks, kinds: tuple[str, ...], network: FeatureNetwork, reference: Reference,
-    found: tuple[Gaussian, Gaussian | None], device: torch.device,
-) -> None:  # fmt: skip
+    values: Values,
+    blocks: Blocks,
+    kinds: tuple[str, ...],
+    network: FeatureNetwork,
+    reference: Reference,
+    found: tuple[Gaussian, Gaussian | None],
+    device: torch.device,
+) -> None:
     """Into `values`, on rank 0. `found`: the Gaussians of the blocks."""
     names = {kind: metric_name(kind, network, blocks.count) for kind in (*KINDS, "precision", "recall")}
     for kind, a, b in (("fid", found[0], reference.pooled), ("sfid", found[1], reference.spatial)):

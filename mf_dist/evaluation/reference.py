@@ -79,8 +79,9 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference:
     return Reference(pooled, spatial, rows, provenance, warnings, pictures, picks)
 
 
-def write_reference(path: Path, pooled: Gaussian, spatial: Gaussian | None, rows: Floats, picks: list[int],
-                    provenance: dict[str, Any]) -> None:  # fmt: skip
+def write_reference(
+    path: Path, pooled: Gaussian, spatial: Gaussian | None, rows: Floats, picks: list[int], provenance: dict[str, Any]
+) -> None:
     """Ours: atomic, with where it came from inside."""
     arrays: dict[str, Any] = {"mu": pooled.mean, "sigma": pooled.covariance, "rows": rows, "picks": np.array(picks)}
     if spatial is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mf_dist.data.images import Pixels
 from mf_dist.evaluation.blocks import Blocks
-from mf_dist.runtime.atomic_files import write_json, write_whole
+from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError
 
 OF_METRICS = ("pr_real_images", "kid_subset_size", "kid_real_images")
@@ -56,7 +56,7 @@ def record(entry: dict[str, Any], out: Path) -> Path:
         return {key: value for key, value in e.items() if key not in RESULTS}
 
     plain = json.loads(json.dumps(entry))
-    with _alone(out / "metrics.lock"):
+    with _locked(out / "metrics.lock"):
         entries = read_entries(path)
         for old in entries:
             if protocol(old) == protocol(plain):
@@ -67,7 +67,7 @@ def record(entry: dict[str, Any], out: Path) -> Path:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """No other process is between reading and writing meanwhile; on a disk without locks we go on without."""
     with open(path, "w", encoding="utf-8") as file:
         with suppress(OSError):
@@ -108,7 +108,7 @@ def save_npz(blocks: Blocks, path: Path) -> None:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, blocks.rows("labels"), allow_pickle=False)
 
-    write_whole(path, write)
+    write_atomic(path, write)
 
 
 def _images(blocks: Blocks, count: int) -> Iterator[tuple[Pixels, int]]:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.runtime.atomic_files import write_json
-from mf_dist.runtime.errors import CrashLoop, Unrecorded, UserError
+from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""
-WORDLESS = "it ended without a word, as by kill -9 or a lost node"
+NO_REASON = "it ended without a word, as by kill -9 or a lost node"
 
 
 def _starts(entry: dict[str, Any]) -> int:
@@ -53,13 +53,13 @@ class Status:
             return {}
         return found
 
-    def launch(self) -> None:
+    def mark_starting(self) -> None:
         """A launcher prepares a start, which begin() will count. One prepared before that never came so far is counted
         here. UserError where that makes a crash loop."""
-        with self._alone():
+        with self._locked():
             before = self.read()
             starts = _starts(before) + (before.get("status") == "starting")
-            step, reason = before.get("committed_step", 0), str(before.get("reason") or WORDLESS)
+            step, reason = before.get("committed_step", 0), str(before.get("reason") or NO_REASON)
             if starts >= MAX_STARTS:
                 raise self._crash_loop(step, starts, reason)
             self._write("starting", step, reason, committed_step=step, starts_without_progress=starts)
@@ -67,15 +67,15 @@ class Status:
     def conclude(self, reason: str, asked: str = "") -> dict[str, Any]:
         """After the last process of a start is gone: what was not said by these themselves. `reason`: what the launcher
         saw; `asked`: the signal that told it to stop, which excuses a start that never trained. Returns the entry."""
-        with self._alone():
+        with self._locked():
             before = self.read()
             said, step = before.get("status"), before.get("committed_step", 0)
             starts = before.get("starts_without_progress", 0) + (said == "starting")
             kept = {"committed_step": step, "starts_without_progress": starts}
             if said == "starting" and asked:
-                self._turn("stopped", step, f"{asked} before work began", **kept, stopped_by=asked)
+                self._write_and_append("stopped", step, f"{asked} before work began", **kept, stopped_by=asked)
             elif said in ("starting", "running"):
-                self._turn("failed", step, reason, **kept)
+                self._write_and_append("failed", step, reason, **kept)
             before = self.read()
             if _starts(before) >= MAX_STARTS and not before.get("refused"):
                 self._crash_loop(step, starts, str(before["reason"]))
@@ -84,28 +84,28 @@ class Status:
     def begin(self, step: int) -> None:
         """Counts a start from checkpoint `step`; UserError for the one that makes a crash loop. A start after a crash
         loop was declared is a person's, and counts from 1 again."""
-        with self._alone():
+        with self._locked():
             self._begin(step)
 
     def _begin(self, step: int) -> None:
         before = self.read()
         starts = 1 + (_starts(before) if before.get("committed_step") == step else 0)
         if starts > MAX_STARTS:
-            raise self._crash_loop(step, starts - 1, str(before.get("reason") or WORDLESS))
-        self._turn("running", step, "", committed_step=step, starts_without_progress=starts)
+            raise self._crash_loop(step, starts - 1, str(before.get("reason") or NO_REASON))
+        self._write_and_append("running", step, "", committed_step=step, starts_without_progress=starts)
 
     def _crash_loop(self, step: int, starts: int, reason: str) -> UserError:
         """Declares it, and has the words for who asked."""
         text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
-        self._turn("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
-        return CrashLoop(f"crash loop: {text}. Mend that, then start again")
+        self._write_and_append("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
+        return CrashLoopError(f"crash loop: {text}. Mend that, then start again")
 
-    def committed(self, step: int) -> None:
+    def checkpoint_committed(self, step: int) -> None:
         """A checkpoint of this step is safe."""
-        with self._alone():
+        with self._locked():
             self._write("running", step, "", committed_step=step, starts_without_progress=0)
 
-    def hold(self) -> None:
+    def lock_run(self) -> None:
         """Keeps this run to this process until it ends; UserError where another has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._held = os.open(self.path.with_name("run.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -113,38 +113,40 @@ class Status:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             found = self.read()
-            raise Unrecorded(
+            raise UnrecordedError(
                 f"{self.path.parent} is being trained by process {found.get('pid')} on {found.get('host')}; "
                 "stop that first, or choose another run_dir"
             ) from None
         except OSError:  # a file system without locks
             pass
 
-    def release(self) -> None:
+    def unlock_run(self) -> None:
         """Gives the run back before this process ends."""
         os.close(self._held)
 
     def refuse(self, reason: str, has_begun: bool) -> None:
         """A mistake in the call ended the start; `has_begun` tells whether begin() had counted it. It does not count,
         and "refused" says that starting again by machine is pointless."""
-        with self._alone():
+        with self._locked():
             before = self.read()
             if has_begun and before.get("status") != "running":
                 return  # another rank was faster, or it is a crash loop
             step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
-            self._turn("failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True)
+            self._write_and_append(
+                "failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True
+            )
 
     def end(self, status: str, step: int, reason: str = "", **more: Any) -> None:
         """finished, stopped or failed. The first to fail says why; later words do not replace it."""
-        with self._alone():
+        with self._locked():
             before = self.read()
             if status == "failed" and before.get("status") != "running":
                 return
             kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-            self._turn(status, step, reason, **kept, **more)
+            self._write_and_append(status, step, reason, **kept, **more)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """No other process reads and writes meanwhile; on a disk without room or locks we go on without."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,13 +163,13 @@ class Status:
 
     def note(self, step: int, text: str) -> None:
         """Something happened at `step` that a reader of the run should know."""
-        self._remember({"note": text, "step": step})
+        self._append_history({"note": text, "step": step})
 
-    def _turn(self, status: str, step: int, reason: str, **more: Any) -> None:
+    def _write_and_append(self, status: str, step: int, reason: str, **more: Any) -> None:
         self._write(status, step, reason, **more)
-        self._remember({"status": status, "step": step, "reason": reason, **more})
+        self._append_history({"status": status, "step": step, "reason": reason, **more})
 
-    def _remember(self, entry: dict[str, Any]) -> None:
+    def _append_history(self, entry: dict[str, Any]) -> None:
         entry |= {"time": time.time(), "host": socket.gethostname()}
         with suppress(OSError), open(self.path.with_name("history.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from mf_dist.runtime.launch import HEARD
+from mf_dist.runtime.launch import RECEIVED_SIGNALS
 
 MARGIN = 120.0
 """Seconds before a time limit at which the run stops, if its last save took no longer."""
@@ -40,9 +40,9 @@ class Stop(IntEnum):
         }[self]
 
 
-class Border:
-    def __init__(self, run_dir: Path, is_first: bool, max_hours: float, timeout: timedelta) -> None:
-        self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_first, Stop.NO
+class StopAgreement:
+    def __init__(self, run_dir: Path, is_rank_zero: bool, max_hours: float, timeout: timedelta) -> None:
+        self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_rank_zero, Stop.NO
         ends = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
         self._ends = min([*ends, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
         self.margin = MARGIN
@@ -52,7 +52,7 @@ class Border:
         )
         self._is_alone = world == 1
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        for early in HEARD:
+        for early in RECEIVED_SIGNALS:
             self._note(early, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -13,37 +13,37 @@ from types import FrameType
 from typing import NoReturn
 
 from mf_dist.fault_tolerance.status import Status
-from mf_dist.runtime.errors import UserError, is_fault
-from mf_dist.runtime.launch import launched_place
+from mf_dist.runtime.errors import UserError, is_disk_fault
+from mf_dist.runtime.launch import rank_from_environment
 
-VARIABLE = "MF_DIST_STATUS"
+STATUS_VARIABLE = "MF_DIST_STATUS"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Asked(BaseException):
+class StopRequested(BaseException):
     """A signal told the tool to stop."""
 
 
-def errand(main: Callable[[], int | None]) -> Callable[[], int | None]:
+def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
     """Makes `main` tell its beginning and its end; of several ranks, the first does. SIGTERM and SIGUSR1 stop it, whole
     files kept, with code 3."""
 
     @functools.wraps(main)
     def run() -> int | None:
-        if not _tells():
+        if not _reports():
             return main()
-        status = Status(Path(os.environ[VARIABLE]))
+        status = Status(Path(os.environ[STATUS_VARIABLE]))
         status.begin(_step(status))
         for number in SIGNALS:
             signal.signal(number, _stop)
         try:
             code = main()
-        except Asked as asked:
+        except StopRequested as asked:
             status.end("stopped", _step(status), str(asked), stopped_by=str(asked))
             print(f"stopped by {asked}; the same command goes on")
             return 3
         except BaseException as error:
-            _tell(status, error)
+            _record_failure(status, error)
             raise
         status.end("finished", _step(status))
         return code
@@ -51,15 +51,15 @@ def errand(main: Callable[[], int | None]) -> Callable[[], int | None]:
     return run
 
 
-def made() -> None:
+def count_finished_unit() -> None:
     """One more shard or block is whole."""
-    if _tells():
-        status = Status(Path(os.environ[VARIABLE]))
-        status.committed(_step(status) + 1)
+    if _reports():
+        status = Status(Path(os.environ[STATUS_VARIABLE]))
+        status.checkpoint_committed(_step(status) + 1)
 
 
-def _tells() -> bool:
-    return VARIABLE in os.environ and launched_place().rank == 0
+def _reports() -> bool:
+    return STATUS_VARIABLE in os.environ and rank_from_environment().rank == 0
 
 
 def _step(status: Status) -> int:
@@ -69,15 +69,15 @@ def _step(status: Status) -> int:
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for again in SIGNALS:  # these are repeated, and must not hinder the end
         signal.signal(again, signal.SIG_IGN)
-    raise Asked(signal.Signals(number).name)
+    raise StopRequested(signal.Signals(number).name)
 
 
-def _tell(status: Status, error: BaseException) -> None:
+def _record_failure(status: Status, error: BaseException) -> None:
     if isinstance(error, SystemExit) and not error.code:  # --help
         status.end("finished", _step(status))
     elif isinstance(error, SystemExit):
         status.refuse("the command line, see above", has_begun=True)
-    elif isinstance(error, UserError) and not is_fault(error):
+    elif isinstance(error, UserError) and not is_disk_fault(error):
         status.refuse(str(error), has_begun=True)
     else:
         status.end("failed", _step(status), str(error) or type(error).__name__)

@@ -15,45 +15,45 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-PATIENCE = 10
+SLOW_PHASE_FACTOR = 10
 """How many times longer a phase may take that is not a plain step: compiling, drawing, loading."""
 GRACE = 4.0
 """Seconds that a neighbour gets to end by itself, and after which the second timer fires."""
 
 
-def longest_wait(seconds: float) -> float:
+def process_group_timeout(seconds: float) -> float:
     """Time limit of the process group: the watchdog speaks first."""
-    return 2 * seconds * PATIENCE
+    return 2 * seconds * SLOW_PHASE_FACTOR
 
 
 class Watchdog:
-    def __init__(self, seconds: float, rank: int, neighbours: list[int], on_hang: Callable[[str], None]) -> None:
+    def __init__(self, seconds: float, rank: int, local_pids: list[int], on_hang: Callable[[str], None]) -> None:
         """`neighbours`: process numbers of the other ranks here. on_hang(text) is called once, before the end."""
-        self.seconds, self.rank, self._neighbours, self._on_hang = seconds, rank, neighbours, on_hang
-        self._limit = seconds * PATIENCE  # loading and the first step, which compiles
-        self.beat()
+        self.seconds, self.rank, self._local_pids, self._on_hang = seconds, rank, local_pids, on_hang
+        self._limit = seconds * SLOW_PHASE_FACTOR  # loading and the first step, which compiles
+        self.heartbeat()
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self._limit + GRACE, exit=True)
 
-    def plain_steps_from_here(self) -> None:
+    def begin_regular_steps(self) -> None:
         """The first step is done: from now on `seconds` hold."""
         self._limit = self.seconds
-        self.beat()
+        self.heartbeat()
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def extended_limit(self) -> Iterator[None]:
         """For phases that rightly take long. All ranks must leave them together."""
-        before, self._limit = self._limit, self.seconds * PATIENCE
-        self.beat()
+        before, self._limit = self._limit, self.seconds * SLOW_PHASE_FACTOR
+        self.heartbeat()
         try:
             yield
         finally:
             self._limit = before
-            self.beat()
+            self.heartbeat()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -69,13 +69,13 @@ class Watchdog:
                 print(f"error: {text}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 self._on_hang(text.removesuffix("; stacks follow"))
-                self._kill_neighbours()
+                self._kill_local_ranks()
                 os._exit(1)
 
-    def _kill_neighbours(self) -> None:
+    def _kill_local_ranks(self) -> None:
         """After the time they need to do all this themselves."""
         faulthandler.cancel_dump_traceback_later()
         time.sleep(GRACE)
-        for pid in self._neighbours:
+        for pid in self._local_pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

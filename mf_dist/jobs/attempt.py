@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from mf_dist.config.schema import Config, load_config
 from mf_dist.data.shards import read_manifest
 from mf_dist.fault_tolerance.status import Status
-from mf_dist.runtime.errors import CrashLoop, Unrecorded, UserError, command_line
+from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError, command_line
 from mf_dist.train import check
 
 LOCK_SECONDS = 120.0
@@ -43,13 +43,13 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     try:
         if _sees_data(config):  # else the preflight says whose fault that is
             check(config, ranks, needs_data=True)
-        status.launch()
+        status.mark_starting()
     except UserError as error:
         if status.read().get("status") != "crash_loop":
             status.refuse(str(error), has_begun=False)
         raise
     finally:
-        status.release()
+        status.unlock_run()
     return Verdict("go", config.run_dir)
 
 
@@ -64,8 +64,8 @@ def _hold(status: Status, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            return status.hold()
-        except Unrecorded:
+            return status.lock_run()
+        except UnrecordedError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(min(2.0, patience))
@@ -81,7 +81,7 @@ def end(config: Config, reason: str, asked: str = "", refused: bool = False, pat
             status.refuse(reason, has_begun=False)
         return judge(status.conclude(reason, asked))
     finally:
-        status.release()
+        status.unlock_run()
 
 
 def judge(said: dict[str, Any]) -> Verdict:
@@ -103,7 +103,7 @@ def judge(said: dict[str, Any]) -> Verdict:
 def begin_tool(folder: Path) -> Verdict:
     """Raises UserError where a crash loop is found, or nothing can be written."""
     status = Status(folder)
-    status.launch()
+    status.mark_starting()
     if status.read().get("status") != "starting":
         raise UserError(f"cannot write {status.path}; make room there, or set JOBS_DIR to another folder")
     return Verdict("go", str(folder))
@@ -144,7 +144,7 @@ def main() -> None:
     try:
         verdict = answer(args)
     except UserError as error:
-        verdict = Verdict("failed" if isinstance(error, CrashLoop) else "refused", str(error))
+        verdict = Verdict("failed" if isinstance(error, CrashLoopError) else "refused", str(error))
     except OSError as error:  # a disk that is away says nothing of the run
         verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
     print(verdict.word, " ".join(verdict.reason.split()))

@@ -95,16 +95,16 @@ def _has_data(config: Config) -> bool:
 def _check_scratch(config: Config) -> None:
     """The folder for copies of the shards has room for them."""
     from mf_dist.data.shards import read_manifest
-    from mf_dist.data.staging import check_room
+    from mf_dist.data.staging import check_free_space
 
     manifest = read_manifest(config.data.path)
     if config.data.stage_dir and manifest:
-        check_room(Path(config.data.stage_dir), manifest)
+        check_free_space(Path(config.data.stage_dir), manifest)
 
 
 def _check_disk(config: Config) -> None:
     """The run's folder can be written here and has room."""
-    from mf_dist.checkpoint.writer import check_room
+    from mf_dist.checkpoint.writer import check_free_space
     from mf_dist.config.cost import checkpoint_bytes
 
     run_dir = Path(config.run_dir)
@@ -112,7 +112,7 @@ def _check_disk(config: Config) -> None:
     probe = run_dir / f".preflight-{node_name()}"
     probe.write_bytes(b"room")
     probe.unlink()
-    check_room(run_dir / "checkpoints", checkpoint_bytes(config))
+    check_free_space(run_dir / "checkpoints", checkpoint_bytes(config))
 
 
 def check_network(into: Path, patience: float) -> None:
@@ -135,7 +135,7 @@ def check_network(into: Path, patience: float) -> None:
             said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group), "is_right": is_right}
             if not is_right and name == WITHIN:  # over all, no node is to blame for what all of them see
                 said["problems"].append(f"a wrong sum from the all-reduce {name}")
-            if ranks.is_first_here:
+            if ranks.is_local_rank_zero:
                 write_json(path, said)
             dist.barrier()
             if not is_right:  # whichever rank of the node saw it

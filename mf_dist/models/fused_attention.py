@@ -56,9 +56,20 @@ def _store(o_ptr, do_ptr, at, mask, acc, dacc, total, mean_ds):
 
 
 @triton.jit
-def _attend(qkv_ptr, dqkv_ptr, o_ptr, do_ptr, heads, tokens, scale,
-            SIZE: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+def _attend(
+    qkv_ptr,
+    dqkv_ptr,
+    o_ptr,
+    do_ptr,
+    heads,
+    tokens,
+    scale,
+    SIZE: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """One block of queries of one head of one row. HEAD + TAIL cover the head size (see _cut); a: HEAD, b: TAIL."""
     width = heads * SIZE
     row, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads

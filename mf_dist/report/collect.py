@@ -10,7 +10,7 @@ from mf_dist.checkpoint.reader import step_folders
 from mf_dist.runtime.errors import UserError
 
 Table = dict[str, Any]
-MEANT_AS_ONE = ("metrics.jsonl", "status.json", "checkpoints", "eval")
+RUN_MARKERS = ("metrics.jsonl", "status.json", "checkpoints", "eval")
 """A folder with any of these is a run's."""
 
 
@@ -41,7 +41,7 @@ class Gap:
         return f"not finite in {self.count:,} of {self.of:,} lines, first at step {self.first_step:,.0f}"
 
 
-def told(gaps: dict[str, Gap]) -> list[str]:
+def describe_gaps(gaps: dict[str, Gap]) -> list[str]:
     """A sentence for all keys with the same gap."""
     alike: dict[Gap, list[str]] = {}
     for key, gap in gaps.items():
@@ -93,8 +93,8 @@ def table(value: Any) -> Table:
 def read_runs(folders: list[Path]) -> list[Run]:
     """UserError for one that is no run's folder. Names are as short as they can be told apart."""
     for folder in folders:
-        if not any((folder / name).exists() for name in MEANT_AS_ONE):
-            raise UserError(f"{str(folder)!r} is no run: expected a folder with {', '.join(MEANT_AS_ONE[:-1])} or eval")
+        if not any((folder / name).exists() for name in RUN_MARKERS):
+            raise UserError(f"{str(folder)!r} is no run: expected a folder with {', '.join(RUN_MARKERS[:-1])} or eval")
     short = [folder.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
@@ -103,7 +103,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def newest_run(root: Path) -> Path:
     """The run under `root` of which anything that marks a run was written last; UserError where there is none."""
     found: dict[Path, float] = {}
-    for mark in (path for name in MEANT_AS_ONE for path in root.glob(f"**/{name}")):
+    for mark in (path for name in RUN_MARKERS for path in root.glob(f"**/{name}")):
         try:
             found[mark.parent] = max(found.get(mark.parent, 0.0), mark.stat().st_mtime)
         except OSError:  # it has just been replaced
@@ -186,7 +186,7 @@ def _read_metrics(run: Run, found: list[Table]) -> None:
     lines.sort(key=lambda line: line["step"])
     run.lines = [{key: value for key, value in line.items() if number(value) is not None} for line in lines]
     run.gaps = _gaps(lines)
-    run.problems += [f"metrics.jsonl: {sentence}." for sentence in told(run.gaps)]
+    run.problems += [f"metrics.jsonl: {sentence}." for sentence in describe_gaps(run.gaps)]
 
 
 def _gaps(lines: list[Table]) -> dict[str, Gap]:

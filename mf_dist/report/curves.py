@@ -9,7 +9,7 @@ from typing import Any
 from mf_dist.config.cost import forward_flops, forwards_per_image
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config
-from mf_dist.report.collect import Run, table, told
+from mf_dist.report.collect import Run, describe_gaps, table
 from mf_dist.runtime.errors import UserError
 
 POINTS, STRETCHES = 600, 300
@@ -17,8 +17,12 @@ POINTS, STRETCHES = 600, 300
 DISTANCE = re.compile(r"(?P<name>(fid|fd_)[^/]*)/nfe(?P<nfe>\d+)/ema(?P<ema>.+)")
 """A Frechet distance that was measured during training, in metrics.jsonl."""
 PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-}  # fmt: skip
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 """Dense bf16 FLOP/s by a part of the device's name, the first that fits (NVIDIA's data sheets)."""
 
 Point = tuple[float, float, float]
@@ -63,8 +67,15 @@ def charts(runs: list[Run], chosen: tuple[Chart, ...]) -> list[dict[str, Any]]:
             for trace in _traces(_points(run, key), run, index, label, dash, len(runs))
         ]
         if traces:
-            found.append({"title": chart.title, "unit": chart.unit, "log": chart.is_log, "traces": traces,
-                          "gaps": [gap for run in runs for gap in _gaps(run, chart)]})  # fmt: skip
+            found.append(
+                {
+                    "title": chart.title,
+                    "unit": chart.unit,
+                    "log": chart.is_log,
+                    "traces": traces,
+                    "gaps": [gap for run in runs for gap in _gaps(run, chart)],
+                }
+            )
     return found
 
 
@@ -80,7 +91,7 @@ def missing(runs: list[Run], drawn: list[dict[str, Any]], chosen: tuple[Chart, .
 
 def _gaps(run: Run, chart: Chart) -> list[str]:
     """Where the chart's numbers are not finite."""
-    return told({key: run.gaps[key] for key in chart.keys if key in run.gaps})
+    return describe_gaps({key: run.gaps[key] for key in chart.keys if key in run.gaps})
 
 
 def _no_share_of_peak(run: Run, chart: Chart) -> list[str]:
@@ -105,8 +116,10 @@ def distances(runs: list[Run]) -> list[dict[str, Any]]:
             dash = max(0, int(nfe).bit_length() - 1)
             for trace in _traces(points, run, index, label, dash, len(runs)):
                 kinds.setdefault(name, []).append({**trace, "points": are_points})
-    return [{"title": name, "unit": "lower is better", "log": True, "traces": found, "gaps": []}
-            for name, found in kinds.items()]  # fmt: skip
+    return [
+        {"title": name, "unit": "lower is better", "log": True, "traces": found, "gaps": []}
+        for name, found in kinds.items()
+    ]
 
 
 def steps(nfe: Any) -> str:
@@ -177,10 +190,12 @@ def thin(points: list[Point]) -> dict[str, list[float]]:
     stretches = [points[first : first + size] for first in range(0, len(points), size)]
     values = [[value for _, value, _ in stretch] for stretch in stretches]
     return {
-        "x": [stretch[-1][0] for stretch in stretches], "y": _rounded(map(statistics.median, values)),
-        "low": _rounded(map(min, values)), "high": _rounded(map(max, values)),
+        "x": [stretch[-1][0] for stretch in stretches],
+        "y": _rounded(map(statistics.median, values)),
+        "low": _rounded(map(min, values)),
+        "high": _rounded(map(max, values)),
         "step": [stretch[-1][2] for stretch in stretches],
-    }  # fmt: skip
+    }
 
 
 def _rounded(values: Iterable[float]) -> list[float]:

@@ -5,7 +5,7 @@ import statistics
 from datetime import UTC, datetime
 from typing import Any
 
-from mf_dist.fault_tolerance.status import WORDLESS
+from mf_dist.fault_tolerance.status import NO_REASON
 from mf_dist.report.collect import Run, Table, number, table
 from mf_dist.report.curves import POINTS, tflops_per_image
 from mf_dist.report.standing import ago, ends, is_alive, last_sign, standing
@@ -13,9 +13,15 @@ from mf_dist.report.standing import ago, ends, is_alive, last_sign, standing
 MAX_ROWS = 200
 """Of a table that grows with a run: the newest."""
 MOODS = {
-    "starting": "calm", "running": "calm", "finished": "good", "stopped": "calm", "failed": "bad", "crash_loop": "bad",
-    "broke_off": "bad", "unknown": "calm",
-}  # fmt: skip
+    "starting": "calm",
+    "running": "calm",
+    "finished": "good",
+    "stopped": "calm",
+    "failed": "bad",
+    "crash_loop": "bad",
+    "broke_off": "bad",
+    "unknown": "calm",
+}
 """Word of a run's status -> its colour."""
 ENDS = {"finished": "finished", "stopped": "stopped", "failed": "failed", "crash_loop": "crash loop: not started again"}
 
@@ -53,11 +59,16 @@ def status(run: Run) -> Table:
         when = last_sign(run, said)
         reason = f"last sign of life {ago(when)}"
         if not is_alive(run, said):
-            word, reason = "broke_off", f"{reason}; {WORDLESS}"
+            word, reason = "broke_off", f"{reason}; {NO_REASON}"
     if word not in MOODS:
         word, reason = "unknown", "nothing is known from before that call" if refused else "no status.json tells it"
-    return {"word": word.replace("_", " "), "reason": reason, "mood": MOODS[word], "time": moment(when),
-            "refused": refused}  # fmt: skip
+    return {
+        "word": word.replace("_", " "),
+        "reason": reason,
+        "mood": MOODS[word],
+        "time": moment(when),
+        "refused": refused,
+    }
 
 
 def overview(runs: list[Run]) -> list[Row]:
@@ -79,8 +90,13 @@ def _overview(run: Run) -> list[Row]:
         rows.append(["Time in training steps", _duration(training_seconds(lines))])
         rows += _medians(run, lines)
     if model := table(run.config.get("model")):
-        rows.append(["Model", f"depth {model.get('depth')}, width {model.get('hidden_size')}, "
-                              f"patch {model.get('patch_size')}, latent {model.get('latent_size')}"])  # fmt: skip
+        rows.append(
+            [
+                "Model",
+                f"depth {model.get('depth')}, width {model.get('hidden_size')}, "
+                f"patch {model.get('patch_size')}, latent {model.get('latent_size')}",
+            ]
+        )
     versions = table(run.state.get("versions"))
     if versions:
         rows.append(["Device", f"{versions.get('device')}, {versions.get('ranks')} rank(s)"])
@@ -120,7 +136,7 @@ def _duration(seconds: float) -> str:
 def history(run: Run) -> list[Row]:
     """Time, what, step, reason of every start, end and warning."""
     rows: list[Row] = []
-    broke_off = ["", "broke off", "", WORDLESS]
+    broke_off = ["", "broke off", "", NO_REASON]
     start: Table | None = None
     for entry in run.history:
         word, step, when = entry.get("status"), entry.get("step"), moment(entry.get("time"))

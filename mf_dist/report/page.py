@@ -12,7 +12,7 @@ from mf_dist.report.collect import Run, read_runs
 from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
 from mf_dist.report.pictures import Shown, classes, grids, last_grids, neighbours
 from mf_dist.report.results import compared, headline, measured
-from mf_dist.runtime.atomic_files import write_whole
+from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     if len(page) > LIMIT:
         raise UserError(f"a report of these {len(runs)} runs has {len(page) / 1e6:.1f} MB: give fewer runs")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda file: file.write(page))
+    write_atomic(out, lambda file: file.write(page))
 
 
 def _pictures(run: Run, room: int) -> dict[str, Shown]:
@@ -61,8 +61,10 @@ def _render(runs: list[Run], pictures: list[dict[str, Shown]]) -> str:
         differences=facts.differing(runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         data={"plots": plots, "runs": shown},
-        style=_own("page.css"), script=_own("page.js"), plotly=_plotly(),
-    )  # fmt: skip
+        style=_own("page.css"),
+        script=_own("page.js"),
+        plotly=_plotly(),
+    )
 
 
 def _run(number: int, run: Run, pictures: dict[str, Shown]) -> dict[str, Any]:

@@ -10,16 +10,29 @@ from mf_dist.report.facts import plain, short
 MAX_ROWS = 200
 """Of the table of measurements: the newest."""
 COLUMNS = {
-    "sampler": "sampler", "step": "step", "ema": "EMA", "num_samples": "samples",
-    "labels": "labels", "seed": "seed", "features": "features", "reference": "reference",
-    "reference_images": "real images", "precision": "precision",
-}  # fmt: skip
+    "sampler": "sampler",
+    "step": "step",
+    "ema": "EMA",
+    "num_samples": "samples",
+    "labels": "labels",
+    "seed": "seed",
+    "features": "features",
+    "reference": "reference",
+    "reference_images": "real images",
+    "precision": "precision",
+}
 """Of a measurement's protocol, in the table; the whole is behind a click."""
 SAME = {
-    "num_samples": "samples", "labels": "labels", "seed": "seed", "features": "features",
-    "features_sha256": "weights of the features", "reference_sha256": "real images",
-    "reference_images": "number of real images", "precision": "precision", "in_training": "being of training",
-}  # fmt: skip
+    "num_samples": "samples",
+    "labels": "labels",
+    "seed": "seed",
+    "features": "features",
+    "features_sha256": "weights of the features",
+    "reference_sha256": "real images",
+    "reference_images": "number of real images",
+    "precision": "precision",
+    "in_training": "being of training",
+}
 """Of a protocol, what must be the same for two distances to be compared."""
 
 Row = list[Any]
@@ -30,8 +43,16 @@ def headline(run: Run) -> list[Table]:
     ranked = sorted(
         _newest(run).values(), key=lambda m: (bool(m.protocol.get("in_training")), number(m.protocol.get("nfe")) or 0)
     )
-    return [{"name": m.name, "steps": steps(m.protocol.get("nfe")), "value": f"{m.value:.4g}",
-             "protocol": _protocol(m.protocol), "warnings": _warnings(m.protocol)} for m in ranked[:4]]  # fmt: skip
+    return [
+        {
+            "name": m.name,
+            "steps": steps(m.protocol.get("nfe")),
+            "value": f"{m.value:.4g}",
+            "protocol": _protocol(m.protocol),
+            "warnings": _warnings(m.protocol),
+        }
+        for m in ranked[:4]
+    ]
 
 
 def compared(runs: list[Run]) -> list[Row]:
@@ -72,9 +93,15 @@ def _warnings(entry: Table) -> list[str]:
 def _protocol(entry: Table) -> str:
     """A measurement's conditions, in a sentence."""
     words = {
-        "num_samples": "{} samples", "labels": "{} labels", "seed": "seed {}", "ema": "EMA {}", "step": "step {}",
-        "sampler": "sampler {}", "reference": "against {}", "reference_images": "({} real images)",
-    }  # fmt: skip
+        "num_samples": "{} samples",
+        "labels": "{} labels",
+        "seed": "seed {}",
+        "ema": "EMA {}",
+        "step": "step {}",
+        "sampler": "sampler {}",
+        "reference": "against {}",
+        "reference_images": "({} real images)",
+    }
     said = [text.format(short(entry[key])) for key, text in words.items() if entry.get(key) is not None]
     return ", ".join(said).replace(", (", " (") + (", measured during training" if entry.get("in_training") else "")
 

@@ -18,10 +18,10 @@ def partial_path(path: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic: the file is the old one or the new one, whatever happens."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Atomic, as write_json; `write` is given the file."""
     partial = partial_path(path)
     try:
@@ -33,15 +33,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:
     """Atomic, as write_json: uncompressed arrays by name, each with a checksum."""
-    write_whole(path, lambda file: np.savez(file, **arrays))
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

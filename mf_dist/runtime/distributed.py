@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mf_dist.runtime.errors import SharedError, UserError
-from mf_dist.runtime.launch import launched_place
+from mf_dist.runtime.launch import rank_from_environment
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Ranks:
     local_rank: int = 0
 
     @property
-    def is_first_here(self) -> bool:
+    def is_local_rank_zero(self) -> bool:
         """Whether this is the first rank of its machine."""
         return self.local_rank == 0
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
 
@@ -36,7 +36,7 @@ class Ranks:
 def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
     a rank may wait for the others in one operation."""
-    rank, world_size, local_rank = launched_place()
+    rank, world_size, local_rank = rank_from_environment()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
@@ -53,7 +53,7 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def first_ranks_number(number: int, device: torch.device) -> int:
+def broadcast_int(number: int, device: torch.device) -> int:
     """The whole number that rank 0 passed in, on every rank."""
     tensor = torch.tensor(number, device=device)
     dist.broadcast(tensor, src=0)
@@ -61,7 +61,7 @@ def first_ranks_number(number: int, device: torch.device) -> int:
 
 
 @contextmanager
-def together(ranks: Ranks) -> Iterator[None]:
+def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
     """For work in which one rank alone may fail, and which has no operation among ranks within: at its end every rank
     waits for the others and raises what the first that failed has found, as SharedError; a failure that is no mistake
     of the user's is raised as it is where it was. Without this the others would wait for one that is gone."""
@@ -81,13 +81,13 @@ def together(ranks: Ranks) -> Iterator[None]:
     dist.all_reduce(failed, dist.ReduceOp.MIN)
     first = int(failed)
     if unforeseen is not None:
-        _text_of(first, text or "", ranks)
+        _broadcast_text(first, text or "", ranks)
         raise unforeseen
     if first < ranks.world_size:
-        raise SharedError(_text_of(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
+        raise SharedError(_broadcast_text(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
 
 
-def _text_of(rank: int, text: str, ranks: Ranks) -> str:
+def _broadcast_text(rank: int, text: str, ranks: Ranks) -> str:
     """What `rank` passed in, on every rank."""
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=ranks.device)
     length = torch.tensor(len(raw), device=ranks.device)
@@ -104,7 +104,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def neighbours(device: torch.device) -> list[int]:
+def local_peers(device: torch.device) -> list[int]:
     """Process numbers of the other ranks on this machine."""
     machine = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     own = torch.tensor([machine, os.getpid()], device=device)

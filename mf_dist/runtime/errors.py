@@ -15,22 +15,22 @@ class SharedError(UserError):
     """The same on every rank, wherever it was found (distributed.together): the first speaks for all."""
 
 
-class CrashLoop(UserError):
+class CrashLoopError(UserError):
     """Too many starts without progress: a person must look."""
 
 
-class Unrecorded(UserError):
+class UnrecordedError(UserError):
     """A refusal that leaves status.json as it is: rank 0 has written why, or the run is another process's."""
 
 
-MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+USER_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """What is wrong with a path when the caller is; any other trouble is the disk's, which may be well again next time."""
 
 
-def is_fault(error: BaseException | None) -> bool:
+def is_disk_fault(error: BaseException | None) -> bool:
     """Whether a disk is behind an error, and not its caller."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno and error.errno not in MISTAKES:
+        if isinstance(error, OSError) and error.errno and error.errno not in USER_ERRNOS:
             return True
         error = error.__context__
     return False
@@ -45,7 +45,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
         try:
             return main() or 0
         except UserError as error:
-            _complain(str(error), is_shared=isinstance(error, SharedError))
+            _print_error(str(error), is_shared=isinstance(error, SharedError))
             return 2
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +53,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
         except OSError as error:
             if error.filename is None:
                 raise
-            _complain(f"{error.filename}: {error.strerror}")
+            _print_error(f"{error.filename}: {error.strerror}")
             return 2
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -62,7 +62,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
     return run
 
 
-def _complain(text: str, is_shared: bool = False) -> None:
+def _print_error(text: str, is_shared: bool = False) -> None:
     """Before torch is loaded all ranks find the same mistakes, and the first speaks for all."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":

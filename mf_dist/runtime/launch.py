@@ -10,11 +10,11 @@ from typing import NamedTuple, NoReturn
 
 from mf_dist.runtime.errors import UserError
 
-HEARD: list[signal.Signals] = []
+RECEIVED_SIGNALS: list[signal.Signals] = []
 """Signals that came since hear_signals()."""
 
 
-def hear_signals() -> None:
+def record_signals() -> None:
     """From here on SIGTERM and SIGUSR1 are noted in HEARD, for the trainer to obey at its first border: they may come
     while a job that starts is still importing."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -22,25 +22,25 @@ def hear_signals() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    HEARD.append(signal.Signals(number))
+    RECEIVED_SIGNALS.append(signal.Signals(number))
 
 
-class Place(NamedTuple):
+class LaunchedRank(NamedTuple):
     rank: int
     world_size: int
     local_rank: int
 
 
-def launched_place() -> Place:
+def rank_from_environment() -> LaunchedRank:
     """From RANK, WORLD_SIZE and LOCAL_RANK; without a launcher, the only process. UserError where they clash."""
-    _adopt_srun()
+    _adopt_srun_variables()
     numbers = []
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, alone)
         if not text.isdigit():
             raise UserError(f"environment variable {name} is {text!r}, expected a whole number; start with torchrun")
         numbers.append(int(text))
-    place = Place(*numbers)
+    place = LaunchedRank(*numbers)
     if place.rank >= max(1, place.world_size) or place.world_size < 1:
         raise UserError(
             f"RANK {place.rank} is not below WORLD_SIZE {place.world_size}; start with torchrun, or unset both"
@@ -51,7 +51,7 @@ def launched_place() -> Place:
     return place
 
 
-def _adopt_srun() -> None:
+def _adopt_srun_variables() -> None:
     """Gives the tasks of an srun that started them without torchrun torch's variables, from SLURM's. Task 0 is on the
     first node of the step; the port follows from job and step. A shell by srun --pty has the terminal alone."""
     said = os.environ
@@ -70,7 +70,7 @@ def _adopt_srun() -> None:
     said.setdefault("MASTER_PORT", str(30_000 + (int(job) * 16 + int(step)) % 10_000))  # torchrun's are below
 
 
-def leave(code: int) -> NoReturn:
+def exit_without_finalization(code: int) -> NoReturn:
     """Ends this process of a launch without Python's finalization: Gloo's threads outlive the process group, since
     DeepSpeed holds on to it, and one that asks for the interpreter while it shuts down aborts a run that ended well."""
     atexit._run_exitfuncs()

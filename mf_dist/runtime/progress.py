@@ -10,6 +10,10 @@ def progress(total: int, unit: str, what: str, shown: bool = True) -> "tqdm[Neve
     """Call update(n) on it; use it in a `with` block. shown=False: counts in silence, for ranks beside the first."""
     on_terminal = sys.stderr.isatty()
     return tqdm(
-        total=total, unit=unit, desc=what, mininterval=0.1 if on_terminal else 30, dynamic_ncols=on_terminal,
+        total=total,
+        unit=unit,
+        desc=what,
+        mininterval=0.1 if on_terminal else 30,
+        dynamic_ncols=on_terminal,
         disable=not shown,
-    )  # fmt: skip
+    )

@@ -34,23 +34,33 @@ IMAGENET_GRID = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes that iMF's and DiT's figures show."""
 
 
-def new_net(model: ModelConfig, seed: int) -> DiT:
+def build_network(model: ModelConfig, seed: int) -> DiT:
     """A DiT at its initial weights, which follow from the seed."""
     assert model.latent_size is not None and model.latent_channels is not None and model.num_classes is not None
     return DiT(
-        latent_size=model.latent_size, latent_channels=model.latent_channels, num_classes=model.num_classes,
-        patch_size=model.patch_size, hidden_size=model.hidden_size, depth=model.depth, num_heads=model.num_heads,
+        latent_size=model.latent_size,
+        latent_channels=model.latent_channels,
+        num_classes=model.num_classes,
+        patch_size=model.patch_size,
+        hidden_size=model.hidden_size,
+        depth=model.depth,
+        num_heads=model.num_heads,
         generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+    )
 
 
 class Generator:
     """A network, its VAE and its way of sampling: (noise, labels) to pixels."""
 
     def __init__(
-        self, net: DiT, vae: Vae, config: Config, device: torch.device, precision: Precision = "fp32",
+        self,
+        net: DiT,
+        vae: Vae,
+        config: Config,
+        device: torch.device,
+        precision: Precision = "fp32",
         compile_net: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.net, self.vae, self.device, self.precision = net.to(device).eval(), vae, device, precision
         if compile_net:
             self.net.compile(dynamic=False)
@@ -87,9 +97,14 @@ class Generator:
         return torch.from_numpy(np.stack([noise for noise, _ in draws])), torch.tensor(y)
 
     def grid(
-        self, nfes: list[int], seed: int, path: Path, names: list[str], classes: list[int] | None = None,
+        self,
+        nfes: list[int],
+        seed: int,
+        path: Path,
+        names: list[str],
+        classes: list[int] | None = None,
         times: list[float] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Writes a labelled PNG: a row per class (at most ten), the numbers of steps side by side; the same noise and
         classes every time. times: a grid of times instead of equal steps."""
         classes = self._grid_classes() if classes is None else classes
@@ -123,9 +138,15 @@ class Samples:
         self._draw = labels, seed
         self.times = times
         self.identity = {
-            **made_by, "times": times, "labels": labels, "seed": seed, "resolution": generator.resolution,
-            "vae_sha256": generator.vae.sha256, "precision": generator.precision, "euler": generator.is_flow,
-        }  # fmt: skip
+            **made_by,
+            "times": times,
+            "labels": labels,
+            "seed": seed,
+            "resolution": generator.resolution,
+            "vae_sha256": generator.vae.sha256,
+            "precision": generator.precision,
+            "euler": generator.is_flow,
+        }
 
     def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
         noise, labels = self.generator.draw(range(first, last), *self._draw)
@@ -133,7 +154,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What a checkpoint holds, ready to sample."""
 
     generator: Generator
@@ -143,10 +164,14 @@ class Trained:
     class_names: list[str]
 
 
-def load_trained(
-    checkpoint: Checkpoint, ema_decay: str | None, vae: str | None, device: torch.device, precision: Precision = "fp32",
+def load_trained_model(
+    checkpoint: Checkpoint,
+    ema_decay: str | None,
+    vae: str | None,
+    device: torch.device,
+    precision: Precision = "fp32",
     compiles: bool = False,
-) -> Trained:  # fmt: skip
+) -> TrainedModel:
     """The EMA network of a checkpoint with the VAE its latents were made with; UserError if one is missing."""
     state = checkpoint.state
     for key in ("config", "vae", "classes"):
@@ -157,9 +182,9 @@ def load_trained(
     wanted = ema_decay or str(config.optim.ema_decay[0])
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
-    net = new_net(config.model, seed=0)
+    net = build_network(config.model, seed=0)
     net.load_state_dict(checkpoint.load(f"ema-{wanted}"))
     source = vae or config.eval.vae or state["vae"]["source"]
     loaded = Vae(source, device, state["vae"], precision, compiles)
     generator = Generator(net, loaded, config, device, precision, compiles)
-    return Trained(generator, config, checkpoint, wanted, state["classes"])
+    return TrainedModel(generator, config, checkpoint, wanted, state["classes"])

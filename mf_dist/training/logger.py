@@ -31,9 +31,13 @@ class Logger:
         elif self._path.is_file():
             self._path.replace(run_dir / "metrics.jsonl.old")
         self._bar = tqdm(
-            total=config.total_steps * config.train.batch_size, initial=step * config.train.batch_size,
-            unit="img", unit_scale=True, disable=not sys.stderr.isatty(), desc="train",
-        )  # fmt: skip
+            total=config.total_steps * config.train.batch_size,
+            initial=step * config.train.batch_size,
+            unit="img",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            desc="train",
+        )
         self._wandb = None if config.log.wandb == "off" else _start_wandb(config, run_dir, self.say)
 
     def say(self, text: str) -> None:
@@ -105,11 +109,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
 def _status_line(m: dict[str, Any], total_steps: int) -> str:
     seconds = (total_steps - m["step"]) * m["seconds_per_step"]
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
-    raw = " ".join(
-        f"{label} {m[key]:.3g}"
-        for label, key in SHOWN.items()
-        if m[key] is not None
-    )  # fmt: skip
+    raw = " ".join(f"{label} {m[key]:.3g}" for label, key in SHOWN.items() if m[key] is not None)
     return (
         f"step {m['step']}/{total_steps} {raw} "
         f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"
@@ -122,9 +122,13 @@ def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> A
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     options: Any = {
-        "project": config.log.wandb_project, "name": run_dir.name, "id": id_file.read_text(encoding="utf-8").strip(),
-        "resume": "allow", "dir": str(run_dir), "config": to_tree(config),
-    }  # fmt: skip
+        "project": config.log.wandb_project,
+        "name": run_dir.name,
+        "id": id_file.read_text(encoding="utf-8").strip(),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "config": to_tree(config),
+    }
     modes: Any = dict.fromkeys([config.log.wandb, "offline"])
     import wandb
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from mf_dist.config.schema import Config
 from mf_dist.models.dit import DiT
-from mf_dist.runtime.distributed import Ranks, together
-from mf_dist.sampling.generator import Generator, new_net
+from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
+from mf_dist.sampling.generator import Generator, build_network
 from mf_dist.training.engine import Engine
 from mf_dist.training.logger import Logger
-from mf_dist.training.resume import measured_decays
+from mf_dist.training.resume import measured_ema_decays
 from mf_dist.vae import Vae
 
 
@@ -26,8 +26,8 @@ class Snapshots:
             self.evaluation = TrainingEvaluation(config, manifest, ranks)
             self.vae = self.evaluation.vae
         elif config.log.sample_every_images:
-            with together(ranks):
-                if ranks.is_first:
+            with raise_on_all_ranks(ranks):
+                if ranks.is_rank_zero:
                     self.vae = Vae(config.eval.vae or manifest["vae"]["source"], ranks.device, manifest["vae"])
         self.ranks = ranks
 
@@ -37,7 +37,7 @@ class Snapshots:
         if logger is None:
             return
         assert self.vae is not None
-        net = new_net(self.config.model, self.config.train.seed)
+        net = build_network(self.config.model, self.config.train.seed)
         net.load_state_dict(ema)
         self._draw_grid(net, self.vae, step, logger)
 
@@ -58,7 +58,7 @@ class Snapshots:
         assert self.evaluation is not None
         start = time.perf_counter()
         values: dict[str, Any] = {"step": step, "samples_seen": step * self.config.train.batch_size}
-        for decay in measured_decays(self.config):
+        for decay in measured_ema_decays(self.config):
             values |= self.evaluation.measure(engine.ema(decay), decay, step)
             if logger is not None:
                 for problem in self.evaluation.problems:

@@ -10,21 +10,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mf_dist.checkpoint.writer import Retention, Saver, Share
+from mf_dist.checkpoint.writer import CheckpointWriter, Retention, WriterRank
 from mf_dist.config.schema import Config
 from mf_dist.fault_tolerance.status import Status
-from mf_dist.fault_tolerance.stop import MARGIN, Border, Stop
-from mf_dist.fault_tolerance.watchdog import Watchdog, longest_wait
-from mf_dist.runtime.distributed import Ranks, first_ranks_number, neighbours
+from mf_dist.fault_tolerance.stop import MARGIN, Stop, StopAgreement
+from mf_dist.fault_tolerance.watchdog import Watchdog, process_group_timeout
+from mf_dist.runtime.distributed import Ranks, broadcast_int, local_peers
 from mf_dist.runtime.errors import UserError
 from mf_dist.training.engine import Engine
-from mf_dist.training.resume import measured_decays
+from mf_dist.training.resume import measured_ema_decays
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: a disk may come back, but training for nothing must end."""
 
 
-class Safekeeping:
+class Supervisor:
     def __init__(self, config: Config, ranks: Ranks, status: Status, say: Callable[[str], None]) -> None:
         """From here on SIGTERM and SIGUSR1 wait for the next border. `say` is heard on rank 0."""
         self.ranks, self.status, self._say = ranks, status, say
@@ -34,25 +34,25 @@ class Safekeeping:
         """The step of the last save begun or found; -1 after a save that failed."""
         self.committed_step = 0
         """The step of the last checkpoint that is whole."""
-        timeout = timedelta(seconds=longest_wait(config.train.hang_seconds))
-        self.border = Border(Path(config.run_dir), ranks.is_first, config.train.max_hours, timeout)
-        self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, neighbours(ranks.device), self.fail)
+        timeout = timedelta(seconds=process_group_timeout(config.train.hang_seconds))
+        self.stop_agreement = StopAgreement(Path(config.run_dir), ranks.is_rank_zero, config.train.max_hours, timeout)
+        self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, local_peers(ranks.device), self.fail)
         keep, self.root = config.checkpoint, Path(config.run_dir) / "checkpoints"
         metrics = Path(config.run_dir) / "eval/metrics.json"
-        ema = str(measured_decays(config)[0])
+        ema = str(measured_ema_decays(config)[0])
         retention = Retention(keep.keep, keep.keep_every_images, keep.keep_best, metrics, ema)
-        self.saver = Saver(self.root, Share(ranks.rank, ranks.world_size), retention)
+        self.saver = CheckpointWriter(self.root, WriterRank(ranks.rank, ranks.world_size), retention)
         self._is_saving, self._began, self._failures, self._problem = False, 0.0, 0, ""
 
     def begin_save(self, engine: Engine, state: dict[str, Any]) -> None:
         """Gathers step self.step and starts writing it in the background, after the save before has ended."""
         if self.step == self.saved_step:
             return
-        with self.watchdog.patient():
+        with self.watchdog.extended_limit():
             start = time.perf_counter()
             self.finish_save()
-            problem = self.saver.prepare(self.step) if self.ranks.is_first else None
-            if first_ranks_number(int(problem is not None), self.ranks.device):
+            problem = self.saver.prepare(self.step) if self.ranks.is_rank_zero else None
+            if broadcast_int(int(problem is not None), self.ranks.device):
                 self._note_failure(problem)
                 return
             self._began = time.perf_counter()
@@ -62,28 +62,28 @@ class Safekeeping:
             self._say(f"saving step {self.step}: training waited {now - self._began:.2f} s for it{before}")
             self.saved_step, self._is_saving = self.step, True
 
-    def meet_others(self) -> Stop:
+    def agree_at_step_boundary(self) -> Stop:
         """The border after a step: hears of saves that ended and of requests to stop."""
         is_running = self.saver.is_running  # asked first: a save that ends after this has set its outcome by then
         has_failed = self._is_saving and not is_running and self.saver.has_failed
-        stop, has_failed, is_running = self.border.agree(has_failed, is_running)
+        stop, has_failed, is_running = self.stop_agreement.agree(has_failed, is_running)
         if has_failed:
-            self.saver.give_up()
+            self.saver.cancel()
             self.saver.wait()
             self._note_failure(self.saver.error)
         elif self._is_saving and not is_running:
             self._is_saving, self._failures, self.committed_step = False, 0, self.saved_step
             if self.saver.committed:
                 seconds = time.perf_counter() - self._began
-                self.border.margin = MARGIN + 2 * seconds
-                self.status.committed(self.saved_step)
+                self.stop_agreement.margin = MARGIN + 2 * seconds
+                self.status.checkpoint_committed(self.saved_step)
                 self._say(f"saved {self.saver.committed} in {seconds:.1f} s")
         return stop
 
     def finish_save(self) -> None:
         """Waits for the save in the background. No beat here: a writer that hangs must be noticed."""
         while self._is_saving:
-            self.meet_others()
+            self.agree_at_step_boundary()
             time.sleep(0.02)
 
     def _note_failure(self, problem: str | None) -> None:
@@ -101,12 +101,12 @@ class Safekeeping:
         """The last save, tried as often as saves may fail in a row, and why the run ended."""
         while self.committed_step != self.step:
             self.begin_save(engine, state)
-            with self.watchdog.patient():
+            with self.watchdog.extended_limit():
                 self.finish_save()
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             if self.root.is_dir():
                 self.root.touch()  # the run that tools/fid_eval.py takes is the one that ended last
-            where, why = f"step {self.step} ({images} images)", stop.words(self.border.stop_file)
+            where, why = f"step {self.step} ({images} images)", stop.words(self.stop_agreement.stop_file)
             who = {"stopped_by": stop.name} if stop else {}
             self.status.end("stopped" if stop else "finished", self.step, why, **who)
             self._say(f"stopped at {where}: {why}" if stop else f"finished at {where}")
@@ -118,4 +118,4 @@ class Safekeeping:
 
     def close(self) -> None:
         self.watchdog.stop()
-        self.border.close()
+        self.stop_agreement.close()

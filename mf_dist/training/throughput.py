@@ -10,7 +10,7 @@ from torch import Tensor
 from mf_dist.runtime.distributed import sum_over_ranks
 
 
-class Meter:
+class Throughput:
     """Sums between two log lines: of the loss's parts, and of the time spent where."""
 
     def __init__(self, device: torch.device) -> None:
@@ -53,11 +53,11 @@ class Meter:
 class _Stopwatch:
     """Adds the time of a `with` block to one of the meter's fields."""
 
-    def __init__(self, meter: Meter, field: str) -> None:
-        self.meter, self.field, self.started = meter, field, math.nan
+    def __init__(self, throughput: Throughput, field: str) -> None:
+        self.throughput, self.field, self.started = throughput, field, math.nan
 
     def __enter__(self) -> None:
         self.started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        setattr(self.meter, self.field, getattr(self.meter, self.field) + time.perf_counter() - self.started)
+        setattr(self.throughput, self.field, getattr(self.throughput, self.field) + time.perf_counter() - self.started)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
-from mf_dist.checkpoint.writer import check_room
+from mf_dist.checkpoint.writer import check_free_space
 from mf_dist.config.cost import checkpoint_bytes
 from mf_dist.config.loader import to_tree
 from mf_dist.config.schema import Config
@@ -24,16 +24,16 @@ from mf_dist.data.staging import Staging
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
-from mf_dist.runtime.distributed import Ranks, first_ranks_number
+from mf_dist.runtime.distributed import Ranks, broadcast_int
 from mf_dist.runtime.environment import environment
-from mf_dist.runtime.errors import Unrecorded, UserError, is_fault
-from mf_dist.sampling.generator import new_net
+from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
+from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import MASTER, Engine
 from mf_dist.training.logger import Logger
-from mf_dist.training.resume import check_changes, load_initial
+from mf_dist.training.resume import check_config_changes, load_initial_weights
 from mf_dist.training.snapshots import Snapshots
-from mf_dist.training.supervisor import Safekeeping
-from mf_dist.training.throughput import Meter
+from mf_dist.training.supervisor import Supervisor
+from mf_dist.training.throughput import Throughput
 from mf_dist.vae import sample_posterior
 
 
@@ -44,7 +44,7 @@ class Trainer:
         self.config, self.ranks, self.run_dir = config, ranks, Path(config.run_dir)
         self.checkpoints, self.status = self.run_dir / "checkpoints", Status(self.run_dir)
         self.allow_config_change, self.step = allow_config_change, 0
-        self.safe = Safekeeping(config, ranks, self.status, self._say)
+        self.supervisor = Supervisor(config, ranks, self.status, self._say)
 
     def run(self) -> None:
         """Builds and trains; ends with status finished or stopped. An exception is recorded as failed."""
@@ -55,7 +55,7 @@ class Trainer:
             error = self._out_of_memory()
             self._fail(str(error))
             raise error from None
-        except Unrecorded:
+        except UnrecordedError:
             raise
         except KeyboardInterrupt:
             self.status.end("stopped", self.step, "interrupted from the keyboard; nothing was saved")
@@ -64,100 +64,100 @@ class Trainer:
             self._fail(str(error) or type(error).__name__)
             raise
         finally:
-            self.safe.close()
+            self.supervisor.close()
         self._report()
 
     def _fail(self, reason: str) -> None:
-        self.safe.fail(reason)
+        self.supervisor.fail(reason)
         self._report()
 
     def _build_or_refuse(self) -> None:
         """A mistake of the user's found here is no crash; a disk's fault is one, and may be over at the next start."""
         try:
             self._build()
-        except Unrecorded:
+        except UnrecordedError:
             raise
         except UserError as error:
-            if not is_fault(error):
+            if not is_disk_fault(error):
                 self.status.refuse(str(error), has_begun=True)
             raise
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks
         self.shards = LatentShards(config.data.path, stage_dir=config.data.stage_dir)
-        self.step, self.story = self._find()
-        net = new_net(config.model, config.train.seed)
+        self.step, self.messages = self._find_checkpoint()
+        net = build_network(config.model, config.train.seed)
         if not self.step and config.train.init_from:
-            self.story.append(f"initial weights: {load_initial(net, config.train.init_from)}")
+            self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         self._load()
-        self.safe.committed_step = self.safe.saved_step = self.safe.step = self.step
-        self.meter = Meter(ranks.device)
+        self.supervisor.committed_step = self.supervisor.saved_step = self.supervisor.step = self.step
+        self.throughput = Throughput(ranks.device)
         self._open_log()
 
-    def _find(self) -> tuple[int, list[str]]:
+    def _find_checkpoint(self) -> tuple[int, list[str]]:
         """Step of the newest valid checkpoint, 0 for none, and what there is to say. Counts the start, and refuses one
         too many or a disk without room."""
         found: Checkpoint | None = None
         error: UserError | OSError | None = None
-        story: list[str] = []
-        if self.ranks.is_first:
+        messages: list[str] = []
+        if self.ranks.is_rank_zero:
             try:
-                self.status.hold()
-                found, story = newest_checkpoint(self.checkpoints)
+                self.status.lock_run()
+                found, messages = newest_checkpoint(self.checkpoints)
                 self.status.begin(found.step if found else 0)
                 if not found or found.step < self.config.total_steps:
-                    check_room(self.checkpoints, checkpoint_bytes(self.config))
+                    check_free_space(self.checkpoints, checkpoint_bytes(self.config))
             except UserError as refused:
                 error = refused
             except OSError as refused:
-                error = refused if is_fault(refused) else UserError(f"{refused.filename}: {refused.strerror}")
-        step = first_ranks_number(-1 if error else found.step if found else 0, self.ranks.device)
+                error = refused if is_disk_fault(refused) else UserError(f"{refused.filename}: {refused.strerror}")
+        step = broadcast_int(-1 if error else found.step if found else 0, self.ranks.device)
         if step < 0:
-            raise error or Unrecorded("rank 0 refuses to start, see there")
+            raise error or UnrecordedError("rank 0 refuses to start, see there")
         if found:
-            return step, [*story, f"resuming {self.run_dir} from {found.folder.name}"]
-        why = "none of its checkpoints is whole" if story else "it has no checkpoint"
-        return step, [*story, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {why}"]
+            return step, [*messages, f"resuming {self.run_dir} from {found.folder.name}"]
+        why = "none of its checkpoints is whole" if messages else "it has no checkpoint"
+        return step, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {why}"]
 
     def _load(self) -> None:
         """The state of the checkpoint of step self.step into the engine."""
         if not self.step:
             return
         checkpoint = open_checkpoint(step_folder(self.checkpoints, self.step), verify=False)  # rank 0 has verified it
-        self.story += check_changes(checkpoint, self._state(), self.allow_config_change)
+        self.messages += check_config_changes(checkpoint, self._state(), self.allow_config_change)
         tensors = {}
         for kind in self.engine.kinds:
             has_it = kind in checkpoint.kinds() or not kind.startswith("ema-")
             tensors[kind] = checkpoint.load(kind if has_it else MASTER)
             if not has_it:
-                self.story.append(f"{kind} is new: it starts from the weights of step {self.step}")
+                self.messages.append(f"{kind} is new: it starts from the weights of step {self.step}")
         self.engine.guard.load_state(checkpoint.state["guard"])
         self.engine.load_state(tensors, self.step - self.engine.guard.skipped)
 
     def _open_log(self) -> None:
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.logger = Logger(self.config, self.run_dir, self.step)
-        for line in self.story:
+        for line in self.messages:
             self._say(line)
 
     def _train(self) -> None:
         config, ranks = self.config, self.ranks
         seen, on_gpu = self.step * config.train.batch_size, ranks.device.type == "cuda"
         batches = training_batches(self.shards, config, seen, ranks.rank, ranks.world_size, on_gpu)
-        if config.data.stage != "off" and ranks.is_first_here:
+        if config.data.stage != "off" and ranks.is_local_rank_zero:
             stage_dir = Path(config.data.stage_dir) if config.data.stage_dir else None
             Staging(self.shards.folder, self.shards.manifest, stage_dir, self._say)
-        first_step, stop = self.step + 1, self.safe.meet_others()
+        first_step, stop = self.step + 1, self.supervisor.agree_at_step_boundary()
         while self.step < config.total_steps and not stop:
             self._one_step(batches)
             if self.step == first_step:
-                seconds = time.perf_counter() - self.meter.since
+                seconds = time.perf_counter() - self.throughput.since
                 self._say(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
-                self.safe.watchdog.plain_steps_from_here()
-            stop = self.safe.meet_others()
+                self.supervisor.watchdog.begin_regular_steps()
+            stop = self.supervisor.agree_at_step_boundary()
             is_last = self.step == config.total_steps
             measures = not stop and self._is_due_or_last(config.eval.every_images)
             saves = is_last or stop or self._is_due(config.checkpoint.every_images)
@@ -165,26 +165,26 @@ class Trainer:
             if saves or self.step % config.log.every_steps == 0:
                 self._log()
             if saves:  # before anything that could fail
-                with self.meter.pausing():
-                    self.safe.begin_save(self.engine, self._state())
+                with self.throughput.pausing():
+                    self.supervisor.begin_save(self.engine, self._state())
             if not stop and self._is_due_or_last(config.log.sample_every_images):
                 self._show(self.snapshots.draw)
             if measures:
                 self._show(self.snapshots.measure)
         if self.step == config.total_steps:
             stop = Stop.NO
-        self.safe.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
-        if ranks.is_first:
+        self.supervisor.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
+        if ranks.is_rank_zero:
             self.logger.close()
 
     def _one_step(self, batches: Any) -> None:
         sums = []
         for _ in range(self.engine.accumulation):
-            with self.meter.waiting():
+            with self.throughput.waiting():
                 batch = next(batches)
             sums.append(self._train_micro_batch(batch))
         self.step += 1
-        self.safe.step = self.step
+        self.supervisor.step = self.step
         guard = self.engine.guard
         if guard.last:
             self._say(f"warning: step {self.step}: {guard.last} ({guard.skipped_in_row} left out in a row)")
@@ -195,11 +195,11 @@ class Trainer:
                 "optim.grad_clip, in another run_dir"
             )
         for part in sums:  # of a step left out the numbers may not be finite: it counts for nothing
-            self.meter.add({k: torch.zeros_like(v) for k, v in part.items()} if guard.skipped_in_row else part)
-        self.meter.steps += 1
-        if self.ranks.is_first:
+            self.throughput.add({k: torch.zeros_like(v) for k, v in part.items()} if guard.skipped_in_row else part)
+        self.throughput.steps += 1
+        if self.ranks.is_rank_zero:
             self.logger.advance(self.config.train.batch_size)
-        self.safe.watchdog.beat()
+        self.supervisor.watchdog.heartbeat()
 
     def _train_micro_batch(self, batch: Batch) -> dict[str, Tensor]:
         on_device = Batch(*(tensor.to(self.ranks.device, non_blocking=True) for tensor in batch))
@@ -223,28 +223,28 @@ class Trainer:
         entry = {
             "step": self.step,
             "samples_seen": self.step * self.config.train.batch_size,
-            **self.meter.means(),
+            **self.throughput.means(),
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": self.config.optim.lr,
             "skipped_steps": guard.skipped,
             "clipped_steps": guard.clipped,
-            **self.meter.speed(self.config.train.batch_size),
+            **self.throughput.speed(self.config.train.batch_size),
         }
-        self.meter.reset()
+        self.throughput.reset()
         for name, value in entry.items():
             if value is not None and not math.isfinite(value):  # the gradient may be finite where the loss overflows
                 raise UserError(
                     f"{name} is {value} at step {self.step}: training diverged. The newest checkpoint in "
                     f"{self.checkpoints} is from before; lower optim.lr or set optim.grad_clip, in another run_dir"
                 )
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             self.logger.log(entry)
 
     def _show(self, show: Callable[[Engine, int, Logger | None], None]) -> None:
         """Draws or measures with the EMA: every rank takes part, and training waits."""
-        with self.meter.pausing(), self.safe.watchdog.patient():
-            show(self.engine, self.step, self.logger if self.ranks.is_first else None)
-            first_ranks_number(0, self.ranks.device)  # all leave together: the others have waited for rank 0
+        with self.throughput.pausing(), self.supervisor.watchdog.extended_limit():
+            show(self.engine, self.step, self.logger if self.ranks.is_rank_zero else None)
+            broadcast_int(0, self.ranks.device)  # all leave together: the others have waited for rank 0
 
     def _report(self) -> None:
         """report.html, after all is saved: nothing that goes wrong here harms the run, or hides why it failed."""
@@ -263,7 +263,7 @@ class Trainer:
         return {
             "step": self.step,
             "samples_seen": self.step * batch,
-            "saved_images_ago": (self.step - self.safe.committed_step) * batch,
+            "saved_images_ago": (self.step - self.supervisor.committed_step) * batch,
             "guard": self.engine.guard.state(),
             "config": to_tree(self.config),
             "classes": self.shards.manifest["classes"],
@@ -273,7 +273,7 @@ class Trainer:
         }
 
     def _say(self, line: str) -> None:
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             if line.startswith(("warning", "config changed", "passed over")):
                 self.status.note(self.step, line.removeprefix("warning: "))
             self.logger.say(line)

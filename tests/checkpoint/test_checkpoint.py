@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from mf_dist.checkpoint.reader import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
-from mf_dist.checkpoint.writer import Retention, Saver, Share, check_room, write_tensors
+from mf_dist.checkpoint.writer import CheckpointWriter, Retention, WriterRank, check_free_space, write_tensors
 from mf_dist.runtime.atomic_files import sha256_of
-from mf_dist.runtime.errors import UserError, is_fault
+from mf_dist.runtime.errors import UserError, is_disk_fault
 
 KINDS = ["master", "exp_avg", "exp_avg_sq", "ema-0.9"]
 
@@ -32,7 +32,7 @@ def begin(saver, tensors, step, **state):
 
 
 def save(root, step, keep=2, **state):
-    tensors, saver = random_tensors(step), Saver(root, Share(0, 1), Retention(keep))
+    tensors, saver = random_tensors(step), CheckpointWriter(root, WriterRank(0, 1), Retention(keep))
     begin(saver, tensors, step, **state)
     saver.wait()
     assert saver.error is None
@@ -97,7 +97,7 @@ def test_what_a_disks_fault_hides_is_no_reason_to_start_from_scratch(tmp_path, m
     hidden.add("step-00000001")
     with pytest.raises(UserError, match="Input/output error") as caught:
         newest_checkpoint(tmp_path)
-    assert is_fault(caught.value)
+    assert is_disk_fault(caught.value)
     for step in (1, 2):
         (tmp_path / f"step-{step:08d}" / "master.safetensors").write_bytes(b"")
     hidden.clear()
@@ -154,7 +154,7 @@ def open_and_read(path):
 def test_two_ranks_write_shares_of_one_checkpoint(tmp_path):
     """Whoever is first: rank 0 commits when the files of both are on the disk. The bytes are those of one writer."""
     alone, tensors = save(tmp_path / "alone", 5)
-    savers = [Saver(tmp_path / "both", Share(rank, 2), Retention(2)) for rank in (0, 1)]
+    savers = [CheckpointWriter(tmp_path / "both", WriterRank(rank, 2), Retention(2)) for rank in (0, 1)]
     for saver in savers:
         begin(saver, tensors, 5)
     for saver in savers:
@@ -166,13 +166,13 @@ def test_two_ranks_write_shares_of_one_checkpoint(tmp_path):
 
 
 def test_a_rank_that_fails_leaves_no_checkpoint_and_nobody_waiting(tmp_path):
-    first, second = (Saver(tmp_path, Share(rank, 2), Retention(2)) for rank in (0, 1))
+    first, second = (CheckpointWriter(tmp_path, WriterRank(rank, 2), Retention(2)) for rank in (0, 1))
     begin(first, random_tensors(1), 1)
     (tmp_path / "step-00000001.tmp/ema-0.9.safetensors").mkdir()  # in the way of rank 1, which has every second file
     begin(second, random_tensors(1), 1)
     second.wait()
     assert "cannot write a checkpoint" in second.error and first.is_running
-    first.give_up()
+    first.cancel()
     first.wait()
     assert first.committed is None and first.error is None and list(tmp_path.iterdir()) == []
 
@@ -182,7 +182,7 @@ def test_saving_does_not_hold_up_the_caller(tmp_path, monkeypatch):
     gate = threading.Event()
     fsync = os.fsync
     monkeypatch.setattr("mf_dist.checkpoint.writer.os.fsync", lambda number: (gate.wait(20), fsync(number)))
-    tensors, saver = random_tensors(3), Saver(tmp_path, Share(0, 1), Retention(2))
+    tensors, saver = random_tensors(3), CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
     begin(saver, {kind: {n: a.clone() for n, a in by_name.items()} for kind, by_name in tensors.items()}, 3)
     assert saver.is_running and saver.committed is None
     gate.set()
@@ -194,13 +194,15 @@ def test_saving_does_not_hold_up_the_caller(tmp_path, monkeypatch):
 def test_a_disk_that_refuses_is_one_line_and_harms_nothing(tmp_path):
     save(tmp_path / "run", 1)
     (tmp_path / "file").write_text("")
-    assert "cannot write a checkpoint" in Saver(tmp_path / "file" / "run", Share(0, 1), Retention(2)).prepare(2)
-    saver = Saver(tmp_path / "run", Share(0, 1), Retention(2))
+    assert "cannot write a checkpoint" in CheckpointWriter(
+        tmp_path / "file" / "run", WriterRank(0, 1), Retention(2)
+    ).prepare(2)
+    saver = CheckpointWriter(tmp_path / "run", WriterRank(0, 1), Retention(2))
     (tmp_path / "run" / "step-00000002.tmp").write_text("in the way")
     assert "MiB free" in saver.prepare(2)
     assert newest_checkpoint(tmp_path / "run")[0].step == 1
     with pytest.raises(UserError, match="MiB free, checkpoints need"):
-        check_room(tmp_path / "new" / "run", 2**60)
+        check_free_space(tmp_path / "new" / "run", 2**60)
 
 
 def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
@@ -222,14 +224,19 @@ def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
 
 def test_retention_over_a_thousand_saves(tmp_path):
     """The newest 3, every 100th by images, the best by a metric of one EMA in one step; the newest always stays."""
-    (tmp_path / "metrics.json").write_text(json.dumps([
-        {"metrics": {"fd": 9.0}, "nfe": 1, "step": 10, "ema": "0.9"},
-        {"metrics": {"fd": 3.0}, "nfe": 1, "step": 37, "ema": "0.9"},
-        {"metrics": {"other": 0.0}, "nfe": 1, "step": 5, "ema": "0.9"},
-        {"metrics": {"fd": 3.5}, "nfe": 1, "step": 990, "ema": "0.9"},
-        {"metrics": {"fd": 1.0}, "nfe": 1, "step": 500, "ema": "0.99"},
-        {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700, "ema": "0.9"}, {"metrics": {"fd": 0.0}, "images": "x"},
-    ]))  # fmt: skip
+    (tmp_path / "metrics.json").write_text(
+        json.dumps(
+            [
+                {"metrics": {"fd": 9.0}, "nfe": 1, "step": 10, "ema": "0.9"},
+                {"metrics": {"fd": 3.0}, "nfe": 1, "step": 37, "ema": "0.9"},
+                {"metrics": {"other": 0.0}, "nfe": 1, "step": 5, "ema": "0.9"},
+                {"metrics": {"fd": 3.5}, "nfe": 1, "step": 990, "ema": "0.9"},
+                {"metrics": {"fd": 1.0}, "nfe": 1, "step": 500, "ema": "0.99"},
+                {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700, "ema": "0.9"},
+                {"metrics": {"fd": 0.0}, "images": "x"},
+            ]
+        )
+    )
     keep = Retention(3, 1000, "fd", tmp_path / "metrics.json", "0.9")
     root = tmp_path / "checkpoints"
     for step in range(1, 1001):
@@ -239,7 +246,7 @@ def test_retention_over_a_thousand_saves(tmp_path):
         keep.apply(root, folder)
     left = {int(path.name[5:]) for path in root.iterdir()}
     assert left == {37, *range(100, 1001, 100), 998, 999, 1000}
-    assert Retention(1).superfluous([root / "step-00001000"]) == []
+    assert Retention(1).removable([root / "step-00001000"]) == []
 
 
 def edit(folder, name, change):
@@ -275,7 +282,7 @@ def test_what_cannot_be_resumed_is_no_checkpoint(tmp_path, name, change):
 
 def test_a_disk_that_does_not_even_answer_is_a_failed_save(tmp_path, monkeypatch):
     """As a network disk that has gone: the explanation of the error must not hide it."""
-    saver = Saver(tmp_path, Share(0, 1), Retention(2))
+    saver = CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
 
     def gone(*_):
         raise OSError(116, "Stale file handle")
@@ -289,5 +296,5 @@ def test_a_disk_that_does_not_even_answer_is_a_failed_save(tmp_path, monkeypatch
 
 def test_what_dead_saves_left_makes_room(tmp_path):
     (tmp_path / "step-00000009.tmp").mkdir()
-    check_room(tmp_path, 1)
+    check_free_space(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

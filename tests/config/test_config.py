@@ -14,7 +14,7 @@ from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.schema import Config, MeanFlowConfig, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.launch import launched_place
+from mf_dist.runtime.launch import rank_from_environment
 
 DIGITS = str(ROOT / "configs/digits_cpu.yaml")
 LATENT = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10", "data.path=none"]
@@ -214,7 +214,7 @@ def test_a_wrong_launcher_environment_is_named(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        launched_place()
+        rank_from_environment()
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,10 @@ def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
     }
     for name, value in said.items():
         monkeypatch.setenv("SLURM_" + name, value)
-    assert launched_place() == (3, 4, 1)
+    assert rank_from_environment() == (3, 4, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "31970")
     monkeypatch.setenv("RANK", "0")  # torchrun's word is the stronger
-    assert launched_place().rank == 0
+    assert rank_from_environment().rank == 0
 
 
 def test_a_list_of_nodes_that_cannot_be_read_is_said(monkeypatch):
@@ -248,9 +248,9 @@ def test_a_list_of_nodes_that_cannot_be_read_is_said(monkeypatch):
     for name, value in (said | {"JOB_ID": "7"}).items():
         monkeypatch.setenv("SLURM_" + name, value)
     with pytest.raises(UserError, match=r"first node of 'rack\[1-2\]n\[3-4\]'; set MASTER_ADDR"):
-        launched_place()
+        rank_from_environment()
     monkeypatch.setenv("MASTER_ADDR", "rack1n3")
-    assert launched_place().world_size == 4 and os.environ["MASTER_ADDR"] == "rack1n3"
+    assert rank_from_environment().world_size == 4 and os.environ["MASTER_ADDR"] == "rack1n3"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_task_alone_is_alone(monkeypatch, step):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"PROCID": "0", "JOB_ID": "7", "STEP_NODELIST": "n1", **step}.items():
         monkeypatch.setenv("SLURM_" + name, value)
-    assert launched_place() == (0, 1, 0)
+    assert rank_from_environment() == (0, 1, 0)
 
 
 def test_dry_run_prints_config_shapes_and_cost():

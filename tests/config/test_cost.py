@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mf_dist.config import cost
 from mf_dist.config.schema import MeanFlowConfig, ModelConfig, load_config, resolve
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
-from mf_dist.sampling.generator import new_net
+from mf_dist.sampling.generator import build_network
 
 MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_size=8, latent_channels=4, num_classes=5)
 
 
 def test_parameters():
-    assert cost.parameters(MODEL) == sum(p.numel() for p in new_net(MODEL, 0).parameters())
+    assert cost.parameters(MODEL) == sum(p.numel() for p in build_network(MODEL, 0).parameters())
 
 
 def test_memory_is_split_as_zero_splits_it():
@@ -41,7 +41,7 @@ def test_memory_is_split_as_zero_splits_it():
 
 @torch.no_grad()
 def test_forward_flops():
-    net, z = new_net(MODEL, 0), torch.randn(2, 4, 8, 8)
+    net, z = build_network(MODEL, 0), torch.randn(2, 4, 8, 8)
     with (
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
@@ -64,7 +64,7 @@ def test_a_steps_flops(recipe, forwards):
     tangent's attention dearer, than 'a forward': hence 4 %."""
     base = load_config("configs/digits_cpu.yaml", [])
     assert cost.forwards_per_image(dataclasses.replace(base, meanflow=recipe)) == forwards
-    net = new_net(MODEL, 0)
+    net = build_network(MODEL, 0)
     g = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
     draws = Draws(e, torch.randn(8, 2, generator=g), torch.rand(8, generator=g))

@@ -13,8 +13,8 @@ from conftest import VAE, encode, run_python
 
 from mf_dist.data.audit import problems
 from mf_dist.data.shard_writer import Record, write_shard
-from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.data.shards import LatentShards, index_checksum, index_path, read_manifest, shard_name, write_manifest
+from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
 from mf_dist.vae import WEIGHTS, Vae
 
@@ -71,7 +71,9 @@ def edit(members, g, change):
 
 def huge(raw):
     """A header that promises an array of 10^11 numbers."""
-    return raw[:10] + raw[10:128].replace(b"(8, 8, 8)", b"(10**11,)".replace(b"10**11", b"99999999999"))[:118] + raw[128:]
+    return (
+        raw[:10] + raw[10:128].replace(b"(8, 8, 8)", b"(10**11,)".replace(b"10**11", b"99999999999"))[:118] + raw[128:]
+    )
 
 
 def with_nan(array, g):
@@ -94,7 +96,9 @@ SAMPLES = {
     "gone": lambda g: lambda m: edit(m, g, lambda name, a, old: []),
     "huge": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, huge(npy(a)))]),
     "deep": lambda g: lambda m: [(n, b"[" * 200_000 if n.endswith(".json") else raw) for n, raw in m],
-    "object array": lambda g: lambda m: edit(m, g, lambda name, a, old: [(name, b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}")]),
+    "object array": lambda g: (
+        lambda m: edit(m, g, lambda name, a, old: [(name, b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}")])
+    ),
 }
 
 
@@ -243,7 +247,10 @@ def test_verify_exits_1_and_names_the_sample(copy):
     raw[LatentShards(copy)._indices[1].offsets[7] + 100] ^= 1
     (copy / TAR).write_bytes(raw)
     text = run_python("tools/latents.py", "verify", copy, expect=1).stdout
-    assert "shard-00001.tar: other bytes than the manifest's sha256 says" in text and "sample 000000067: moments.npy has other numbers" in text
+    assert (
+        "shard-00001.tar: other bytes than the manifest's sha256 says" in text
+        and "sample 000000067: moments.npy has other numbers" in text
+    )
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):

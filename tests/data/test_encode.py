@@ -10,10 +10,10 @@ import torch
 from conftest import VAE, encode, run_python, write_digits
 from processes import FULL
 
+from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
 from mf_dist.data.images import list_images, load_image
 from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
-from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
 from mf_dist.runtime.errors import UserError
 from mf_dist.vae import Vae
 
@@ -46,7 +46,17 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     assert len(list((tmp_path / "out").glob("*.tar"))) == 4  # and it stopped there
     shutil.rmtree(tmp_path / "out")
     encode(images, tmp_path / "out", shard_size=30, max_bad_share=0.05)
-    shown = ["tools/latents.py", "show", tmp_path / "out", "--images", images, "--count", 60, "--out", tmp_path / "a.png"]
+    shown = [
+        "tools/latents.py",
+        "show",
+        tmp_path / "out",
+        "--images",
+        images,
+        "--count",
+        60,
+        "--out",
+        tmp_path / "a.png",
+    ]
     assert float(run_python(*shown).stdout.split("PSNR ")[1].split()[0]) > 25
     (images / folder.paths[3]).write_bytes((images / folder.paths[4]).read_bytes())
     assert "does not hold what was encoded: image 3 was" in run_python(*shown, expect=2).stderr
@@ -138,18 +148,30 @@ def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
     import time
 
     images = write_digits(tmp_path / "images", 600 if FULL else 200)
-    command = ["tools/encode_latents.py", "--images", images, "--vae", VAE, "--resolution", 32, "--shard-size", 10,
-               "--batch", 4]  # fmt: skip
+    command = [
+        "tools/encode_latents.py",
+        "--images",
+        images,
+        "--vae",
+        VAE,
+        "--resolution",
+        32,
+        "--shard-size",
+        10,
+        "--batch",
+        4,
+    ]
     run_python(*command, "--out", tmp_path / "alone")
     out, g, kills = tmp_path / "out", np.random.default_rng(0), 0
     while not (out / "manifest.json").is_file():
         ranks = [
             subprocess.Popen(
                 [sys.executable, *map(str, command), "--out", str(out), "--task", task],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
             for task in ("0/1", "1/2")  # as after a change of n: both make every second shard
-        ]  # fmt: skip
+        ]
         wanted = len(list(out.glob("*.tar"))) + int(g.integers(1, 5))
         while any(rank.poll() is None for rank in ranks) and len(list(out.glob("*.tar"))) < wanted:
             time.sleep(0.001)

@@ -70,9 +70,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_refused(tmp_path, name):
     fill, message = WRONG[name]
-    archive = tarfile.open(tmp_path / "a.tar", "w")
-    fill(archive)
-    archive.close()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        fill(archive)
     with pytest.raises(UserError, match=message):
         open_images(str(tmp_path))
 

@@ -66,10 +66,18 @@ def test_what_is_wrong_is_named(tmp_path):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    """As Pillow converts it, which ADM and torchvision rely on; 16-bit grey keeps its upper 8 bits; EXIF turns nothing."""
+    """As Pillow converts it, which ADM and torchvision rely on; 16-bit grey keeps its upper 8 bits; EXIF is ignored."""
     g = np.random.default_rng(0)
     colour = Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    for mode, suffix in {"L": "png", "1": "png", "P": "png", "LA": "png", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg"}.items():
+    for mode, suffix in {
+        "L": "png",
+        "1": "png",
+        "P": "png",
+        "LA": "png",
+        "RGBA": "png",
+        "CMYK": "jpg",
+        "YCbCr": "jpg",
+    }.items():
         path = tmp_path / f"{mode}.{suffix}"
         colour.convert(mode).save(path)
         expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
@@ -102,7 +110,9 @@ def test_jpegs_are_decoded_as_pillow_does(options, subsampling):
         image = Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).resize(size[::-1], Image.Resampling.BOX)
         image.convert(mode).save(file, "JPEG", subsampling=0 if "keep_rgb" in options else subsampling, **options)
         expected = centre_crop(Image.open(file).convert("RGB"), 16)
-        pixels.append(np.array_equal(decode_image(file.getvalue(), "a.jpg", 16), np.asarray(expected).transpose(2, 0, 1)))
+        pixels.append(
+            np.array_equal(decode_image(file.getvalue(), "a.jpg", 16), np.asarray(expected).transpose(2, 0, 1))
+        )
     assert all(pixels)
 
 

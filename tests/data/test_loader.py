@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mf_dist.runtime import rng
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import LatentStream, training_batches
 from mf_dist.data.shards import LatentShards, read_manifest
+from mf_dist.runtime import rng
 
 
 def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
@@ -75,7 +75,7 @@ def test_stream_travels_to_loader_processes_by_pickle_too(latents):
     """As it must where processes are not forked."""
     stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
     expected = stream[5]
-    copy = pickle.loads(pickle.dumps(stream))
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301  what a spawned loader process does
     assert all(torch.equal(a, b) for a, b in zip(copy[5], expected, strict=True))
 
 
@@ -114,8 +114,13 @@ def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tm
     shards = LatentShards(tmp_path / "seven")
     assert len(shards.manifest["shards"]) == 7
     number = {shards[i][0].tobytes(): i for i in range(150)}
-    options = [f"data.path={tmp_path / 'seven'}", "train.batch_size=60", "train.micro_batch=20", "data.num_workers=4",
-               "train.total_images=1500"]  # fmt: skip
+    options = [
+        f"data.path={tmp_path / 'seven'}",
+        "train.batch_size=60",
+        "train.micro_batch=20",
+        "data.num_workers=4",
+        "train.total_images=1500",
+    ]
     config = resolve(load_config(str(tiny_config), options), shards.manifest, 3)
     ranks = [training_batches(shards, config, 0, rank, 3, pin_memory=False) for rank in range(3)]
     seen = []

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mf_dist.data.shards import LatentShards
-from mf_dist.runtime.errors import UserError
 from mf_dist.data.staging import Staging, staged_path
+from mf_dist.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -92,9 +92,16 @@ def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, 
     stats = tmp_path / "stats.npz"
     command = ["--images", images, "--features", FEATURES, "--out", stats]
     assert zygote.run(tmp_path / "stats.log", command, script=ROOT / "tools/reference_stats.py") == [0]
-    options = ["train.total_images=320", "eval.every_images=80", "eval.training_samples=130",
-               f"eval.reference={stats}", "eval.training_emas=[0.9]", "checkpoint.keep=1",
-               "checkpoint.keep_best=fd_digits_130", "checkpoint.every_images=320"]  # fmt: skip
+    options = [
+        "train.total_images=320",
+        "eval.every_images=80",
+        "eval.training_samples=130",
+        f"eval.reference={stats}",
+        "eval.training_emas=[0.9]",
+        "checkpoint.keep=1",
+        "checkpoint.keep_best=fd_digits_130",
+        "checkpoint.every_images=320",
+    ]
     assert zygote.run(tmp_path / "log", [config, *options], 2) == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -102,9 +109,24 @@ def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, 
     assert [*curve] == [5, 10, 15, 20] and all("fd_digits_130/nfe2/ema0.9" in line for line in curve.values())
     best = min((5, 10, 15), key=lambda step: curve[step]["fd_digits_130/nfe1/ema0.9"])  # when step 20 was saved
     assert valid_steps(run) == [best, 20] and status(run)["status"] == "finished"
-    command = ["--checkpoint", run / "checkpoints/step-00000020", "--nfe", 1, "--ema", 0.9, "--seed", 1,
-               "--metrics", "fid", "--num-samples", 130, "--statistics", "streaming",
-               "--out", tmp_path / "after"]  # fmt: skip
+    command = [
+        "--checkpoint",
+        run / "checkpoints/step-00000020",
+        "--nfe",
+        1,
+        "--ema",
+        0.9,
+        "--seed",
+        1,
+        "--metrics",
+        "fid",
+        "--num-samples",
+        130,
+        "--statistics",
+        "streaming",
+        "--out",
+        tmp_path / "after",
+    ]
     assert zygote.run(tmp_path / "after.log", command, script=TOOL) == [0], (tmp_path / "after.log").read_text()
     after = entries(tmp_path / "after")[0]["metrics"]["fd_digits_130"]
     assert after == pytest.approx(curve[20]["fd_digits_130/nfe1/ema0.9"], rel=1e-9)
@@ -126,20 +148,25 @@ def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, conf
     folder = ["--images", mixed, "--features", FEATURES, "--reference", images, "--out", tmp_path / "early"]
     assert zygote.run(tmp_path / "early.log", folder, 2, script=TOOL) == [2, 2]
     for name, *options in (
-        ("kind", "--metrics", "sfid"), ("late", "--metrics", "fid"), ("wrong", "--reference", tmp_path / "broken.npz"),
+        ("kind", "--metrics", "sfid"),
+        ("late", "--metrics", "fid"),
+        ("wrong", "--reference", tmp_path / "broken.npz"),
         ("both", "--inception-weights", "weights.pth"),
-    ):  # fmt: skip
+    ):
         assert evaluate(tmp_path / name, *options, ranks=2) == [2, 2]
     assert zygote.run(tmp_path / "images.log", [config, "eval.every_images=80"], 2) == [2, 2]
     assert "cannot read reference statistics" in status(tmp_path / "run")["reason"]
     drawing = [config, "eval.vae=nowhere", "log.sample_every_images=80"]
     assert zygote.run(tmp_path / "vae.log", drawing, 2) == [2, 2]
     for name, text in {
-        "early": f"{bad.name}.*found by rank 1", "kind": "no spatial part", "late": "late/metrics.json is damaged",
-        "wrong": "cannot read reference statistics", "vae": "no VAE folder at 'nowhere'",
+        "early": f"{bad.name}.*found by rank 1",
+        "kind": "no spatial part",
+        "late": "late/metrics.json is damaged",
+        "wrong": "cannot read reference statistics",
+        "vae": "no VAE folder at 'nowhere'",
         "images": "cannot read .*digits.* as tools/reference_stats.py",
         "both": "--inception-weights belongs to --features inception",
-    }.items():  # fmt: skip
+    }.items():
         log = (tmp_path / f"{name}.log").read_text()
         (line,) = [line for line in log.splitlines() if "error" in line.lower()]
         assert re.match(f"error: .*{text}", line) and "Traceback" not in log, log

@@ -95,8 +95,13 @@ def test_other_worlds_and_stages_go_on_with_the_same_batches(zygote, whole, conf
 def test_numbers_that_are_not_finite_on_one_rank_leave_the_step_out(zygote, config, tmp_path, where, stage, precision):
     if not FULL and (stage, where) not in {(1, "loss"), (2, "gradient"), (3, "tangent")}:
         pytest.skip("make torture")
-    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.total_images=96",
-               "checkpoint.every_images=16", "checkpoint.keep=9"]  # fmt: skip
+    options = [
+        f"engine.zero_stage={stage}",
+        f"engine.precision={precision}",
+        "train.total_images=96",
+        "checkpoint.every_images=16",
+        "checkpoint.keep=9",
+    ]
     poison = {"poison": where, "step": 4, "rank": 1}
     assert zygote.run(tmp_path / "log", [config, *options], 2, [poison]) == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "run"
@@ -292,8 +297,15 @@ def test_a_signal_to_the_whole_group_spares_the_loaders(whole, config, tmp_path,
 
 
 def test_a_refused_start_is_in_the_status(config, tmp_path):
-    command = ["-m", "mf_dist.train", config, f"data.path={tmp_path / 'gone'}", "model.latent_size=8",
-               "model.latent_channels=4", "model.num_classes=10"]  # fmt: skip
+    command = [
+        "-m",
+        "mf_dist.train",
+        config,
+        f"data.path={tmp_path / 'gone'}",
+        "model.latent_size=8",
+        "model.latent_channels=4",
+        "model.num_classes=10",
+    ]
     run_python(*command, expect=2)
     assert (
         status(tmp_path / "run")["status"] == "failed" and "no finished dataset" in status(tmp_path / "run")["reason"]

@@ -31,10 +31,14 @@ def test_a_changed_config_says_its_difference_and_needs_consent_where_it_matters
         "config changed: train.total_images 160 -> 480",
         "ema-0.5 is new: it starts from the weights of step 10",
     ):
-        assert line in text  # fmt: skip
+        assert line in text
     assert {name.split("/")[0] for name in tensors(run, STEPS)} == {
-        "master", "exp_avg", "exp_avg_sq", "ema-0.99", "ema-0.5",
-    }  # fmt: skip
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+        "ema-0.99",
+        "ema-0.5",
+    }
     assert zygote.run(log, [config, *options, "--allow-config-change", "model.depth=3"]) == [2]
     assert "choose another run_dir" in log.read_text().splitlines()[-1]
 
@@ -116,8 +120,12 @@ def test_checkpoint_tool(zygote, tmp_path, whole):
     assert "no value of that metric for EMA 0.99" in tool("prune", run, "--keep", 1, "--keep-best", "fd", expect=2)
     assert "left alone, DAMAGED" in tool("prune", run, "--keep", 1)
     assert valid_steps(run) == [25], "the only valid one stays"
-    for arguments in (["ls", "nowhere"], ["prune", run, "--keep", 0], ["export", run, "--out", "x.pt"],
-                      ["export", run, "--out", tmp_path / "m.safetensors", "--ema", "0.1"]):  # fmt: skip
+    for arguments in (
+        ["ls", "nowhere"],
+        ["prune", run, "--keep", 0],
+        ["export", run, "--out", "x.pt"],
+        ["export", run, "--out", tmp_path / "m.safetensors", "--ema", "0.1"],
+    ):
         assert tool(*arguments, expect=2).splitlines()[-1].startswith("error: ")
 
 
@@ -234,8 +242,15 @@ COMMAND_LINES = [
     ["tools/bench/bench_attention.py", "--tokens", "many"],
     ["tools/demo/write_digits.py", "--out", "README.md/x"],
 ]
-MORE = [["checkpoint.keep=0"], ["checkpoint.every_images=0"], ["train.max_skipped=0"], ["optim.ema_decay=[]"],
-        ["optim.ema_decay=[0.9, 0.9]"], ["optim.spike_action=shout"], ["train.hang_seconds=0"]]  # fmt: skip
+MORE = [
+    ["checkpoint.keep=0"],
+    ["checkpoint.every_images=0"],
+    ["train.max_skipped=0"],
+    ["optim.ema_decay=[]"],
+    ["optim.ema_decay=[0.9, 0.9]"],
+    ["optim.spike_action=shout"],
+    ["train.hang_seconds=0"],
+]
 
 
 def test_sixty_mistakes_are_a_line_each_at_once(tmp_path):

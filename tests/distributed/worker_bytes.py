@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mf_dist import train
-from mf_dist.runtime.launch import leave
+from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.training.trainer import Trainer
 
 KINDS = {
@@ -65,7 +65,7 @@ def one_step(self, batches):
     state["counts"] = self.step == 2
     plain_step(self, batches)
     state["counts"] = False
-    if self.step == 3 and self.ranks.is_first:
+    if self.step == 3 and self.ranks.is_rank_zero:
         with open(OUT, "w") as file:
             json.dump(seen, file)
 
@@ -76,4 +76,4 @@ if not REUSE:
     deepspeed.initialize = without_reuse(deepspeed.initialize)
 plain_step, Trainer._one_step = Trainer._one_step, one_step
 if __name__ == "__main__":
-    leave(train.main())
+    exit_without_finalization(train.main())

@@ -13,8 +13,8 @@ from mf_dist.data.shards import LatentShards
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.errors import command_line
-from mf_dist.runtime.launch import leave
-from mf_dist.sampling.generator import new_net
+from mf_dist.runtime.launch import exit_without_finalization
+from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import Engine
 
 
@@ -24,7 +24,7 @@ def main():
     with process_group() as ranks:
         config = load_config(path, overrides)
         config = resolve(config, LatentShards(config.data.path).manifest, ranks.world_size)
-        net = new_net(config.model, 0)
+        net = build_network(config.model, 0)
         if fault == "weights" and ranks.rank == 1:
             net.blocks[1].mlp.fc1.bias.data[3] = 1e-6
         engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
@@ -39,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_without_finalization(main())

@@ -18,8 +18,8 @@ from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import process_group
-from mf_dist.runtime.launch import leave
-from mf_dist.sampling.generator import new_net
+from mf_dist.runtime.launch import exit_without_finalization
+from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import Engine
 from mf_dist.vae import sample_posterior
 
@@ -30,7 +30,7 @@ def main():
         config = load_config(path, overrides)
         shards = LatentShards(config.data.path)
         config = resolve(config, shards.manifest, ranks.world_size)
-        net = new_net(config.model, 0)
+        net = build_network(config.model, 0)
         g, scale = torch.Generator().manual_seed(1), 1.1 / config.model.hidden_size**0.5
         for p in net.parameters():  # at its initial weights most gradients are 0
             p.data.copy_(torch.randn(p.shape, generator=g) * (scale if p.ndim > 1 else 0.05))
@@ -54,17 +54,17 @@ def main():
         for _ in range(engine.accumulation):
             engine.train_micro_batch(*inputs(next(batches)))
         moments = {f"exp_avg/{name}": a.contiguous() for kind, name, a in engine.state() if kind == "exp_avg"}
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             save_file(gradient | moments, out)
         norm = engine.grad_norm()
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
         for _ in range(2 * engine.accumulation):
             engine.train_micro_batch(*inputs(next(batches)))
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             later = counters["stats"]["unique_graphs"] - graphs
             print(json.dumps({"graphs": graphs, "breaks": breaks, "compiled_later": later, "norm": norm}))
 
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_without_finalization(0)

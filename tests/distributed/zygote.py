@@ -36,11 +36,16 @@ import mf_dist.runtime.atomic_files
 import mf_dist.training.snapshots
 import mf_dist.training.trainer
 from mf_dist import train
-from mf_dist.runtime.launch import leave
+from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.runtime.torchvision_repair import repair_torchvision
 
-LATE = ("diffusers.models.autoencoders.autoencoder_kl", "deepspeed.runtime.zero.muon.muon_optimizer",
-        "mf_dist.evaluation.during", "mf_dist.evaluation.pictures", "mf_dist.report.page")  # fmt: skip
+LATE = (
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "mf_dist.evaluation.during",
+    "mf_dist.evaluation.pictures",
+    "mf_dist.report.page",
+)
 """What a training or an evaluation imports only when it needs it: 2 to 7 seconds, here once for all children."""
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
 
@@ -205,14 +210,14 @@ def child(request):
     try:
         if request.get("script"):
             runpy.run_path(request["script"], run_name="__main__")
-        leave(train.main())
+        exit_without_finalization(train.main())
     except SystemExit as end:
-        leave(int(end.code or 0))
+        exit_without_finalization(int(end.code or 0))
     except BaseException:
         import traceback
 
         traceback.print_exc()
-        leave(1)
+        exit_without_finalization(1)
 
 
 def under_torchrun(faults, *argv):
@@ -220,7 +225,7 @@ def under_torchrun(faults, *argv):
     mine = [fault for fault in json.loads(faults) if fault.get("rank", 0) == int(os.environ["RANK"])]
     sys.argv = ["train", *argv]
     install(mine)
-    leave(train.main())
+    exit_without_finalization(train.main())
 
 
 def main():
@@ -239,7 +244,7 @@ def main():
         if pid == 0:
             child(request)
         print(json.dumps({"pid": pid}), flush=True)
-    leave(0)
+    exit_without_finalization(0)
 
 
 if __name__ == "__main__":

@@ -198,9 +198,11 @@ def test_what_cannot_be_measured_says_why(images, network, tmp_path):
     _, reference, _ = measured(images, images, network, tmp_path, kinds=("fid",))
     assert choose(None, network, reference, 150) == ("fid", "is", "pr", "kid")
     for kind, count, text in (
-        ("sfid", 150, "no spatial part"), ("is", 9, "fewer than its 10 splits"), ("pr", 3, "too few images"),
+        ("sfid", 150, "no spatial part"),
+        ("is", 9, "fewer than its 10 splits"),
+        ("pr", 3, "too few images"),
         ("fdd", 150, "expected some of fid,sfid,is,pr,kid"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=text):
             choose((kind,), network, reference, count)
 

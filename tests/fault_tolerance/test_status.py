@@ -36,7 +36,7 @@ def test_progress_or_a_request_to_stop_starts_the_count_anew(tmp_path, between):
     for step in (5, 5, 5):
         status.begin(step)
     if between == "committed":
-        status.committed(6)
+        status.checkpoint_committed(6)
     if between == "stopped":
         status.end("stopped", 5, "SIGTERM")
     status.begin(6 if between != "stopped" else 5)
@@ -73,11 +73,11 @@ def test_a_run_belongs_to_one_process(tmp_path):
     import subprocess
     import sys
 
-    code = "from pathlib import Path; from mf_dist.fault_tolerance.status import Status; Status(Path({!r})).hold()"
+    code = "from pathlib import Path; from mf_dist.fault_tolerance.status import Status; Status(Path({!r})).lock_run()"
     code = code.format(str(tmp_path))
     Status(tmp_path).begin(0)
     holder = Status(tmp_path)
-    holder.hold()
+    holder.lock_run()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is being trained by process" in done.stderr and done.returncode == 1
 
@@ -86,8 +86,10 @@ def test_mistakes_in_the_call_do_not_make_a_crash_loop(tmp_path):
     status = Status(tmp_path)
     status.refuse("no dataset", has_begun=False)
     assert (status.read()["status"], status.read()["refused"], status.read()["starts_without_progress"]) == (
-        "failed", True, 0,
-    )  # fmt: skip
+        "failed",
+        True,
+        0,
+    )
     for _ in range(5):
         status.begin(0)
         status.refuse("no such VAE", has_begun=True)

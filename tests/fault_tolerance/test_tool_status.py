@@ -9,7 +9,7 @@ import pytest
 from conftest import VAE, encode
 
 from mf_dist.fault_tolerance.status import MAX_STARTS, Status
-from mf_dist.fault_tolerance.tool_status import VARIABLE, errand
+from mf_dist.fault_tolerance.tool_status import STATUS_VARIABLE, reports_status
 from mf_dist.jobs.attempt import begin_tool, judge
 from mf_dist.runtime.errors import UserError
 
@@ -17,7 +17,7 @@ from mf_dist.runtime.errors import UserError
 @pytest.fixture
 def status(tmp_path, monkeypatch):
     """Of a job that may send signals."""
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "job"))
+    monkeypatch.setenv(STATUS_VARIABLE, str(tmp_path / "job"))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield Status(tmp_path / "job")
     for number, handler in before.items():
@@ -28,7 +28,7 @@ def start(status, main, asked=""):
     """One start of the job: the launcher's verdict on it."""
     assert begin_tool(status.path.parent).word == "go"
     with contextlib.suppress(Exception, SystemExit):
-        errand(main)()
+        reports_status(main)()
     return judge(status.conclude("srun ended with code 1", asked))
 
 
@@ -72,8 +72,8 @@ def test_a_folder_that_takes_nothing_is_refused(tmp_path):
 
 
 def test_without_a_job_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert errand(lambda: 5)() == 5 and not any(tmp_path.iterdir())
+    monkeypatch.delenv(STATUS_VARIABLE, raising=False)
+    assert reports_status(lambda: 5)() == 5 and not any(tmp_path.iterdir())
 
 
 def test_starts_that_make_nothing_are_counted_to_the_cap(status):

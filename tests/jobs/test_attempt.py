@@ -14,7 +14,7 @@ from conftest import ROOT, run_python
 from mf_dist.config.schema import load_config
 from mf_dist.fault_tolerance.status import MAX_STARTS, Status
 from mf_dist.jobs.attempt import begin, end, judge
-from mf_dist.runtime.errors import Unrecorded, UserError
+from mf_dist.runtime.errors import UnrecordedError, UserError
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_what_the_run_said_is_not_replaced(config, tiny_config):
     begin(config, 1)
     status.begin(0)
     assert status.read()["starts_without_progress"] == 2
-    status.committed(5)
+    status.checkpoint_committed(5)
     status.end("stopped", 5, "SIGUSR1", stopped_by="SIGUSR1")
     assert end(config, "srun ended with code 1", "SIGUSR1") == ("resume", "stopped at step 5: SIGUSR1")
     begin(config, 1)
@@ -97,9 +97,11 @@ def test_a_run_that_another_process_has_is_waited_for(config):
     """A node that was lost frees its lock late."""
     imports = "import time; from pathlib import Path; from mf_dist.fault_tolerance.status import Status"
     code = f"{imports}; Status(Path({config.run_dir!r}))"
-    holder = subprocess.Popen([sys.executable, "-c", f"{code}.hold(); print(1, flush=True); time.sleep(60)"], stdout=-1)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}.lock_run(); print(1, flush=True); time.sleep(60)"], stdout=-1
+    )
     holder.stdout.readline()
-    with pytest.raises(Unrecorded, match="is being trained by"):
+    with pytest.raises(UnrecordedError, match="is being trained by"):
         begin(config, 1, patience=0.1)
     threading.Timer(0.5, holder.kill).start()
     since = time.monotonic()
@@ -129,12 +131,12 @@ def test_the_command_answers_in_one_line(tiny_config, tmp_path):
 
 def test_the_end_of_one_job_says_nothing_of_anothers(config):
     status = Status(Path(config.run_dir))
-    status.hold()
+    status.lock_run()
     status.begin(0)
     with pytest.raises(UserError, match="is being trained by"):
         end(config, "srun ended with code 1", patience=0.1)
     assert status.read()["status"] == "running"
-    status.release()
+    status.unlock_run()
     assert end(config, "srun ended with code 1").word == "retry"
 
 

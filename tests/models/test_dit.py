@@ -6,7 +6,7 @@ from oracles import small_dit
 
 from mf_dist.config.schema import load_config
 from mf_dist.models.dit import DiT, sine_cosine_positions
-from mf_dist.sampling.generator import new_net
+from mf_dist.sampling.generator import build_network
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_initial_weights_follow_from_the_seed_alone():
     config = load_config(
         "configs/digits_cpu.yaml", ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"]
     )
-    a, b, c = new_net(config.model, 1), new_net(config.model, 1), new_net(config.model, 2)
+    a, b, c = build_network(config.model, 1), build_network(config.model, 1), build_network(config.model, 2)
     for name, p in a.state_dict().items():
         assert torch.equal(p, b.state_dict()[name])
     assert not torch.equal(a.patch_in.weight, c.patch_in.weight)

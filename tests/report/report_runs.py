@@ -8,20 +8,41 @@ import numpy as np
 from mf_dist.report.page import write_report
 
 CONFIG = {
-    "run_dir": "runs/a", "data": {"path": "data/a"}, "train": {"total_images": 1600, "batch_size": 16},
-    "model": {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "latent_size": 8, "latent_channels": 4,
-              "num_classes": 3},
+    "run_dir": "runs/a",
+    "data": {"path": "data/a"},
+    "train": {"total_images": 1600, "batch_size": 16},
+    "model": {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 2,
+        "latent_size": 8,
+        "latent_channels": 4,
+        "num_classes": 3,
+    },
     "meanflow": {"kappa": 0.5},
-}  # fmt: skip
+}
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{7*7}}"
 
 
 def line(step, **changes):
     return {
-        "step": step, "samples_seen": 16 * step, "raw_loss_r_equals_t": 200 / step, "raw_loss_r_below_t": 300 / step,
-        "v_loss": 210 / step, "du_dt_norm": 20.0, "grad_norm": 0.5, "lr": 1e-3, "skipped_steps": 0, "clipped_steps": 0,
-        "images_per_second": 640.0, "seconds_per_step": 0.025, "data_wait_share": 0.01, "memory_gib": 0.7, **changes,
-    }  # fmt: skip
+        "step": step,
+        "samples_seen": 16 * step,
+        "raw_loss_r_equals_t": 200 / step,
+        "raw_loss_r_below_t": 300 / step,
+        "v_loss": 210 / step,
+        "du_dt_norm": 20.0,
+        "grad_norm": 0.5,
+        "lr": 1e-3,
+        "skipped_steps": 0,
+        "clipped_steps": 0,
+        "images_per_second": 640.0,
+        "seconds_per_step": 0.025,
+        "data_wait_share": 0.01,
+        "memory_gib": 0.7,
+        **changes,
+    }
 
 
 def write_run(folder, lines=None, config=CONFIG, classes=("a", "b", "c")):

@@ -134,8 +134,12 @@ def test_a_run_that_diverged_does_not_look_healthy(tmp_path):
     text, where = page.text(), "not finite in 6 of 12 lines, first at step 7"
     assert f"v_loss, du_dt_norm, grad_norm are {where}." in text and f"raw_loss_r_below_t are {where}" not in text
     gaps = {chart["title"]: chart["gaps"] for chart in data["plots"]["curves"]}
-    assert gaps == {"Raw loss": [], "v-loss": [f"v_loss is {where}"], "|du/dt|": [f"du_dt_norm is {where}"],
-                    "Gradient norm": [f"grad_norm is {where}"]}  # fmt: skip
+    assert gaps == {
+        "Raw loss": [],
+        "v-loss": [f"v_loss is {where}"],
+        "|du/dt|": [f"du_dt_norm is {where}"],
+        "Gradient norm": [f"grad_norm is {where}"],
+    }
     assert "Learning rate (lr is not finite in 12 of 12 lines, first at step 1)" in text
 
 

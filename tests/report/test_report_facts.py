@@ -49,15 +49,23 @@ def test_the_story_tells_starts_ends_and_faults(tmp_path):
     told.begin(0)
     told.note(3, "step left out: the gradient is not finite")
     told.begin(4)  # after a kill -9
-    told.committed(8)
+    told.checkpoint_committed(8)
     told.end("stopped", 8, "SIGTERM")
     told.begin(8)
     told.end("failed", 9, "a rank died")
     told.refuse("no such data", has_begun=False)
     run = read_run(told.path.parent, "run")
     what = [(row[1], row[2]) for row in history(run)]
-    assert what == [("started", 0), ("warning", 3), ("broke off", ""), ("resumed", 4), ("stopped", 8), ("resumed", 8),
-                    ("failed", 9), ("refused", 8)]  # fmt: skip
+    assert what == [
+        ("started", 0),
+        ("warning", 3),
+        ("broke off", ""),
+        ("resumed", 4),
+        ("stopped", 8),
+        ("resumed", 8),
+        ("failed", 9),
+        ("refused", 8),
+    ]
     assert [row[3] for row in history(run)[-2:]] == ["a rank died", "no such data"]
     run.lines = [line(10), line(20, skipped_steps=2), line(30, skipped_steps=2, clipped_steps=1)]
     assert faults(run) == [
@@ -79,7 +87,7 @@ def test_a_refused_call_does_not_stain_the_run(tmp_path):
     told.refuse("no such data", has_begun=False)
     assert standing_of(tmp_path / "run") == ("unknown", "calm", "no such data", "refused")
     told.begin(0)
-    told.committed(6)
+    told.checkpoint_committed(6)
     told.end("finished", 6)
     for reason, has_begun in (("no such config", False), ("no room", True), ("no such data", False)):
         if has_begun:
@@ -93,7 +101,7 @@ def test_only_a_run_that_somebody_holds_is_running(tmp_path):
     code = (
         "import sys; from pathlib import Path; from mf_dist.fault_tolerance.status import Status;"
         "told = Status(Path(sys.argv[1]));"
-        "told.hold(); told.begin(0); told.committed(8); print('begun', flush=True); sys.stdin.read()"
+        "told.lock_run(); told.begin(0); told.checkpoint_committed(8); print('begun', flush=True); sys.stdin.read()"
     )
     folder = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", code, folder], stdin=PIPE, stdout=PIPE) as process:
@@ -136,8 +144,15 @@ def test_headline_is_the_newest_of_its_kind_and_names_its_protocol(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "eval").mkdir()
     old = {"metric": "fd_digits", "value": 9.0, "nfe": 1, "step": 2, "num_samples": 99, "reference": "real/"}
-    new = {"metrics": {"fd_digits": 7.25, "fd_digits_std": 1.0, "recall_digits": 0.5}, "nfe": 1, "step": 4,
-           "ema": "0.9", "num_samples": 1000, "reference": "real/", "reference_images": 797}  # fmt: skip
+    new = {
+        "metrics": {"fd_digits": 7.25, "fd_digits_std": 1.0, "recall_digits": 0.5},
+        "nfe": 1,
+        "step": 4,
+        "ema": "0.9",
+        "num_samples": 1000,
+        "reference": "real/",
+        "reference_images": 797,
+    }
     during = {**new, "in_training": True, "nfe": 2, "metrics": {"fd_digits": 6.5}, "warnings": ["too few samples"]}
     same = {**new, "in_training": True, "metrics": {"fd_digits": 99.0}}
     (run / "eval/metrics.json").write_text(json.dumps([old, new, during, same]))
@@ -152,8 +167,10 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     seen = [{"step": s, "samples_seen": 16 * s, "fd_digits_1k/nfe1/ema0.99": 10.0 / s} for s in (2, 4)]
     run = write_run(tmp_path / "run", [line(2), seen[0], line(4), seen[1]])
     (run / "eval").mkdir()
-    entries = [{"metrics": {"fd_digits_1k": 2.5}, "in_training": True, "nfe": 1, "ema": "0.99", "step": 4},
-               {"metrics": {"fd_digits_1k": 2.75}, "nfe": 2, "ema": "0.99", "step": 4}]  # fmt: skip
+    entries = [
+        {"metrics": {"fd_digits_1k": 2.5}, "in_training": True, "nfe": 1, "ema": "0.99", "step": 4},
+        {"metrics": {"fd_digits_1k": 2.75}, "nfe": 2, "ema": "0.99", "step": 4},
+    ]
     (run / "eval/metrics.json").write_text(json.dumps(entries))
     (chart, *_) = report(run)[1]["plots"]["curves"]
     found = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}

@@ -175,8 +175,10 @@ def test_curves_tell_values_and_zoom(page):
     page.mouse.down()
     at(0.7, 0.5)
     page.mouse.up()
-    page.wait_for_function("([p, b]) => { const [x, y] = p._fullLayout.xaxis.range; return y - x < 0.6 * b; }",
-                           arg=[plot.element_handle(), before])  # fmt: skip
+    page.wait_for_function(
+        "([p, b]) => { const [x, y] = p._fullLayout.xaxis.range; return y - x < 0.6 * b; }",
+        arg=[plot.element_handle(), before],
+    )
     assert plot.evaluate(span) == pytest.approx(0.4 * before, rel=0.05)
     page.get_by_label("switch the scale of Raw loss").click()
     assert plot.evaluate("p => p._fullLayout.yaxis.type") == "linear"

@@ -23,11 +23,29 @@ def test_digits_are_written_whole_and_in_two_parts(tmp_path):
 @pytest.mark.dist
 def test_small_networks_train_and_serve(tmp_path, images):
     run_python("tools/train_vae.py", "--images", images, "--out", tmp_path / "vae", "--steps", 2)
-    run_python("tools/encode_latents.py", "--images", images, "--out", tmp_path / "latents", "--vae", tmp_path / "vae",
-               "--resolution", 32)  # fmt: skip
+    run_python(
+        "tools/encode_latents.py",
+        "--images",
+        images,
+        "--out",
+        tmp_path / "latents",
+        "--vae",
+        tmp_path / "vae",
+        "--resolution",
+        32,
+    )
     run_python("tools/train_features.py", "--images", images, "--name", "few", "--out", tmp_path / "few", "--steps", 3)
-    run_python("tools/fid_eval.py", "--images", images, "--features", tmp_path / "few", "--reference", images,
-               "--out", tmp_path / "out")  # fmt: skip
+    run_python(
+        "tools/fid_eval.py",
+        "--images",
+        images,
+        "--features",
+        tmp_path / "few",
+        "--reference",
+        images,
+        "--out",
+        tmp_path / "out",
+    )
     assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metrics"]["fd_few_150"] < 1e-6
 
 
@@ -89,8 +107,19 @@ def test_precision_bench(run):
 @pytest.mark.dist
 def test_step_bench_measures_equal_losses(tmp_path):
     """It refuses to time variants that compute another loss, so ending well is the test of the peers."""
-    run_python("tools/bench/bench_step.py", "--depth", 1, "--rounds", 1, "--guidance", "guided", "--variants", "all",
-               "--json", tmp_path / "bench.json")  # fmt: skip
+    run_python(
+        "tools/bench/bench_step.py",
+        "--depth",
+        1,
+        "--rounds",
+        1,
+        "--guidance",
+        "guided",
+        "--variants",
+        "all",
+        "--json",
+        tmp_path / "bench.json",
+    )
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["variant"]: row for row in result["results"]}
     assert set(rows) == {"plain", "diffusers", "ours", "blocks", "authors", "port", "tim"}
@@ -142,8 +171,17 @@ def test_damage_makes_photographs_farther(tmp_path):
             piece = image[y * 140 : y * 140 + 140, x * 160 : x * 160 + 140]
             Image.fromarray(piece).save(tmp_path / f"{name}{i:02d}.png")
     digits = write_digits(tmp_path.with_name("digits"), 12)
-    done = run_python("tools/bench/bench_degradations.py", "--images", tmp_path, "--other", digits, "--resolution", 140,
-                      "--strengths", 1)  # fmt: skip
+    done = run_python(
+        "tools/bench/bench_degradations.py",
+        "--images",
+        tmp_path,
+        "--other",
+        digits,
+        "--resolution",
+        140,
+        "--strengths",
+        1,
+    )
     rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
     assert done.stdout.count("every step is farther") == 3 and "NOT" not in done.stdout
     assert rows[4][0] == "other images" and float(rows[4][2]) > max(float(row[-1]) for row in rows[:4])

@@ -36,15 +36,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("the fused kernel runs on a CUDA GPU, and torch sees none here")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}")
-    print(f"{'tokens':>8}{'plain ms':>10}{'fused ms':>10}{'ratio':>7}{'spread':>14}{'plain MiB':>11}{'fused MiB':>11}"
-          f"{'error':>10}")  # fmt: skip
+    print(
+        f"{'tokens':>8}{'plain ms':>10}{'fused ms':>10}{'ratio':>7}{'spread':>14}{'plain MiB':>11}{'fused MiB':>11}"
+        f"{'error':>10}"
+    )
     for tokens in map(int, args.tokens.split(",")):
         row = compare(args, tokens)
         ratios = [f / p for p, f in zip(*row["ms"], strict=True)]
         plain, fused = (statistics.median(ms) for ms in row["ms"])
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(f"{tokens:8}{plain:10.3f}{fused:10.3f}{statistics.median(ratios):7.2f}{spread:>14}"
-              f"{row['mib'][0]:11.1f}{row['mib'][1]:11.1f}{row['error']:10.1e}")  # fmt: skip
+        print(
+            f"{tokens:8}{plain:10.3f}{fused:10.3f}{statistics.median(ratios):7.2f}{spread:>14}"
+            f"{row['mib'][0]:11.1f}{row['mib'][1]:11.1f}{row['error']:10.1e}"
+        )
 
 
 def compare(args, tokens):

@@ -58,8 +58,10 @@ def bench_decode(args):
     raw = [source.read(i) for i in names]
     forms = {"whole": lambda i: decode_image(raw[i], source.paths[i], args.resolution)}
     if all(data.startswith(b"\xff\xd8") for data in raw):
-        forms |= {"simplejpeg": lambda i: simplejpeg.decode_jpeg(raw[i]),
-                  "Pillow": lambda i: np.asarray(Image.open(io.BytesIO(raw[i])).convert("RGB"))}  # fmt: skip
+        forms |= {
+            "simplejpeg": lambda i: simplejpeg.decode_jpeg(raw[i]),
+            "Pillow": lambda i: np.asarray(Image.open(io.BytesIO(raw[i])).convert("RGB")),
+        }
     seconds = {name: [] for name in forms}
     for _ in range(args.rounds):
         for name, form in forms.items():
@@ -69,12 +71,16 @@ def bench_decode(args):
             seconds[name].append((time.process_time() - start) / len(raw))
     took = {name: statistics.median(found) for name, found in seconds.items()}
     kib = sum(map(len, raw)) / len(raw) / 1024
-    print(f"decode and crop to {args.resolution} px: {1 / took['whole']:.0f} images/s and core, "
-          f"{1e3 * took['whole']:.2f} ms ({len(raw)} images of {kib:.0f} KiB)")  # fmt: skip
+    print(
+        f"decode and crop to {args.resolution} px: {1 / took['whole']:.0f} images/s and core, "
+        f"{1e3 * took['whole']:.2f} ms ({len(raw)} images of {kib:.0f} KiB)"
+    )
     if len(forms) > 1:
         equal = sum(np.array_equal(forms["simplejpeg"](i), forms["Pillow"](i)) for i in names)
-        print(f"decoding alone: simplejpeg {1e3 * took['simplejpeg']:.2f} ms, Pillow {1e3 * took['Pillow']:.2f} ms; "
-              f"the same pixels in {equal} of {len(raw)}")  # fmt: skip
+        print(
+            f"decoding alone: simplejpeg {1e3 * took['simplejpeg']:.2f} ms, Pillow {1e3 * took['Pillow']:.2f} ms; "
+            f"the same pixels in {equal} of {len(raw)}"
+        )
 
 
 def write_latents(folder, count, per_shard=5000):
@@ -92,17 +98,30 @@ def write_latents(folder, count, per_shard=5000):
         records = [Record(i, row, i % 1000, "synthetic", "") for i, row in zip(block, moments, strict=True)]
         write_shard(folder / shard_name(number), records, [], "synthetic")
         index = read_index(folder / shard_name(number))
-        shards.append({"name": shard_name(number), "count": len(block), "bytes": index.size, "sha256": index.sha256,
-                       "index_sha256": sha256_of(index_path(folder / shard_name(number)))})  # fmt: skip
+        shards.append(
+            {
+                "name": shard_name(number),
+                "count": len(block),
+                "bytes": index.size,
+                "sha256": index.sha256,
+                "index_sha256": sha256_of(index_path(folder / shard_name(number))),
+            }
+        )
     write_manifest(folder, manifest(count, shards, FORMAT))
 
 
 def manifest(count, shards, version):
     return {
-        "format": version, "count": count, "latent_size": 32, "latent_channels": 4, "num_classes": 1000,
-        "classes": [str(i) for i in range(1000)], "flip": False, "shards": shards,
+        "format": version,
+        "count": count,
+        "latent_size": 32,
+        "latent_channels": 4,
+        "num_classes": 1000,
+        "classes": [str(i) for i in range(1000)],
+        "flip": False,
+        "shards": shards,
         "vae": {"source": "none", "sha256": "", "scaling_factor": 0.18215},
-    }  # fmt: skip
+    }
 
 
 def reading_forms(folder, samples):
@@ -154,8 +173,10 @@ def bench_reading(args):
     for label, found in rates.items():
         ratios = [a / b for a, b in zip(found[1:], theirs[1:], strict=True)]
         rate, ratio = statistics.median(found[1:]), statistics.median(ratios)
-        print(f"{label:32}{rate:10,.0f} samples/s and core, {ratio:.2f} times WebDataset "
-              f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+        print(
+            f"{label:32}{rate:10,.0f} samples/s and core, {ratio:.2f} times WebDataset "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def write_index(folder, total, member=20480):
@@ -173,16 +194,28 @@ def write_index(folder, total, member=20480):
             file.truncate(count * member)
         digest = hashlib.sha256(tar.name.encode()).hexdigest()
         columns = {
-            "plan": np.array("x"), "numbers": np.arange(first, first + count, dtype=np.int32),
-            "offsets": np.arange(count) * member + 1024, "flipped": np.zeros(0, np.int64),
+            "plan": np.array("x"),
+            "numbers": np.arange(first, first + count, dtype=np.int32),
+            "offsets": np.arange(count) * member + 1024,
+            "flipped": np.zeros(0, np.int64),
             "labels": (np.arange(count) % 1000).astype(np.int32),
-            "crc32": np.full(count, zlib.crc32(bytes(16384)), np.uint32), "flipped_crc32": np.zeros(0, np.uint32),
-            "skipped": np.array([], np.str_), "shape": np.array([8, 32, 32]), "size": np.array(count * member),
+            "crc32": np.full(count, zlib.crc32(bytes(16384)), np.uint32),
+            "flipped_crc32": np.zeros(0, np.uint32),
+            "skipped": np.array([], np.str_),
+            "shape": np.array([8, 32, 32]),
+            "size": np.array(count * member),
             "sha256": np.array(digest),
-        }  # fmt: skip
+        }
         np.savez(index_path(tar), **columns, checksum=np.array(index_checksum(columns)))
-        shards.append({"name": tar.name, "count": count, "bytes": count * member, "sha256": digest,
-                       "index_sha256": sha256_of(index_path(tar))})  # fmt: skip
+        shards.append(
+            {
+                "name": tar.name,
+                "count": count,
+                "bytes": count * member,
+                "sha256": digest,
+                "index_sha256": sha256_of(index_path(tar)),
+            }
+        )
     write_manifest(folder, manifest(total, shards, FORMAT))
     return len(shards)
 
@@ -206,9 +239,11 @@ def bench_index(args):
         del opened
         write_index(Path(small), 1000)
         index_alone = node_memory(folder) - node_memory(Path(small))
-        print(f"{args.index:,} samples in {num_shards} shards: open {opening:.2f} s, shuffle {shuffling:.2f} s, "
-              f"first batch after seeking 100 epochs {seeking:.2f} s; {RANKS} ranks with {WORKERS} loader processes "
-              f"each hold {index_alone:.0f} MiB more than at 1000 samples")  # fmt: skip
+        print(
+            f"{args.index:,} samples in {num_shards} shards: open {opening:.2f} s, shuffle {shuffling:.2f} s, "
+            f"first batch after seeking 100 epochs {seeking:.2f} s; {RANKS} ranks with {WORKERS} loader processes "
+            f"each hold {index_alone:.0f} MiB more than at 1000 samples"
+        )
 
 
 def node_memory(folder):

@@ -16,11 +16,15 @@ import time
 from mf_dist.runtime.errors import UserError, command_line
 
 FORMS = {
-    "fp32": ("fp32", False, False), "fp32, channels last": ("fp32", True, False),
-    "fp32, compiled": ("fp32", False, True), "fp32, channels last, compiled": ("fp32", True, True),
-    "tf32, channels last": ("tf32", True, False), "tf32, channels last, compiled": ("tf32", True, True),
-    "bf16, channels last": ("bf16", True, False), "bf16, channels last, compiled": ("bf16", True, True),
-}  # fmt: skip
+    "fp32": ("fp32", False, False),
+    "fp32, channels last": ("fp32", True, False),
+    "fp32, compiled": ("fp32", False, True),
+    "fp32, channels last, compiled": ("fp32", True, True),
+    "tf32, channels last": ("tf32", True, False),
+    "tf32, channels last, compiled": ("tf32", True, True),
+    "bf16, channels last": ("bf16", True, False),
+    "bf16, channels last, compiled": ("bf16", True, True),
+}
 """name -> (precision, channels last, compiled)."""
 
 
@@ -33,9 +37,14 @@ def random_vae(folder, width):
 
     widths = [width, 2 * width, 4 * width, 4 * width]
     model = AutoencoderKL(
-        block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2, latent_channels=4, sample_size=256, norm_num_groups=min(32, width),
-    )  # fmt: skip
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+        norm_num_groups=min(32, width),
+    )
     model.save_pretrained(folder)
     return folder
 

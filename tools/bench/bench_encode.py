@@ -84,9 +84,10 @@ def report(name, vae, exact, pixels, seconds, flops, peak):
     rates = sorted(len(pixels) / s for s in seconds)
     rate = statistics.median(rates)
     a, b = vae.encode(pixels), exact.encode(pixels)
-    print(f"{name:16}{rate:9.1f} images/s ({rates[0]:.1f} to {rates[-1]:.1f}), {rate * flops / 1e12:.2f} TFLOP/s, "
-          f"{rate * flops / peak:.0%} of a product's {peak / 1e12:.2f}; error {((a - b).norm() / b.norm()).item():.1e}"
-    )  # fmt: skip
+    print(
+        f"{name:16}{rate:9.1f} images/s ({rates[0]:.1f} to {rates[-1]:.1f}), {rate * flops / 1e12:.2f} TFLOP/s, "
+        f"{rate * flops / peak:.0%} of a product's {peak / 1e12:.2f}; error {((a - b).norm() / b.norm()).item():.1e}"
+    )
 
 
 def name_costs(vae, pixels):

@@ -127,8 +127,11 @@ def compare(case, methods, one, other, rounds):
             part / statistics.median(ours) for part, ours in zip(middle, (wall["ours"], cpu["ours"]), strict=True)
         ]
         spread = f"{wall[name][0]:.2f}-{wall[name][-1]:.2f}"
-        print(f"{name:16}{middle[0]:9.2f}{spread:>15}{middle[1]:8.2f}{ratios[0]:8.1f}{ratios[1]:7.1f}"
-              f"{values[name]:14.8f}{values[name] / values['ours'] - 1:10.1e}", flush=True)  # fmt: skip
+        print(
+            f"{name:16}{middle[0]:9.2f}{spread:>15}{middle[1]:8.2f}{ratios[0]:8.1f}{ratios[1]:7.1f}"
+            f"{values[name]:14.8f}{values[name] / values['ours'] - 1:10.1e}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

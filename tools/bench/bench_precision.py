@@ -58,22 +58,28 @@ def build_nets(weights, config, device):
     import torch
     from bench_peers import PlainDiT
 
-    from mf_dist.sampling.generator import new_net
+    from mf_dist.sampling.generator import build_network
 
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
 
     def ours(dtype, tangent_dtype=None):
-        net = new_net(config.model, 0)
+        net = build_network(config.model, 0)
         net.load_state_dict(rounded)
         net.tangent_dtype = tangent_dtype
         return net.to(device, dtype)
 
     m = config.model
     plain = PlainDiT(
-        plain_attention=True, latent_size=m.latent_size, latent_channels=m.latent_channels, num_classes=m.num_classes,
-        patch_size=m.patch_size, hidden_size=m.hidden_size, depth=m.depth, num_heads=m.num_heads,
+        plain_attention=True,
+        latent_size=m.latent_size,
+        latent_channels=m.latent_channels,
+        num_classes=m.num_classes,
+        patch_size=m.patch_size,
+        hidden_size=m.hidden_size,
+        depth=m.depth,
+        num_heads=m.num_heads,
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     plain.load_state_dict(rounded)
     return {
         "float64": ours(torch.float64),

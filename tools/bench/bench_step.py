@@ -135,9 +135,14 @@ def build_nets(model, args, device):
 
     g = torch.Generator().manual_seed(0)
     sizes = {
-        "latent_size": model.latent_size, "latent_channels": 4, "num_classes": 1000, "patch_size": model.patch_size,
-        "hidden_size": model.hidden_size, "depth": args.depth or model.depth, "num_heads": model.num_heads,
-    }  # fmt: skip
+        "latent_size": model.latent_size,
+        "latent_channels": 4,
+        "num_classes": 1000,
+        "patch_size": model.patch_size,
+        "hidden_size": model.hidden_size,
+        "depth": args.depth or model.depth,
+        "num_heads": model.num_heads,
+    }
     ours = DiT(**sizes, generator=g)
     for p in ours.parameters():  # at initial weights du/dt is 0
         p.data.add_(torch.randn(p.shape, generator=g) * 0.01)
@@ -173,8 +178,11 @@ def measure(cases, rounds):
     first = {}
     for case in cases:
         first[id(case)] = case.step()
-        print(f"  first step of {case.name} {case.guidance} {'compiled' if case.compiled else 'eager'}: "
-              f"{first[id(case)]:.1f} s", file=sys.stderr)  # fmt: skip
+        print(
+            f"  first step of {case.name} {case.guidance} {'compiled' if case.compiled else 'eager'}: "
+            f"{first[id(case)]:.1f} s",
+            file=sys.stderr,
+        )
         case.step()
     for _ in range(rounds):
         for case in cases:
@@ -207,10 +215,17 @@ def report(cases, first, args, device):
             }
         )
     setting = {
-        "model": args.model, "depth": args.depth, "batch": args.batch, "resolution": args.resolution,
-        "rounds": args.rounds, "threads": args.threads, "dtype": args.dtype, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "matmul_peak_flops": peak,
-    }  # fmt: skip
+        "model": args.model,
+        "depth": args.depth,
+        "batch": args.batch,
+        "resolution": args.resolution,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "matmul_peak_flops": peak,
+    }
     return {"setting": setting, "results": rows}
 
 

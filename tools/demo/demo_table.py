@@ -53,10 +53,14 @@ def svc_agreement(npz):
 def run_rows(name, run, nfes, real, flow):
     """Cells of one trained run."""
     log = lines(run / "metrics.jsonl")
-    seconds = sum(b["step"] * b["seconds_per_step"] - a["step"] * b["seconds_per_step"]
-                  for a, b in zip([{"step": 0}, *log], log, strict=False))  # fmt: skip
-    raw = "".join(f" {log[-1][key]:7.1f}" if log[-1][key] is not None else "       -"
-                  for key in ("raw_loss_r_equals_t", "raw_loss_r_below_t"))  # fmt: skip
+    seconds = sum(
+        b["step"] * b["seconds_per_step"] - a["step"] * b["seconds_per_step"]
+        for a, b in zip([{"step": 0}, *log], log, strict=False)
+    )
+    raw = "".join(
+        f" {log[-1][key]:7.1f}" if log[-1][key] is not None else "       -"
+        for key in ("raw_loss_r_equals_t", "raw_loss_r_below_t")
+    )
     speed = log[-1]["samples_seen"] / seconds
     for nfe in nfes:
         _, (_, value) = result(run / "eval", nfe)
@@ -81,8 +85,10 @@ def main() -> None:
             print(row)
     print(f"{'real images':15}{'':38}{real:14.2f}{1:8.2f}{real / flow:8.2f}")
     agreement = svc_agreement(args.run / "eval" / "samples_nfe1.npz")
-    print(f"\n{entry['num_samples']} images each against the same {entry['reference_images']} real ones. "
-          f"SVC agrees with the label of {agreement:.1%} of the one-step samples.")  # fmt: skip
+    print(
+        f"\n{entry['num_samples']} images each against the same {entry['reference_images']} real ones. "
+        f"SVC agrees with the label of {agreement:.1%} of the one-step samples."
+    )
     print(f"look at: {args.run / 'eval' / 'grid_nfe1.png'}\nrun:     {args.run}")
     if agreement < args.min_svc:
         raise UserError(

@@ -94,8 +94,14 @@ def row(args, folder):
     runs = [args.out / f"{folder}-{seed}" for seed in range(args.seeds)]
     cells = [CONFIGURATIONS[folder][0]]
     for k in STEPS:
-        values = [value for run in runs for e in entries(run) if e["nfe"] == k for name, value in e["metrics"].items()
-                  if name.startswith("fd_")]  # fmt: skip
+        values = [
+            value
+            for run in runs
+            for e in entries(run)
+            if e["nfe"] == k
+            for name, value in e["metrics"].items()
+            if name.startswith("fd_")
+        ]
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         cells.append(f"{mean(values):.2f}{spread}" if values else "")
     return f"| {' | '.join(cells)} |"
@@ -109,12 +115,12 @@ def draw(args):
     from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.data.images import image_grid
     from mf_dist.objectives.sampler import uniform_grid
-    from mf_dist.sampling.generator import load_trained
+    from mf_dist.sampling.generator import load_trained_model
 
     rows = []
     for folder in CONFIGURATIONS:
         checkpoint = find_checkpoint(args.out / f"{folder}-0")
-        generator = load_trained(checkpoint, None, None, torch.device("cpu")).generator
+        generator = load_trained_model(checkpoint, None, None, torch.device("cpu")).generator
         noise, labels = generator.draw(range(generator.num_classes), "balanced", 0)
         rows += [generator(noise, labels, uniform_grid(k)) for k in (1, 4)]
     names = [name for name, *_ in CONFIGURATIONS.values()]
