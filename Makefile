@@ -20,16 +20,17 @@ install: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
 	@touch $@
 
+# flow matching first: tools take the newest run, and that shall be the one-step model
 demo: install
 	$(PY) tools/demo/write_digits.py --out data/digits --split data/digits-split
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
 	$(PY) tools/reference_stats.py --images data/digits-split/a --features $(FEATURES) --out data/digits-split/a.npz
+	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
+	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
+	$(PY) tools/fid_eval.py --nfe 50 --save-npz
 	$(PY) -m mf_dist.train configs/digits_cpu.yaml train.total_images=$(IMAGES)
 	$(PY) tools/fid_eval.py --nfe 1 --reference data/digits-split/a --save-npz
 	$(PY) tools/fid_eval.py --nfe 2 --reference data/digits-split/a --save-npz
-	$(PY) -m mf_dist.train configs/digits_flow_cpu.yaml train.total_images=$(FLOW_IMAGES)
-	$(PY) tools/fid_eval.py --nfe 50 --save-npz
-	$(PY) tools/fid_eval.py --images data/digits-split/b --features $(FEATURES) --reference data/digits-split/a --out runs/digits_real
 	$(PY) tools/report.py runs/digits
 	$(PY) tools/report.py runs/digits runs/digits_flow
 	$(PY) tools/demo/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real --min-svc $(MIN_SVC)

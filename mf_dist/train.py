@@ -1,10 +1,10 @@
-"""Trains a MeanFlow model from a config file; the same command goes on where it stopped.
+"""Trains a MeanFlow model from a config file. The same command resumes from the newest checkpoint.
 
     python -m mf_dist.train configs/digits_cpu.yaml
     python -m mf_dist.train configs/imagenet256_xl2.yaml --dry-run
     torchrun --nproc_per_node=8 -m mf_dist.train configs/imagenet256_xl2.yaml train.micro_batch=32 log.wandb=online
 
-Anything in the config can be overridden by section.key=value.
+section.key=value overrides any config value.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from mf_dist.runtime.launch import exit_without_finalization, rank_from_environm
 
 
 def check(config: Config, world_size: int, needs_data: bool) -> Config:
-    """The config filled in from the dataset; UserError where they do not fit or there is none."""
+    """The config completed from the dataset. Raises UserError if the two disagree, or if needs_data and there is no
+    dataset."""
     manifest = read_manifest(config.data.path)
     resolved = resolve(config, manifest, world_size)
     if needs_data and manifest is None:
@@ -35,29 +36,30 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", help="YAML file, such as configs/digits_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as optim.lr=2e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, and stop")
+    parser.add_argument("config", help="YAML file, e.g. configs/digits_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. optim.lr=2e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost, then exit")
     parser.add_argument(
-        "--allow-config-change", action="store_true", help="resume although what is trained changed (it says what)"
+        "--allow-config-change",
+        action="store_true",
+        help="resume even if settings that affect training differ from the checkpoint's; lists them",
     )
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    place = rank_from_environment()
+    launched = rank_from_environment()
     try:
-        config = check(config, place.world_size, needs_data=not args.dry_run)
+        config = check(config, launched.world_size, needs_data=not args.dry_run)
     except UserError as error:
-        if place.rank == 0 and not args.dry_run:
-            Status(Path(config.run_dir)).refuse(str(error), has_begun=False)  # which a launcher reads
+        if launched.rank == 0 and not args.dry_run:
+            Status(Path(config.run_dir)).refuse(str(error), has_begun=False)  # for the launcher
         raise
     if args.dry_run:
-        print(describe(config, place.world_size))
+        print(describe(config, launched.world_size))
         return
     record_signals()
+    # torch and deepspeed are imported only once the config is valid
     from mf_dist.fault_tolerance.watchdog import process_group_timeout
-    from mf_dist.runtime.distributed import (
-        process_group,  # torch and deepspeed only now that the config is known to be good
-    )
+    from mf_dist.runtime.distributed import process_group
     from mf_dist.training.trainer import Trainer
 
     with process_group(process_group_timeout(config.train.hang_seconds)) as ranks:

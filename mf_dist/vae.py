@@ -1,4 +1,4 @@
-"""Pixels to latents and back: the only place that knows the VAE, its scale and its value range."""
+"""Converts pixels to latents and back. Only this module handles the VAE, its scaling factor and its value range."""
 
 import hashlib
 import json
@@ -39,8 +39,8 @@ class Vae:
         precision: Precision = "fp32",
         compiled: bool = False,
     ) -> None:
-        """UserError if it cannot be had, or is not the one whose `identity` is expected. compiled: one graph for each
-        shape of a batch, of `encode` as of `decode`."""
+        """Raises UserError if the VAE cannot be loaded or its `identity` is not the expected one. compiled: encoder and
+        decoder are compiled, one graph per batch shape."""
         folder = _vae_folder(source)
         self.source, self.precision, self.compiled = source, precision, compiled
         self.sha256 = sha256_of(folder / WEIGHTS)
@@ -55,8 +55,8 @@ class Vae:
             self.model.decoder.compile(dynamic=False)
         if self.model.config.get("shift_factor"):
             raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
-        shape = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
-        self.config_sha256 = hashlib.sha256(json.dumps(shape, default=str).encode()).hexdigest()
+        config = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
+        self.config_sha256 = hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()
         self.scaling_factor = float(self.model.config["scaling_factor"])
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
@@ -64,12 +64,12 @@ class Vae:
             if expected is not None and self.identity[key] != expected.get(key):
                 raise UserError(
                     f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected.get(key)}; "
-                    "name that one with eval.vae=FOLDER or --vae FOLDER"
+                    "set that VAE with eval.vae=FOLDER or --vae FOLDER"
                 )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a dataset and a checkpoint record of their VAE."""
+        """What datasets and checkpoints record about their VAE."""
         return {
             "source": self.source,
             "sha256": self.sha256,
@@ -79,7 +79,7 @@ class Vae:
 
     @property
     def environment(self) -> str:
-        """What else decides the last bits of what `encode` gives."""
+        """The software and the device, which affect the last bits of `encode`'s result."""
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
@@ -101,8 +101,8 @@ class Vae:
 
 
 class _InFp32(torch.nn.Module):
-    """The decoder's last layer whatever the precision of the others: a bf16 pixel has 8 bits before it is rounded to 8
-    bits, and one in seven would be another level."""
+    """Runs the decoder's last layer in fp32, whatever the precision of the others: bf16 has 8 significant bits, and
+    rounding it to uint8 would give one pixel value in seven another level."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _InFp32(torch.nn.Module):
 
 
 def _vae_folder(source: str) -> Path:
-    """A local folder with config.json and safetensors, fetched from the hub if `source` is a hub id."""
+    """A local folder with config.json and weights; downloads both if `source` is a hub id."""
     folder = Path(source)
     if folder.is_dir():
         for name in ("config.json", WEIGHTS):
@@ -122,7 +122,9 @@ def _vae_folder(source: str) -> Path:
                 raise UserError(f"VAE folder {source!r} has no {name}; save it with diffusers' save_pretrained")
         return folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
-        raise UserError(f"no VAE folder at {source!r}, seen from {os.getcwd()} (a hub id has the form owner/name)")
+        raise UserError(
+            f"no VAE folder at {source!r}; working directory: {os.getcwd()} (a hub id has the form owner/name)"
+        )
     import huggingface_hub
 
     try:
@@ -131,7 +133,7 @@ def _vae_folder(source: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot get VAE {source!r}: {reason} On a machine with network run `hf download {source} config.json"
-            f" {WEIGHTS} --local-dir FOLDER`, copy FOLDER here and give its path"
+            f" {WEIGHTS} --local-dir FOLDER`, copy FOLDER to this machine and give its path"
         ) from None
     return Path(os.path.dirname(paths[0]))
 
@@ -144,13 +146,13 @@ def _load_autoencoder(folder: Path) -> Any:
     from safetensors import SafetensorError
 
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
         model, loading = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"cannot load the VAE in {str(folder)!r}: {str(error).strip().splitlines()[0]}") from None
-    if kind != "AutoencoderKL" or loading["missing_keys"] or loading["unexpected_keys"]:
-        wrong = [*loading["missing_keys"], *loading["unexpected_keys"], f"class {kind}"][0]
-        raise UserError(f"the weights in {str(folder)!r} are not those of a whole AutoencoderKL: {wrong}")
+    if class_name != "AutoencoderKL" or loading["missing_keys"] or loading["unexpected_keys"]:
+        mismatch = [*loading["missing_keys"], *loading["unexpected_keys"], f"class {class_name}"][0]
+        raise UserError(f"the weights in {str(folder)!r} are not those of a complete AutoencoderKL: {mismatch}")
     return model

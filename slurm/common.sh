@@ -3,13 +3,13 @@
 set -uo pipefail
 
 say() { printf '%(%F %T)T %s\n' -1 "$*"; }
-leave() { # code, why: the last line of the log
+leave() { # exit code, reason: writes the last line of the log
   [ -z "${listener:-}" ] || kill "$listener" 2> /dev/null
   say "$2"
   exit "$1"
 }
 
-# ---- the site, and where we are in it
+# ---- settings of the site, and this job's nodes
 CONTAINER=()
 site=${SITE_ENV:-slurm/site.env}
 if [ -f "$site" ]; then
@@ -27,21 +27,21 @@ mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may mean the whole array
 job=${job:-$SLURM_JOB_ID}
 start=$job.${SLURM_RESTART_COUNT:-0}
-deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' -) # runs a program that signals to all of a job must not end
-here=()                                         # what puts a program on this node
+deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' -) # runs a program with the job's signals ignored
+here=()                                         # prefix that runs a program in the container on this node
 [ ${#CONTAINER[@]} = 0 ] || here=(srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}")
 
-# ---- what ranks inherit
+# ---- environment of the ranks
 export SLURM_EXPORT_ENV=ALL                  # srun passes all of this on, also after sbatch --export=NONE
-export PYTHONUNBUFFERED=1                    # the last words of a killed rank are in its log
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else every rank starts a thread a core
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # why it failed, and nothing else
+export PYTHONUNBUFFERED=1                    # the last output of a killed rank is in its log
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else every rank starts one thread per core
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # reasons of failures only
 
-# ---- signals: noted here, passed on to the ranks, which save at their next step
-asked='' # which one told this job to stop
-ask_again() { # as long as this script lives, since a program that just starts is deaf; to the steps, not to this script
+# ---- signals: recorded here, passed on to the ranks, which save at their next step
+asked='' # the signal that told this job to stop
+ask_again() { # repeats a signal to the steps while this script lives, since a starting program may miss it
   while kill -0 $$ 2> /dev/null; do
-    # scancel tries again by itself while a job changes state, and would hit the next start
+    # scancel itself retries while a job changes state, and would hit the next start
     timeout 4 scancel --quiet --signal="$1" "$job"
     sleep 5
   done
@@ -60,34 +60,34 @@ on_term() {
 }
 trap on_usr1 USR1
 trap on_term TERM
-# scancel --signal=TERM tells the steps alone; this one, which lasts as long as the script, passes it on
-# shellcheck disable=SC2016  # its $0 is this script's number
+# scancel --signal=TERM signals only the steps; this step, which lasts as long as the script, passes it on
+# shellcheck disable=SC2016  # its $0 is this script's process id
 srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --gres=none --mem=0 --nodelist="$SLURMD_NODENAME" --input=none \
   bash -c 'trap "" USR1; trap "kill -TERM $0" TERM; while kill -0 "$0"; do sleep 1 & wait; done' $$ &> /dev/null &
 listener=$!
 
 # ---- steps
-ours() { "${here[@]}" "${deaf[@]}" "$PYTHON" -m "$@"; } # a module of mf_dist on this node
+ours() { "${here[@]}" "${deaf[@]}" "$PYTHON" -m "$@"; } # runs a module of mf_dist on this node
 
-within=()                   # what ends a step that takes too long
-patience=$PREFLIGHT_SECONDS # until all nodes have met
+within=()                   # prefix that ends a step that takes too long
+patience=$PREFLIGHT_SECONDS # seconds to wait until all nodes have joined
 
-step() { # an srun of one task a node: in the background, for in the foreground a trap would wait for its end
+step() { # an srun of one task per node: in the background, since in the foreground a trap would wait for its end
   local pid
-  # since SLURM 22.05 srun does not take over how many CPUs a task has
+  # since SLURM 22.05 srun does not inherit the number of CPUs per task
   "${within[@]}" srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --nodelist="$(IFS=,; printf %s "${names[*]}")" "${CONTAINER[@]}" "$@" &
   pid=$!
   while kill -0 "$pid" 2> /dev/null; do # a signal ends the wait, not srun
     wait "$pid"
   done
-  wait "$pid" # bash still knows its code
+  wait "$pid" # returns its exit code, which bash has kept
 }
 
-on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes on each node
-  # The agent must not die of signals that are for the ranks, which hear both by handlers of their own. It still ends
-  # the others when one rank fails, and soon, since they only wait for it. SLURM starts again, not torchrun.
-  # shellcheck disable=SC2016  # SLURMD_NODENAME is each node's own
+on_ranks() { # log folder, arguments of torchrun: NPROC_PER_NODE processes on each node
+  # The agent ignores the signals meant for the ranks, which have handlers for both. When one rank fails, it still ends
+  # the others, after a short timeout, since they only wait for it. SLURM restarts the job, not torchrun.
+  # shellcheck disable=SC2016  # SLURMD_NODENAME is expanded on each node
   step --kill-on-bad-exit=1 --wait=60 \
     bash -c 'trap "" USR1 TERM; exec "$0" -m torch.distributed.run --local-addr "$SLURMD_NODENAME" \
       --log-dir "$1/$SLURMD_NODENAME" "${@:2}"' \
@@ -97,10 +97,10 @@ on_ranks() { # folder of logs, arguments of torchrun: NPROC_PER_NODE processes o
     --redirects 3 --tee 3 --local-ranks-filter 0 "${@:2}"
 }
 
-task() { # a tool and its arguments, in one process on one node; the same call goes on where it stopped
+task() { # a tool and its arguments: one process on one node; the same call resumes where it stopped
   local verdict='' reason='' code=0
-  export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # the tool and mf_dist.jobs.attempt talk there
-  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$MF_DIST_STATUS/status.json" # of a job of the same number, long ago
+  export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # status.json of the tool, for mf_dist.jobs.attempt
+  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$MF_DIST_STATUS/status.json" # left by an older job with the same id
   say "job $job start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
   read -r verdict reason < <(ours mf_dist.jobs.attempt begin --tool "$MF_DIST_STATUS")
   if [ "$verdict" = go ]; then
@@ -111,18 +111,18 @@ task() { # a tool and its arguments, in one process on one node; the same call g
   conclude ''
 }
 
-requeue() { # nodes to leave out, or nothing. SLURM then ends this script
+requeue() { # nodes to exclude, or an empty string. SLURM then ends this script
   local before
-  [ "$asked" != SIGTERM ] || return # cancelled, or SLURM has done it
+  [ "$asked" != SIGTERM ] || return # cancelled, or already requeued by SLURM
   trap '' TERM
   before=$(scontrol show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   [ "$before" != '(null)' ] || before=''
   scontrol requeue "$job" || return
-  # only a job that waits takes another list
+  # only a pending job accepts another list
   [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="$1${before:+,$before}" || say "cannot leave out $1"
 }
 
-conclude() { # nodes to leave out, or nothing: as verdict and reason say
+conclude() { # nodes to exclude, or an empty string: acts on verdict and reason
   case $verdict in
     finished) leave 0 "finished $reason" ;;
     resume | retry)
@@ -138,8 +138,8 @@ conclude() { # nodes to leave out, or nothing: as verdict and reason say
 # ---- training
 preflight() { # config, overrides: sets verdict (good, bad, failed, refused), bad (nodes) and reason
   local into=$run_dir/preflight/$start why='' within=(timeout --kill-after=30 "$PREFLIGHT_SECONDS")
-  local patience=$((PREFLIGHT_SECONDS / 3)) # less than the whole, so that ranks can say what they wait for
-  # one node that fails early must not end the others, which would then seem silent
+  local patience=$((PREFLIGHT_SECONDS / 3)) # shorter than the step, so that ranks can report what they wait for
+  # one node that fails early must not end the others, which would then have no result
   step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" "$PYTHON" -m mf_dist.jobs.preflight node \
     --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why=$(ended $?)
   judge
@@ -155,7 +155,7 @@ preflight() { # config, overrides: sets verdict (good, bad, failed, refused), ba
     judge
   fi
 }
-ended() { # code of a step
+ended() { # exit code of a step: what happened to it
   if [ "$1" = 124 ]; then # of timeout
     echo "not done within PREFLIGHT_SECONDS=$PREFLIGHT_SECONDS"
   else
@@ -181,14 +181,14 @@ pairs() { # neighbours in the ring of nodes, no node in two pairs at once
 }
 pair() { # two nodes
   local nodes=2 names=("$@") start=$start.$1+$2
-  check_network "$into/pairs/$1+$2" &> /dev/null # its ranks' words are in the folder
+  check_network "$into/pairs/$1+$2" &> /dev/null # its ranks' results are in the folder
 }
 judge() { # uses preflight's into and why
   read -r verdict bad reason < <(ours mf_dist.jobs.preflight judge --into "$into" --reason "$why" "${names[@]}")
 }
 
 count_ranks() { # sets NPROC_PER_NODE and ranks
-  if [ "$NPROC_PER_NODE" = 0 ]; then # a site may not count GPUs
+  if [ "$NPROC_PER_NODE" = 0 ]; then # a site may not track GPUs
     NPROC_PER_NODE=$("${here[@]}" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     [ "${NPROC_PER_NODE:-0}" != 0 ] ||
       leave 2 "refused: SLURM names no GPUs and $PYTHON sees none: submit with --gres=gpu:N, or set NPROC_PER_NODE"
@@ -197,9 +197,9 @@ count_ranks() { # sets NPROC_PER_NODE and ranks
   ranks=$((nodes * NPROC_PER_NODE))
 }
 
-train() { # config, overrides: one attempt, from the check whether there is anything to do to the word why it ended
+train() { # config, overrides: one attempt, from the check whether there is anything to do to the reason why it ended
   local verdict='' reason='' bad='' run_dir code=0 refused=() ranks
-  if [ -n "${LOCAL_SCRATCH:-}" ] && [[ " $*" != *" data.stage"* ]]; then # who names another place is right
+  if [ -n "${LOCAL_SCRATCH:-}" ] && [[ " $*" != *" data.stage"* ]]; then # an explicit setting takes precedence
     set -- "$1" data.stage=dir data.stage_dir="$LOCAL_SCRATCH" "${@:2}"
   fi
   count_ranks

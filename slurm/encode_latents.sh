@@ -5,7 +5,7 @@
 #         --vae stabilityai/sd-vae-ft-mse --resolution 256
 #     sbatch --array=0-31 slurm/encode_latents.sh ...
 #
-# A task that fails is requeued and goes on with the shards that are missing. The same call completes any rest.
+# A task that fails is requeued and makes the missing shards. The same call completes whatever is still missing.
 #SBATCH --job-name=mf-encode
 #SBATCH --array=0-7
 #SBATCH --nodes=1

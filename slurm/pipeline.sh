@@ -1,5 +1,5 @@
 #!/bin/bash
-# Images to metrics.json: submits encode, train and eval (1 and 2 network calls), each to begin after the one before.
+# Images to metrics.json: submits encode, train and eval (1 and 2 network calls), each to start after the previous one.
 #
 #     slurm/pipeline.sh TRAIN_SCRIPT RUN_DIR DATA_DIR ENCODE_OPTIONS... [-- OVERRIDES...]
 #     slurm/pipeline.sh slurm/train_xl.sh runs/xl2 data/imagenet256 --images IMAGENET/train \
@@ -34,7 +34,7 @@ last=$(submit "${ENCODE_SBATCH[@]}" slurm/encode_latents.sh --out "$data" "${enc
 echo "encode $last"
 last=$(submit --dependency=afterok:"$last" "${TRAIN_SBATCH[@]}" "$train" run_dir="$run" data.path="$data" "$@")
 echo "train $last"
-for nfe in 1 2; do # one after the other: they write the same file
+for nfe in 1 2; do # in sequence, since they write the same file
   last=$(submit --dependency=afterok:"$last" "${EVAL_SBATCH[@]}" slurm/fid_eval.sh --checkpoint "$run" --nfe "$nfe")
   echo "eval $last: $run/eval/metrics.json, $nfe network calls"
 done

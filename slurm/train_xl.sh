@@ -5,7 +5,7 @@
 #     sbatch --nodes=2 slurm/train_xl.sh train.seed=1 run_dir=runs/xl2-seed1     # overrides of the config
 #
 # Resumes, is requeued at its time limit and after failures, and ends at once when the run has finished.
-# docs/cluster.md has the rest; what is particular to a cluster is in slurm/site.env.
+# See docs/cluster.md; settings of the cluster are in slurm/site.env.
 #SBATCH --job-name=mf-xl2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

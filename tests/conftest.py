@@ -1,4 +1,4 @@
-"""Shared pieces: small real data sets, made once a session with the shipped VAE."""
+"""Shared helpers and fixtures; small real datasets, encoded once per session with the shipped VAE."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ FEATURES = ROOT / "mf_dist/assets/digits-features"
 
 
 def run_python(*arguments: object, expect: int = 0, cwd: Path = ROOT, env: dict | None = None, timeout: int = 300):
-    """A command as a user runs it; fails with its whole output unless it exits with `expect`."""
+    """Runs a command as a user does; fails with its whole output unless the exit code is `expect`."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
@@ -28,16 +28,16 @@ def write_digits(folder: Path, count: int, classes: bool = True) -> Path:
     digits = load_digits()
     for number in range(count):
         pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)
-        where = folder / str(digits.target[number]) if classes else folder
-        where.mkdir(parents=True, exist_ok=True)
+        target = folder / str(digits.target[number]) if classes else folder
+        target.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(
-            where / f"{number:04d}.png"
+            target / f"{number:04d}.png"
         )
     return folder
 
 
 def encode(images, out, vae=VAE, task=(0, 1), **changes):
-    """`images` by the shipped VAE into shards of 60, in this process."""
+    """Encodes `images` with the shipped VAE into shards of 60, in this process."""
     import torch
 
     from mf_dist.data.encode import Encoding, Task, encode_images
@@ -55,7 +55,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(images, tmp_path_factory) -> Path:
-    """The same digits encoded by the shipped VAE, in three shards."""
+    """The same digits, encoded with the shipped VAE in three shards."""
     out = tmp_path_factory.mktemp("latents") / "digits"
     encode(images, out)
     return out
@@ -77,7 +77,7 @@ eval: {{num_samples: 60, labels: balanced, features: {features}, reference: {ima
 
 @pytest.fixture
 def tiny_config(tmp_path, latents, images) -> Path:
-    """A config file of a run of 6 steps on the real latents."""
+    """Config file of a run of 6 steps on the real latents."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(run=tmp_path / "run", latents=latents, features=FEATURES, images=images))
     return path
@@ -85,7 +85,7 @@ def tiny_config(tmp_path, latents, images) -> Path:
 
 @pytest.fixture(scope="session")
 def zygote():
-    """Starts training processes fast, and with faults."""
+    """Forks training processes quickly, optionally with injected faults."""
     from processes import Zygote
 
     process = Zygote()
@@ -95,7 +95,7 @@ def zygote():
 
 @pytest.fixture
 def config(tmp_path, latents, images) -> Path:
-    """A config file of a run of processes.STEPS steps in tmp_path/run."""
+    """Config file of a run of processes.STEPS steps in tmp_path/run."""
     from processes import write_config
 
     return write_config(tmp_path, "run", latents, images)
@@ -103,7 +103,7 @@ def config(tmp_path, latents, images) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(zygote, tmp_path_factory, latents, images):
-    """whole(ranks, *overrides) -> the folder of such a run that nothing disturbed."""
+    """whole(ranks, *overrides) -> the folder of such a run without interruptions."""
     from processes import write_config
 
     root, runs = tmp_path_factory.mktemp("whole"), {}
@@ -121,16 +121,16 @@ def whole(zygote, tmp_path_factory, latents, images):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A SLURM of three nodes on this machine."""
+    """A SLURM cluster of three nodes on the local machine."""
     from cluster import Cluster, install, why_not
 
     reason = why_not()
     if reason:
         pytest.skip(f"NO SLURM TEST RUNS HERE: the test cluster {reason}")
     install()
-    made = Cluster(3)
+    nodes = Cluster(3)
     try:
-        made.up()
-        yield made
+        nodes.up()
+        yield nodes
     finally:
-        made.down()
+        nodes.down()

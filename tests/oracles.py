@@ -1,4 +1,4 @@
-"""Networks with known answers, and the loss in another form, to hold ours against."""
+"""Reference implementations: networks with a known average velocity, and the loss in full-batch form."""
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -7,7 +7,7 @@ from mf_dist.models.dit import DiT
 
 
 def small_dit(seed: int = 0, num_classes: int = 3, **changes) -> DiT:
-    """A DiT in float64 with random weights everywhere: at its initial ones u and du/dt are 0 and prove nothing."""
+    """A DiT in float64 with all weights random: with the initial weights u and du/dt are 0, which tests nothing."""
     g = torch.Generator().manual_seed(seed)
     sizes = {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
     net = DiT(**{**sizes, **changes}, num_classes=num_classes, generator=g).double()
@@ -18,13 +18,13 @@ def small_dit(seed: int = 0, num_classes: int = 3, **changes) -> DiT:
 
 
 def func_jvp(function, primals, tangents):
-    """torch.func.jvp; only the plain attention knows forward mode."""
+    """torch.func.jvp, with plain attention: the fused kernels have no forward mode."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(function, primals, tangents)
 
 
 class Closed:
-    """A closed-form u(z, r, t) behind the network's interface; its tangent by torch.func.jvp."""
+    """A closed-form u(z, r, t) with the network's interface; tangents by torch.func.jvp."""
 
     def __init__(self, u):
         self.u = u
@@ -40,12 +40,12 @@ def column(a):
 
 
 def point_mass(x0):
-    """All data at x0: the average velocity is (z - x0) / t for every r."""
+    """All data at x0; the average velocity is (z - x0) / t for every r."""
     return lambda z, r, t: (z - x0) / column(t)
 
 
 class GaussianData:
-    """Data N(0, s^2 I): z_t is N(0, sigma(t)^2 I), and the marginal flow scales z by sigma(r) / sigma(t)."""
+    """Data N(0, s^2 I): z_t is N(0, sigma(t)^2 I); the marginal flow from t to r scales z by sigma(r) / sigma(t)."""
 
     def __init__(self, s):
         self.s = s
@@ -61,7 +61,7 @@ class GaussianData:
 
 
 def full_batch_rows(net, x, e, r, t, y, null_label, recipe, jvp=func_jvp):
-    """Per-row s and weighted loss as the authors write them: guidance and one JVP on every row of the batch."""
+    """Per-row s and weighted loss as in the authors' code: guidance and one JVP on every row of the batch."""
     z, v = (1 - column(t)) * x + column(t) * e, e - x
     u_cond, u_null = net(z, t, t, y).detach(), net(z, t, t, torch.full_like(y, null_label)).detach()
     inside = (t >= recipe.guidance_start) & (t <= recipe.guidance_end) & (y != null_label)

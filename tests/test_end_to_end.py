@@ -1,4 +1,4 @@
-"""The three commands as a user runs them, on real digits: train, resume, evaluate, sample."""
+"""The commands as a user runs them, on real digits: train, resume, evaluate, sample."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from mf_dist.checkpoint.reader import open_checkpoint
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, latents, images):
-    """Two runs of the same 6 steps: `whole` at once, `parts` stopped after 3 and resumed by the same command."""
+    """Two runs of the same 6 steps: `whole` uninterrupted, `parts` stopped after 3 and resumed by the same command."""
     root = tmp_path_factory.mktemp("runs")
     outputs = {}
     for name, lengths in {"whole": [96], "parts": [48, 96]}.items():
@@ -28,7 +28,7 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_resuming_gives_the_bits_of_one_run(runs):
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs):
     root, outputs = runs
     assert "from scratch" in outputs["parts"][0].stdout
     assert "resuming" in outputs["parts"][1].stdout and "step-00000003" in outputs["parts"][1].stdout
@@ -44,14 +44,14 @@ def test_resuming_gives_the_bits_of_one_run(runs):
     assert all(not np.array_equal(start[name], end[name]) for name in ("patch_out.weight", "patch_out.bias"))
 
 
-def test_a_finished_run_ends_at_once(runs):
+def test_finished_run_ends_at_once(runs):
     root, _ = runs
     again = run_python("-m", "mf_dist.train", root / "whole.yaml")
     assert "resuming" in again.stdout and "finished at step 6" in again.stdout
     assert [m["step"] for m in metrics(root / "whole")] == [2, 3, 4, 6]
 
 
-def test_metrics_have_every_number(runs):
+def test_metrics_have_every_field(runs):
     root, _ = runs
     for m in metrics(root / "whole"):
         assert {
@@ -73,7 +73,7 @@ def test_metrics_have_every_number(runs):
     assert {m["step"] for m in metrics(root / "parts")} == {2, 3, 4, 6}
 
 
-def test_sample_grids_show_one_two_and_four_steps_side_by_side(runs):
+def test_sample_grids_have_one_two_and_four_steps_side_by_side(runs):
     root, _ = runs
     names = sorted(path.name for path in (root / "whole/samples").iterdir())
     assert names == ["step00000003.png", "step00000006.png"]
@@ -83,7 +83,7 @@ def test_sample_grids_show_one_two_and_four_steps_side_by_side(runs):
     assert np.array_equal(whole, parts)
 
 
-def test_checkpoint_says_what_it_is(runs):
+def test_checkpoint_state_describes_the_model(runs):
     root, _ = runs
     state = open_checkpoint(root / "whole/checkpoints/step-00000006").state
     assert state["samples_seen"] == 96 and state["config"]["model"]["num_classes"] == 10
@@ -99,7 +99,7 @@ def evaluated(runs):
     return done, json.loads((out / "metrics.json").read_text()), out
 
 
-def test_evaluation_says_how_it_was_made(runs, evaluated):
+def test_evaluation_records_its_inputs(runs, evaluated):
     root, _ = runs
     done, entries, out = evaluated
     assert done.stdout.splitlines()[0] == f"evaluating {root / 'whole/checkpoints/step-00000006'}"
@@ -114,8 +114,8 @@ def test_evaluation_says_how_it_was_made(runs, evaluated):
     assert not (out / "work").exists()
 
 
-def test_any_count_has_the_same_images(runs, evaluated, tmp_path):
-    """The samples of a shorter set with a time grid of its own, [1, 0], are those of a longer one in one step."""
+def test_images_do_not_depend_on_their_number(runs, evaluated, tmp_path):
+    """23 samples with the explicit time grid [1, 0] equal the first 23 of 60 samples in one step."""
     root, _ = runs
     with np.load(evaluated[2] / "samples_nfe1.npz") as file:
         pixels, labels = file["arr_0"], file["arr_1"]
@@ -144,17 +144,17 @@ def test_any_count_has_the_same_images(runs, evaluated, tmp_path):
     assert len(list((tmp_path / "images_nfe1_times").iterdir())) == 3
 
 
-def test_statistics_of_real_images_by_the_same_code(images, runs, evaluated, tmp_path):
-    """A file of ours gives the numbers that the images themselves give, and says where it came from."""
+def test_reference_statistics_file_equals_the_images(images, runs, evaluated, tmp_path):
+    """A file of reference_stats.py gives the same metrics as the images, and records its source."""
     root, _ = runs
     stats = tmp_path / "stats.npz"
     done = run_python("tools/reference_stats.py", "--images", images, "--features", FEATURES, "--out", stats)
     assert "150 images of side 32, features digits" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
     run_python("tools/fid_eval.py", "--checkpoint", root / "whole", "--nfe", 1, "--reference", stats, "--out", tmp_path)
-    (one,), two = json.loads((tmp_path / "metrics.json").read_text()), evaluated[1][0]
-    assert one["metrics"] == two["metrics"] and one["pixels_sha256"] == two["pixels_sha256"]
-    assert one["reference_made"]["images_sha256"] == two["reference_sha256"]
+    (by_file,), by_images = json.loads((tmp_path / "metrics.json").read_text()), evaluated[1][0]
+    assert by_file["metrics"] == by_images["metrics"] and by_file["pixels_sha256"] == by_images["pixels_sha256"]
+    assert by_file["reference_made"]["images_sha256"] == by_images["reference_sha256"]
 
 
 def test_measuring_a_folder(images, tmp_path):
@@ -222,7 +222,7 @@ def test_mistakes_are_one_line(arguments, message):
     assert line.startswith(message)
 
 
-def test_another_model_or_recipe_is_refused_where_a_run_stands(runs):
+def test_changed_model_or_recipe_is_refused_on_resume(runs):
     root, _ = runs
     for change, text in {
         "model.depth=3": "has model.depth=2, now it is 3: choose another run_dir",
@@ -233,15 +233,15 @@ def test_another_model_or_recipe_is_refused_where_a_run_stands(runs):
         assert line.startswith("error:") and text in line
 
 
-def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(tiny_config, tmp_path):
+def test_diverged_run_is_an_error_and_saves_nothing(tiny_config, tmp_path):
     done = run_python("-m", "mf_dist.train", tiny_config, "optim.lr=1e30", expect=2)
     (line,) = done.stderr.splitlines()
     assert "training diverged" in line and not list((tmp_path / "run").glob("checkpoints/*"))
-    assert not (tmp_path / "run/metrics.jsonl").exists()  # the first line would have been of step 2
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # the first line would be that of step 2
 
 
 def test_compiling_without_a_compiler_is_refused_and_training_without_works(tiny_config, tmp_path):
-    """The second half also shows that DeepSpeed builds nothing of its own."""
+    """Also checks that DeepSpeed builds no extension."""
     command = ["-m", "mf_dist.train", tiny_config, "train.total_images=16", "log.sample_every_images=0"]
     env = {**os.environ, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     env.pop("CXX", None)
@@ -262,8 +262,8 @@ def test_other_latents_are_refused(runs, tmp_path):
 
 
 @pytest.mark.dist
-def test_unconditional_and_untroubled_by_a_stale_build_lock(zygote, tiny_config, tmp_path):
-    """No class folders; and the lock that a killed build of DeepSpeed's CPU all-reduce would leave."""
+def test_unconditional_model_with_a_stale_build_lock(zygote, tiny_config, tmp_path):
+    """No class folders; and the lock that a killed build of DeepSpeed's CPU all-reduce would leave behind."""
     images = write_digits(tmp_path / "flat", 40, classes=False)
     encode(images, tmp_path / "flat-latents")
     (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
@@ -295,7 +295,7 @@ def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
 @pytest.mark.parametrize(
     "variables", [{}, {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}], ids=["no-key", "no-server"]
 )
-def test_wandb_goes_offline_and_never_ends_a_run(tiny_config, tmp_path, variables):
+def test_wandb_falls_back_to_offline(tiny_config, tmp_path, variables):
     env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
     done = run_python(
         "-m",

@@ -1,4 +1,4 @@
-"""The VAE: ranges, scale, refusals; with the shipped one and one of SD-VAE's full shape."""
+"""The VAE: ranges, scale, errors; with the shipped one and one of SD-VAE's full shape."""
 
 import json
 import shutil
@@ -56,8 +56,8 @@ def test_pixels_are_rounded_never_truncated():
 
 
 def test_sd_vaes_shape_and_old_config(tmp_path):
-    """A random AutoencoderKL of SD-VAE's layout at quarter width, saved without a scaling factor, as the published
-    file is: the class's default 0.18215 holds."""
+    """A random AutoencoderKL of SD-VAE's layout at quarter width, saved without a scaling factor like the published
+    file: the class's default 0.18215 applies."""
     from diffusers import AutoencoderKL
 
     AutoencoderKL(
@@ -76,10 +76,10 @@ def test_sd_vaes_shape_and_old_config(tmp_path):
     assert vae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 8, 8, 8)
 
 
-def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
+def test_errors_name_what_is_missing_or_wrong(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no VAE folder at"):
         Vae(str(tmp_path / "nothing"), CPU)
-    with pytest.raises(UserError, match="no VAE folder at 'mf_dist/digitsvae', seen from"):
+    with pytest.raises(UserError, match="no VAE folder at 'mf_dist/digitsvae'; working directory"):
         Vae("mf_dist/digitsvae", CPU)
     with pytest.raises(UserError, match=r"has no config\.json"):
         Vae(str(tmp_path), CPU)
@@ -99,7 +99,7 @@ def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
     tensors = load_file(copy / "diffusion_pytorch_model.safetensors")
     del tensors["encoder.conv_in.weight"]
     save_file(tensors, copy / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"not those of a whole AutoencoderKL: encoder\.conv_in\.weight"):
+    with pytest.raises(UserError, match=r"not those of a complete AutoencoderKL: encoder\.conv_in\.weight"):
         Vae(str(copy), CPU)
     shutil.copy(VAE / "diffusion_pytorch_model.safetensors", copy)
     weights = copy / "diffusion_pytorch_model.safetensors"
@@ -112,7 +112,7 @@ def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
         Vae(str(copy), CPU)
 
 
-def test_a_hub_id_without_network_says_what_to_do():
+def test_a_hub_id_without_network_gives_instructions():
     program = (
         "import torch; from mf_dist.vae import Vae; from mf_dist.runtime.errors import UserError\n"
         "try: Vae('stabilityai/sd-vae-ft-mse', torch.device('cpu'))\n"

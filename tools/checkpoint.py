@@ -1,12 +1,12 @@
-"""Looks at checkpoints and tidies them.
+"""Lists, checks, compares, prunes and exports checkpoints.
 
-    python tools/checkpoint.py ls runs/digits                       # what there is, newest last
+    python tools/checkpoint.py ls runs/digits                       # list them, newest last
     python tools/checkpoint.py verify runs/digits                   # check every byte; exit 1 if one is bad
     python tools/checkpoint.py diff runs/a runs/b                   # config and tensors; exit 1 if they differ
-    python tools/checkpoint.py prune runs/digits --keep 1           # delete older ones; --dry-run only says which
+    python tools/checkpoint.py prune runs/digits --keep 1           # delete older ones; --dry-run only lists them
     python tools/checkpoint.py export runs/digits --out model.safetensors      # the EMA alone, to sample from
 
-A run folder stands for its newest valid checkpoint where one is asked for. Exit code 2: a mistake in the call.
+diff and export take a run folder as its newest valid checkpoint. Exit code 2: a usage error.
 """
 
 import argparse
@@ -31,27 +31,29 @@ def parse():
     diff.add_argument("b", type=Path)
     prune = commands.add_parser("prune", help="delete older checkpoints")
     prune.add_argument("run", type=Path)
-    prune.add_argument("--keep", type=int, required=True, help="how many of the newest valid ones stay, at least 1")
-    prune.add_argument("--keep-every-images", type=int, default=0, help="those that passed a multiple of this stay")
+    prune.add_argument("--keep", type=int, required=True, help="newest valid ones to keep, at least 1")
     prune.add_argument(
-        "--keep-best", help="metric of eval/metrics.json: the lowest stays, of the run's first measured EMA"
+        "--keep-every-images", type=int, default=0, help="also keep those that passed a multiple of this"
     )
-    prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
+    prune.add_argument(
+        "--keep-best", help="also keep the lowest in this metric of eval/metrics.json, of the run's first measured EMA"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="print what would be deleted, delete nothing")
     export = commands.add_parser("export", help="write the EMA as one safetensors file")
     export.add_argument("path", type=Path, help="run or step-N folder")
     export.add_argument("--out", type=Path, required=True, help="file name ending in .safetensors")
-    export.add_argument("--ema", help="decay (default: the first of the run's)")
+    export.add_argument("--ema", help="decay (default: the run's first)")
     return parser.parse_args()
 
 
 def folders(path):
-    """A step-N folder, or all of a run's, oldest first."""
+    """[path] if it is a step-N folder, else all step-N folders of a run, oldest first."""
     from mf_dist.checkpoint.reader import step_folders
 
-    found = [path] if path.name.startswith("step-") else step_folders(path / "checkpoints")
-    if not found or not found[0].is_dir():
+    steps = [path] if path.name.startswith("step-") else step_folders(path / "checkpoints")
+    if not steps or not steps[0].is_dir():
         raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder)")
-    return found
+    return steps
 
 
 def ls(args):
@@ -83,18 +85,18 @@ def verify(args):
     return 1 if bad else 0
 
 
-def difference(one, other):
-    """Of two sets of tensors, in words; empty where they are the same."""
+def difference(a, b):
+    """How two dicts of tensors differ, as text; empty if they are equal."""
     import torch
 
-    strange = [n for n in sorted({*one, *other}) if n not in one or n not in other or one[n].shape != other[n].shape]
-    if strange:
-        return f"{strange[0]} is not in both with the same shape ({len(strange)} such tensors)"
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    unmatched = [name for name in sorted({*a, *b}) if name not in a or name not in b or a[name].shape != b[name].shape]
+    if unmatched:
+        return f"{unmatched[0]} is not in both with the same shape ({len(unmatched)} such tensors)"
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
     if not differing:
         return ""
-    largest = max((one[name] - other[name]).abs().max().item() for name in differing)
-    return f"{len(differing)} of {len(one)} tensors differ, by {largest:.3g} at most"
+    largest = max((a[name] - b[name]).abs().max().item() for name in differing)
+    return f"{len(differing)} of {len(a)} tensors differ, by {largest:.3g} at most"
 
 
 def diff(args):

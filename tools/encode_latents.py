@@ -8,10 +8,10 @@
     sbatch --array=0-9 slurm/encode_latents.sh ...               # shard i by task i mod 10, times its processes
     python tools/encode_latents.py ... --verify                  # the error of --precision against fp32, no shards
 
-Images: a folder, whose sub-folders are classes in order of name, as ImageNet's wnids (none: no classes); or a
-webdataset tar, or a folder of them (KEY.jpg with the number of its class in KEY.cls). Images are cut to the square
-ADM centre crop. Each shard holds a fixed block of the image list and is complete or absent: the same command, with
-any number of processes, goes on where it stopped. An image that cannot be read is left out and listed in
+Images: a folder, whose sub-folders are classes in order of name, as ImageNet's wnids (without sub-folders: no
+classes); or a webdataset tar, or a folder of them (KEY.jpg with its class number in KEY.cls). Images are cut to the
+square ADM centre crop. Each shard holds a fixed block of the image list and is complete or absent: the same command,
+with any number of processes, continues where it stopped. An image that cannot be read is left out and listed in
 manifest.json.
 """
 
@@ -33,21 +33,25 @@ def parse():
     parser.add_argument("--out", type=Path, help="the dataset's folder")
     parser.add_argument("--vae", required=True, help="folder or hub id of a diffusers AutoencoderKL")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square crop in pixels")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard (default 10000)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="images per shard (default 10000)")
     parser.add_argument("--batch", type=int, default=32, help="images encoded together (default 32)")
     parser.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of the VAE (default fp32)"
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="precision of the VAE (default fp32)"
     )
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="the VAE by torch.compile (default: on a GPU)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the VAE with torch.compile (default: on a GPU)",
     )
     parser.add_argument("--flip", action="store_true", help="also store each mirrored image, encoded by itself")
-    parser.add_argument("--max-bad-share", type=float, default=0.001, help="of unreadable images (default 0.001)")
+    parser.add_argument(
+        "--max-bad-share", type=float, default=0.001, help="allowed share of unreadable images (default 0.001)"
+    )
     parser.add_argument("--task", help="I/N: make shards I, I + N, ... (default: from torchrun or the SLURM job array)")
     parser.add_argument("--verify", action="store_true", help="compare --precision with fp32 on 8 images, and stop")
     args = parser.parse_args()
     if not (args.out or args.verify):
-        raise UserError("--out FOLDER is needed: where the dataset goes")
+        raise UserError("--out FOLDER is needed: the folder of the dataset")
     for name in ("resolution", "shard_size", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -57,15 +61,15 @@ def parse():
 
 
 def task_of(args):
-    """(number, count): as asked, else of the SLURM job array, else of the launcher."""
+    """(number, count) from --task, else from the SLURM job array and the launcher's rank combined."""
     if args.task is not None:
         number, slash, count = args.task.partition("/")
         if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
             raise UserError(f"--task {args.task!r}: expected I/N with 0 <= I < N")
         return int(number), int(count)
-    place = rank_from_environment()
+    launched = rank_from_environment()
     number, count = array_task() if "SLURM_ARRAY_TASK_ID" in os.environ else (0, 1)
-    return number * place.world_size + place.rank, count * place.world_size
+    return number * launched.world_size + launched.rank, count * launched.world_size
 
 
 def array_task():
@@ -73,10 +77,10 @@ def array_task():
     names = ("TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_COUNT")
     values = {name: os.environ.get(f"SLURM_ARRAY_{name}", "") for name in names}
     if all(value.isdigit() for value in values.values()):
-        at, first, last, count = (int(value) for value in values.values())
+        number, first, last, count = (int(value) for value in values.values())
         step = max(1, (last - first) // max(1, count - 1))
-        if (last - first) == step * (count - 1) and (at - first) % step == 0:
-            return (at - first) // step, count
+        if (last - first) == step * (count - 1) and (number - first) % step == 0:
+            return (number - first) // step, count
     raise UserError(f"the job array {values} is not evenly spaced: submit 0-N, or give each task --task I/N")
 
 
@@ -95,7 +99,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(1)  # the last bits of a convolution depend on it, and shards must not on who makes them
+        torch.set_num_threads(1)  # it affects a convolution's last bits, and the bytes of shards must not vary
     compiled = device.type == "cuda" if args.compile is None else args.compile
     vae = Vae(args.vae, device, precision=args.precision, compiled=compiled)
     encoding = Encoding(args.resolution, args.shard_size, args.batch, args.flip, args.max_bad_share)

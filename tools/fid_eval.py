@@ -7,10 +7,10 @@
     python tools/fid_eval.py --checkpoint runs/digits --times 1,0.6,0 --save-npz
     python tools/fid_eval.py --images samples.npz --features efflite0 --reference photos/ --resolution 256 --out OUT
 
-Writes OUT/metrics.json (an entry per protocol), and of a model OUT/grid_nfeK.png, OUT/grid_steps.png (1, 2 and 4 steps
+Writes OUT/metrics.json (an entry per protocol), and for a model OUT/grid_nfeK.png, OUT/grid_steps.png (1, 2 and 4 steps
 side by side) and OUT/neighbours_nfeK.png (samples beside their nearest real images); with --save-npz
-OUT/samples_nfeK.npz (ADM's layout). What is not given comes from the run's config. Killed, the same command goes on
-where it stopped, with any number of processes. docs/evaluation.md says what the numbers mean.
+OUT/samples_nfeK.npz (ADM's layout). Options not given come from the run's config. After a kill, the same command
+continues where it stopped, with any number of processes. docs/evaluation.md explains the numbers.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse():
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
-    add("--seed", type=int, help="of noise and labels (default: the run's, 0)")
+    add("--seed", type=int, help="seed of noise and labels (default: the run's, 0)")
     add("--ema", help="decay of the EMA to sample from (default: the run's first)")
     add("--features", help="inception, inception-other, inception-random, efflite0, or a folder (default: the run's)")
     add("--inception-weights", help="file of the Inception weights")
@@ -63,11 +63,15 @@ def parse():
         choices=("exact", "streaming"),
         default="exact",
         help="exact: the same bits for any number of"
-        " processes; streaming: each sums up its share, the same to 1e-9 (default exact)",
+        " processes; streaming: each sums its share, equal to 1e-9 (default exact)",
     )
     add("--resolution", type=int, help="centre crop of --images and of real images (default: as they are)")
     add("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
-    add("--precision", choices=("fp32", "tf32", "bf16"), help="of sampling and decoding (default: tf32 on a GPU)")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        help="precision of sampling and decoding (default: tf32 on a GPU)",
+    )
     add("--block", type=int, default=50, help="images computed together (default 50); can change last bits")
     add("--compile", action="store_true", help="torch.compile the network and the decoder")
     add("--out", type=Path, help="default: eval/ in the run folder")
@@ -77,7 +81,7 @@ def parse():
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on with the blocks of an earlier try at the very same (default), or compute all again",
+        help="reuse the finished blocks of an earlier, identical evaluation (default), or compute all again",
     )
     args = parser.parse_args()
     check(args)
@@ -85,7 +89,7 @@ def parse():
 
 
 def check(args):
-    """Mistakes that need nothing loaded."""
+    """Raises UserError on mistakes that show without loading anything."""
     if args.images:
         for name in MODEL_ONLY:
             if getattr(args, name) is not None and getattr(args, name) is not False:
@@ -119,13 +123,13 @@ def number(text):
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"--times: {text!r} is no number") from None
+        raise UserError(f"--times: {text!r} is not a number") from None
 
 
 def settings_of(args):
     from mf_dist.evaluation.measure import Settings
 
-    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # such a job goes on with what it has made itself
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # a requeued job continues with its own blocks
     return Settings(args.metrics, args.statistics == "exact", args.block, args.resume or requeued)
 
 
@@ -164,11 +168,11 @@ def measure_model(args, ranks):
         if ranks.is_rank_zero:
             steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
             trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
-            clear(out, *blocks, reference.blocks)  # not before: a job that is requeued at the last grid has the others
+            clear(out, *blocks, reference.blocks)  # last, so that a job requeued at the last grid keeps the others
 
 
 def load(args, ranks):
-    """The trained model and the feature network; what was not given comes from the run's config."""
+    """The trained model and the feature network; fills in options not given from the run's config."""
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
     from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
     from mf_dist.sampling.generator import load_trained_model
@@ -179,7 +183,7 @@ def load(args, ranks):
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
     trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
     defaults = ["features", "reference", "num_samples", "labels", "seed"]
-    if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # others would refuse them
+    if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # other networks refuse them
         defaults.append("inception_weights")
     for name in defaults:
         if getattr(args, name) is None:
@@ -190,7 +194,7 @@ def load(args, ranks):
 
 
 def measure_times(args, trained, times, network, reference, ranks, out):
-    """One time grid; its blocks."""
+    """Measures one time grid and returns its blocks."""
     from mf_dist.evaluation.measure import measure
     from mf_dist.runtime.distributed import raise_on_all_ranks
     from mf_dist.sampling.generator import Samples
@@ -221,7 +225,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
 
 
 def save_all(args, trained, samples, blocks, reference, out):
-    """The pictures and sets of images of one time grid."""
+    """Writes the pictures and image files of one time grid."""
     from mf_dist.evaluation.report import save_images, save_npz
 
     nfe = len(samples.times) - 1
@@ -243,11 +247,11 @@ def show_neighbours(source, blocks, reference, path):
 
 
 def clear(out, *finished):
-    """What the record and the pictures were made of is not kept."""
+    """Removes the blocks, needed only for the record and the pictures."""
     for blocks in finished:
         if blocks is not None:
             blocks.remove()
-    with contextlib.suppress(OSError):  # another evaluation's, half done, may be there
+    with contextlib.suppress(OSError):  # another evaluation may have unfinished blocks there
         (out / "work").rmdir()
 
 

@@ -1,6 +1,6 @@
-"""Looks at a dataset of latents.
+"""Checks and shows a dataset of latents.
 
-python tools/latents.py verify data/imagenet256           # every byte, count and number; exit 1 if anything is wrong
+python tools/latents.py verify data/imagenet256           # every byte, count and value; exit 1 if anything is wrong
 python tools/latents.py stats data/imagenet256            # classes, channels, what was left out
 python tools/latents.py show data/digits-latents --images data/digits --count 8 --out grid.png
                                                           # sources above, decoded latents below, PSNR
@@ -18,7 +18,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("verify", "check everything"), ("stats", "print what there is")):
+    for name, text in (("verify", "check everything"), ("stats", "print a summary")):
         commands.add_parser(name, help=text).add_argument("data", type=Path, help="dataset folder")
     show = commands.add_parser("show", help="decode some samples beside their sources")
     show.add_argument("data", type=Path, help="dataset folder")
@@ -34,11 +34,11 @@ def verify(args):
     from mf_dist.runtime.progress import progress
 
     with progress(None, "sample", "verify") as bar:
-        found = list(problems(args.data, bar.update))
-    for line in found:
+        lines = list(problems(args.data, bar.update))
+    for line in lines:
         print(line)
-    print(f"{args.data}: {len(found)} problems" if found else f"{args.data}: valid")
-    return 1 if found else 0
+    print(f"{args.data}: {len(lines)} problems" if lines else f"{args.data}: valid")
+    return 1 if lines else 0
 
 
 def stats(args):
@@ -80,9 +80,7 @@ def show(args):
     recorded = shards.manifest["vae"]
     vae = Vae(args.vae or recorded["source"], torch.device("cpu"), recorded)
     chosen = np.linspace(0, shards.count - 1, min(args.count, shards.count)).astype(int)
-    pixels = [
-        decode_image(source_of(shards, source, i), f"of sample {i}", shards.manifest["resolution"]) for i in chosen
-    ]
+    pixels = [decode_image(source_of(shards, source, i), f"sample {i}", shards.manifest["resolution"]) for i in chosen]
     means = np.stack([shards[i][0][: shards.manifest["latent_channels"]] for i in chosen]).astype(np.float32)
     decoded = vae.decode(torch.from_numpy(means) * vae.scaling_factor).numpy()
     error = np.mean((np.stack(pixels).astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))
@@ -93,12 +91,12 @@ def show(args):
 
 
 def source_of(shards, source, i):
-    """The image file that sample i was made of; UserError where --images has another."""
+    """The bytes of the image file behind sample i; raises UserError if --images holds another."""
     import hashlib
     import json
     import tarfile
 
-    tar, number = shards.place(i)
+    tar, number = shards.locate(i)
     with tarfile.open(tar, "r:") as archive:
         recorded = json.loads(archive.extractfile(f"{number:09d}.json").read())
     raw = source.read(number) if number < len(source.paths) else b""

@@ -1,12 +1,12 @@
-"""Statistics of real images, by the very code that measures samples: what tools/fid_eval.py takes as --reference.
+"""Computes statistics of real images with the code that measures samples, for tools/fid_eval.py --reference.
 
     python tools/reference_stats.py --images IMAGENET/train --resolution 256 --out imagenet256_inception.npz \\
         --inception-weights weights-inception-2015-12-05-6726825d.pth
     torchrun --nproc_per_node=8 tools/reference_stats.py ...       # the same file, with any number of processes
     python tools/reference_stats.py --images photos.tar --resolution 256 --features efflite0 --out photos_efflite0.npz
 
-Writes mu, sigma (of a network with spatial features also mu_s, sigma_s), features of up to 10,000 of the images for
-precision, recall, KID and nearest neighbours, and where all that came from. Killed, the same command goes on where it
+Writes mu, sigma (for a network with spatial features also mu_s, sigma_s), features of up to 10,000 of the images for
+precision, recall, KID and nearest neighbours, and their provenance. After a kill, the same command continues where it
 stopped.
 """
 
@@ -44,16 +44,16 @@ def main() -> None:
             network = open_features(args.features, args.inception_weights, ranks.device)
         work = args.out.with_suffix(".work")
         settings = Settings(block=args.block)
-        found = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
+        reference = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
         with raise_on_all_ranks(ranks):
-            if found is not None:
-                write(args, found, network, versions())
-                found.blocks.remove()
-                with contextlib.suppress(OSError):  # another one's, half done, may be there
+            if reference is not None:
+                write(args, reference, network, versions())
+                reference.blocks.remove()
+                with contextlib.suppress(OSError):  # another run may have unfinished blocks there
                     work.rmdir()
 
 
-def write(args, found, network, versions):
+def write(args, reference, network, versions):
     from mf_dist.evaluation.reference import write_reference
 
     provenance = {
@@ -61,13 +61,13 @@ def write(args, found, network, versions):
         "features_sha256": network.sha256,
         "resize": network.resize,
         "images": args.images,
-        "images_sha256": found.provenance["reference_sha256"],
-        "count": found.provenance["reference_images"],
-        "resolution": found.provenance["reference_resolution"],
+        "images_sha256": reference.provenance["reference_sha256"],
+        "count": reference.provenance["reference_images"],
+        "resolution": reference.provenance["reference_resolution"],
         "block": args.block,
         "versions": versions,
     }
-    write_reference(args.out, found.pooled, found.spatial, found.rows, found.picks, provenance)
+    write_reference(args.out, reference.pooled, reference.spatial, reference.rows, reference.picks, provenance)
     print(f"{args.out}: {provenance['count']} images of side {provenance['resolution']}, features {network.name}")
 
 

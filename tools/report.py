@@ -4,8 +4,8 @@
     python tools/report.py runs/digits
     python tools/report.py runs/digits runs/digits_flow --out comparison.html
 
-A run's own report is RUN/report.html. Several runs are compared in one: curves on top of each other, differences of
-their configs; that goes to comparison.html in the first one's folder.
+A single run's report is RUN/report.html. Several runs are compared in one page, comparison.html in the first run's
+folder: overlaid curves and the differences of their configs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="HTML file to write (default: in the first run's folder report.html, of several comparison.html)",
+        help="HTML file to write (default: report.html, or comparison.html for several, in the first run's folder)",
     )
     args = parser.parse_args()
     if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):

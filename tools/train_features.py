@@ -2,7 +2,7 @@
 
     python tools/train_features.py --images data/digits --name digits --out mf_dist/assets/digits-features
 
-writes OUT/config.json and OUT/model.safetensors; one image in five is held out and gives the printed accuracy.
+writes OUT/config.json and OUT/model.safetensors; the printed accuracy is that on one image in five, held out.
 """
 
 import argparse

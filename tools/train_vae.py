@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the new VAE's folder")
     parser.add_argument("--resolution", type=int, default=32, help="side of the square images (default 32)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
-    parser.add_argument("--batch", type=int, default=64, help="images a step (default 64)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term per latent number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def _new_vae(resolution, seed):
 
 
 def _finish(vae, images, g, out):
-    """Measures the latents' deviation over all images, records its inverse as the scale, saves."""
+    """Sets the scaling factor to the inverse standard deviation of the latents of all images, and saves."""
     import torch
 
     with torch.no_grad():
@@ -99,8 +99,8 @@ def _finish(vae, images, g, out):
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out, safe_serialization=True)
     psnr = 10 * torch.log10(4 / torch.stack(errors).mean()).item()
-    numbers = sum(p.numel() for p in vae.parameters())
-    print(f"{out}: {numbers} parameters, PSNR {psnr:.1f} dB, scaling factor {vae.config.scaling_factor}")
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    print(f"{out}: {num_parameters} parameters, PSNR {psnr:.1f} dB, scaling factor {vae.config.scaling_factor}")
     print("channel means after scaling:", (latents.mean((0, 2, 3)) * vae.config.scaling_factor).tolist())
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints that belong to no world size: read, written in the background, kept or removed."""
+"""Checkpoints independent of the world size: reading, writing in the background, retention."""

@@ -1,12 +1,12 @@
-"""Checkpoints that belong to no world size: full tensors by name in safetensors, JSON beside them, no pickle.
+"""Checkpoints independent of the world size: full tensors by name in safetensors, JSON beside them, no pickle.
 
     RUN/checkpoints/step-00001000/
-        master.safetensors exp_avg.safetensors exp_avg_sq.safetensors   to go on training
-        ema-0.9999.safetensors                                          alone the model to sample from
+        master.safetensors exp_avg.safetensors exp_avg_sq.safetensors   needed to resume training
+        ema-0.9999.safetensors                                          the model to sample from, sufficient alone
         state.json       step, samples_seen, config, latent shape, classes, VAE, versions, guard
         manifest.json    size and sha256 of the others, written last
 
-A folder is written as NAME.tmp, synced, then renamed (saver.py): one without a valid manifest does not exist.
+A folder is written as NAME.tmp, synced, then renamed (writer.py): one without a valid manifest is no checkpoint.
 """
 
 import json
@@ -23,19 +23,19 @@ from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError, is_disk_fault
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
-"""Files without which nothing can be resumed; an EMA beside them."""
+"""Files needed to resume, besides at least one EMA."""
 STATE = ("step", "samples_seen", "config", "guard")
 """Keys of state.json that resuming needs."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified folder and what its state.json says."""
+    """A verified checkpoint folder and the content of its state.json."""
 
     folder: Path
     state: dict[str, Any]
     sha256: str
-    """Of the manifest, hence of everything in the folder."""
+    """Hash of manifest.json, hence of everything in the folder."""
 
     @property
     def step(self) -> int:
@@ -48,12 +48,12 @@ class Checkpoint:
         return sorted(path.stem for path in self.folder.glob("*.safetensors"))
 
     def load(self, kind: str) -> dict[str, Tensor]:
-        """Tensors by parameter name: kind master, exp_avg, exp_avg_sq, or ema-DECAY."""
+        """Tensors by parameter name; `kind`: master, exp_avg, exp_avg_sq or ema-DECAY."""
         return load_tensors(self.folder / f"{kind}.safetensors")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file; UserError where it is none."""
+    """Reads a .safetensors file; raises UserError if it is none."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -61,30 +61,30 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint under `root`, and a line for each newer one that had to be passed over. UserError
-    where there is none but one that a disk's fault hides: it may be whole, and a start from scratch would end it."""
+    """The newest valid checkpoint under `root`, and a warning for each newer one that was skipped. Raises UserError if
+    none is valid and a disk fault hides one: it may be intact, and a start from scratch would replace it."""
     warnings: list[str] = []
-    hidden: UserError | None = None
+    disk_error: UserError | None = None
     for folder in reversed(step_folders(root)):
         try:
             return open_checkpoint(folder), warnings
         except UserError as error:
             warnings.append(f"passed over a damaged checkpoint: {error}")
-            hidden = error if is_disk_fault(error) else hidden
-    if hidden:
-        raise hidden
+            disk_error = error if is_disk_fault(error) else disk_error
+    if disk_error:
+        raise disk_error
     return None, warnings
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
-    """Verifies every file's size and sha256 before anything is used; UserError names the first that differs.
-    verify=False is for ranks beside the one that verified."""
+    """Verifies every file's size and sha256 before anything is used; raises UserError with the first that differs.
+    verify=False is for the other ranks once one has verified."""
     try:
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, entry in entries.items() if verify else ():
             path = folder / Path(name).name
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
-                raise UserError(f"{path} is missing or not what its manifest says; use an older checkpoint")
+                raise UserError(f"{path} is missing or differs from its manifest; use an older checkpoint")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         missing = [name for name in REQUIRED if name not in entries] + [key for key in STATE if key not in state]
         if missing or not any(name.startswith("ema-") for name in entries):
@@ -92,7 +92,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         if step_folder(folder.parent, state["step"]).name != folder.name:
             raise ValueError(f"it holds step {state['step']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is no checkpoint ({error})") from None
+        raise UserError(f"{folder} is not a valid checkpoint ({error})") from None
     return Checkpoint(folder, state, sha256_of(folder / "manifest.json"))
 
 
@@ -101,8 +101,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """From a checkpoint folder, or the newest of a run folder; UserError where there is none. Says on stderr which
-    newer one is damaged."""
+    """Opens a checkpoint folder, or the newest checkpoint of a run folder, with a warning on stderr for each newer one
+    that is damaged. Raises UserError if no checkpoint is found."""
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
     checkpoint, warnings = newest_checkpoint(path / "checkpoints")
@@ -115,16 +115,16 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_run(root: Path) -> Path:
-    """The run folder under `root` whose training command ended last."""
-    found = [folder for folder in root.glob("**/checkpoints") if step_folders(folder)]
-    if not found:
+    """The run folder under `root` whose training command ended last, by the mtime of checkpoints/."""
+    folders = [folder for folder in root.glob("**/checkpoints") if step_folders(folder)]
+    if not folders:
         raise UserError(f"no trained run under {str(root)!r}; train one, or give --checkpoint DIR")
-    return max(found, key=lambda folder: folder.stat().st_mtime).parent
+    return max(folders, key=lambda folder: folder.stat().st_mtime).parent
 
 
 def step_folders(root: Path) -> list[Path]:
-    """step-N folders in order of N; half-written .tmp ones do not count."""
+    """step-N folders in order of N, without unfinished .tmp ones."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))

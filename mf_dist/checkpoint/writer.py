@@ -1,8 +1,8 @@
-"""Writes checkpoints behind training's back: only gathering the tensors into host memory holds it up.
+"""Writes checkpoints in the background: training waits only while tensors are gathered into host memory.
 
-Each rank writes the kinds that fall to it into step-N.tmp/ and leaves KIND.json (size, sha256) beside each when it is
-on the disk; rank 0 waits for all of them, then commits: state.json, manifest.json, sync, rename, sync, retention. The
-folder is the only thing the ranks' writers share, so no collective runs beside those of training.
+Each rank writes its share of the kinds into step-N.tmp/ and leaves KIND.json (size, sha256) beside each once it is on
+the disk; rank 0 waits for all of them, then commits: state.json, manifest.json, sync, rename, sync, retention. The
+folder is the only thing the ranks' writers share, so no collective runs concurrently with those of training.
 """
 
 import hashlib
@@ -26,30 +26,30 @@ from mf_dist.runtime.atomic_files import fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
 CHUNK = 64 << 20
-"""Bytes per write: the interpreter runs other threads meanwhile."""
+"""Bytes per write, during which other threads run."""
 
 
 @dataclass(frozen=True)
 class WriterRank:
-    """Which part of the writing is whose."""
+    """Assigns the files of a checkpoint to the ranks that write them."""
 
     rank: int
     world_size: int
 
-    def has(self, number: int) -> bool:
-        """Whether file `number` of a checkpoint is this rank's."""
+    def writes(self, number: int) -> bool:
+        """Whether this rank writes file `number` of a checkpoint."""
         return number % self.world_size == self.rank
 
 
 class CheckpointWriter:
-    """One save at a time. All of it on every rank: begin, then is_running and error until it has ended."""
+    """One save at a time. Every rank calls begin, then polls is_running, then reads has_failed and error."""
 
-    def __init__(self, root: Path, share: WriterRank, keep: "Retention") -> None:
-        self.root, self.share, self.keep = root, share, keep
+    def __init__(self, root: Path, writer_rank: WriterRank, retention: "Retention") -> None:
+        self.root, self.writer_rank, self.retention = root, writer_rank, retention
         self.error: str | None = None
-        """Why the last save failed here; None while it runs and where it succeeded."""
+        """Why the last save failed on this rank; None while it runs and after success."""
         self.committed: Path | None = None
-        """What the last save left, on rank 0."""
+        """The folder of the last save on rank 0; None until it is complete."""
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
 
@@ -58,7 +58,7 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def prepare(self, step: int) -> str | None:
-        """Rank 0, before any rank begins: an empty step-N.tmp. Returns what went wrong."""
+        """On rank 0, before any rank begins: creates an empty step-N.tmp. Returns an error message, or None."""
         try:
             remove_unfinished(self.root)
             step_folder(self.root, step).with_suffix(".tmp").mkdir(parents=True)
@@ -67,19 +67,21 @@ class CheckpointWriter:
         return None
 
     def begin(self, gathered: Iterator[tuple[str, str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
-        """Takes (kind, name, tensor) in, which every rank must run through, and writes in the background."""
+        """Consumes (kind, name, tensor), as every rank must since gathering is collective; writes in the background."""
         assert not self.is_running
-        mine: dict[str, dict[str, Tensor]] = {k: {} for n, k in enumerate(kinds) if self.share.has(n)}
+        own: dict[str, dict[str, Tensor]] = {k: {} for n, k in enumerate(kinds) if self.writer_rank.writes(n)}
         for kind, name, tensor in gathered:
-            if kind in mine:
-                mine[kind][name] = tensor.contiguous()
+            if kind in own:
+                own[kind][name] = tensor.contiguous()
         self.error, self.committed = None, None
         self._cancelled.clear()
-        self._thread = threading.Thread(target=self._run, args=(mine, kinds, state), name="saver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(own, kinds, state), name="checkpoint-writer", daemon=True
+        )
         self._thread.start()
 
     def cancel(self) -> None:
-        """Another rank failed: wait for nobody, remove what was written."""
+        """Called when another rank failed: stops waiting for its files and removes what was written."""
         self._cancelled.set()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -88,28 +90,28 @@ class CheckpointWriter:
 
     @property
     def has_failed(self) -> bool:
-        """Of a save that has ended: whether this rank did not do its part."""
-        return self.error is not None or (self.share.rank == 0 and self.committed is None)
+        """Whether this rank did not do its part of a save that has ended."""
+        return self.error is not None or (self.writer_rank.rank == 0 and self.committed is None)
 
-    def _run(self, mine: dict[str, dict[str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
+    def _run(self, own: dict[str, dict[str, Tensor]], kinds: list[str], state: dict[str, Any]) -> None:
         folder = step_folder(self.root, state["step"])
         partial = folder.with_suffix(".tmp")
         try:
-            for kind in list(mine):
-                broken = [name for name, tensor in mine[kind].items() if not tensor.isfinite().all()]
-                if broken:
-                    raise ValueError(f"{kind} of {broken[0]} is not finite")
-                entry = write_tensors(partial / f"{kind}.safetensors", mine.pop(kind))
+            for kind in list(own):
+                not_finite = [name for name, tensor in own[kind].items() if not tensor.isfinite().all()]
+                if not_finite:
+                    raise ValueError(f"{kind} of {not_finite[0]} is not finite")
+                entry = write_tensors(partial / f"{kind}.safetensors", own.pop(kind))
                 write_json(partial / f"{kind}.json", entry)
-            if self.share.rank == 0 and self._all_written(partial, kinds):
+            if self.writer_rank.rank == 0 and self._all_written(partial, kinds):
                 commit(partial, folder, kinds, state)
                 self.committed = folder
         except BaseException as error:
-            self.error = str(error)  # before anything that can fail on a broken disk
+            self.error = str(error)  # first, since _explain may fail on a broken disk
             self.error = self._explain(error)
         if self.committed:
-            self.keep.apply(self.root, folder)
-        elif self.share.rank == 0:
+            self.retention.apply(self.root, folder)
+        elif self.writer_rank.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _all_written(self, partial: Path, kinds: list[str]) -> bool:
@@ -121,39 +123,39 @@ class CheckpointWriter:
 
     def _explain(self, error: BaseException) -> str:
         try:
-            here = self.root if self.root.is_dir() else self.root.parent
-            free = f"{shutil.disk_usage(here).free >> 20} MiB free there"
+            existing = self.root if self.root.is_dir() else self.root.parent
+            free = f"{shutil.disk_usage(existing).free >> 20} MiB free there"
         except OSError as other:
             free = f"the disk does not answer ({other.strerror})"
         return f"cannot write a checkpoint to {self.root}: {error}; {free}"
 
 
 def remove_unfinished(root: Path) -> None:
-    """What saves left that never ended."""
+    """Removes the step-N.tmp folders of interrupted saves."""
     for stale in root.glob("step-*.tmp"):
         shutil.rmtree(stale)
 
 
 def check_free_space(root: Path, checkpoint_bytes: int) -> None:
-    """UserError unless there is room for two checkpoints, those that are there counted: the newest stays until the
-    next is whole."""
-    here = root
+    """Raises UserError unless there is room for two checkpoints, existing ones included: the newest stays until the
+    next is complete."""
+    existing = root
     with suppress(OSError):
         remove_unfinished(root)
-    while not here.is_dir():
-        here = here.parent
+    while not existing.is_dir():
+        existing = existing.parent
     needed = checkpoint_bytes * max(1, 2 - len(step_folders(root)))
-    free = shutil.disk_usage(here).free
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{here} has {free / 2**20:,.1f} MiB free, checkpoints need {needed / 2**20:,.1f} MiB: make room, or "
+            f"{existing} has {free / 2**20:,.1f} MiB free, checkpoints need {needed / 2**20:,.1f} MiB: make room, or "
             "choose another run_dir"
         )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A safetensors file, on the disk when this returns, and its manifest entry: bytes, sha256. (The library's own
-    writer holds the interpreter while it writes.)"""
+    """Writes and syncs a safetensors file; returns its manifest entry: bytes, sha256. (The library's own writer holds
+    the interpreter lock while it writes.)"""
     header, offset = {}, 0
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -162,7 +164,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # numbers start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for name in ["", *sorted(tensors)]:
@@ -180,7 +182,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any]) -> None:
-    """Makes a complete step-N.tmp the checkpoint step-N: all or nothing."""
+    """Turns a complete step-N.tmp into the checkpoint step-N, atomically."""
     write_json(partial / "state.json", state)
     text = (partial / "state.json").read_bytes()
     files = {"state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
@@ -188,7 +190,7 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
         files[f"{kind}.safetensors"] = json.loads((partial / f"{kind}.json").read_text(encoding="utf-8"))
         (partial / f"{kind}.json").unlink()
     write_json(partial / "manifest.json", {"files": files})
-    if folder.exists():  # only an invalid one can stand there
+    if folder.exists():  # only an invalid one can exist
         shutil.rmtree(folder)
     os.replace(partial, folder)
     fsync_folder(folder.parent)
@@ -196,9 +198,9 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `newest`, those that first passed a multiple of `every_images` (0: none),
-    the one whose step is named best in `metrics` (a metrics.json of tools/fid_eval.py) by the lowest `best` of the EMA
-    with decay `ema`."""
+    """Which checkpoints are kept: the newest `newest`; those that first passed a multiple of `every_images` (0: none);
+    and the one with the lowest metric `best` for the EMA of decay `ema` in `metrics`, a metrics.json of
+    tools/fid_eval.py."""
 
     newest: int
     every_images: int = 0
@@ -207,19 +209,20 @@ class Retention:
     ema: str = ""
 
     def removable(self, folders: list[Path]) -> list[Path]:
-        """Of step-N folders, oldest first, those that no rule keeps; never the last."""
-        best = self._best_step()
+        """Those of the step-N folders, given oldest first, that no rule keeps; never the last."""
+        scores = self.scores()
+        best = min(scores)[1] if scores else None
         candidates = folders[: -max(1, self.newest)]
         return [path for path in candidates if not self._is_milestone(path) and int(path.name[5:]) != best]
 
     def apply(self, root: Path, latest: Path) -> None:
-        """After `latest` was committed. What cannot be removed is tried again after the next save; nothing of this
-        makes the save a failure."""
+        """Removes old checkpoints after `latest` was committed. What cannot be removed is tried again after the next
+        save; an error here does not make the save a failure."""
         try:
             for old in self.removable([path for path in step_folders(root) if path.name <= latest.name]):
                 remove(old)
         except Exception as error:
-            print(f"warning: older checkpoints stay ({error!r})", file=sys.stderr, flush=True)
+            print(f"warning: cannot remove older checkpoints ({error!r})", file=sys.stderr, flush=True)
 
     def _is_milestone(self, folder: Path) -> bool:
         if not self.every_images:
@@ -231,33 +234,29 @@ class Retention:
             return False
         return bool(seen // self.every_images > since // self.every_images)
 
-    def _best_step(self) -> int | None:
-        scores = self.scores()
-        return min(scores)[1] if scores else None
-
     def scores(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of `best` and `ema` at the fewest steps (nfe) that they were measured at;
-        where training measures, of its own alone, which are comparable among themselves."""
+        """(value, step) of every measurement of `best` and `ema` with the fewest sampling steps (nfe) among them. If
+        training itself measured, only those measurements: they are comparable with each other."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
             return []
         try:
             entries = json.loads(self.metrics.read_text(encoding="utf-8"))
             entries = [e for e in entries if e.get("in_training")] or entries
-            found = [
+            rows = [
                 (int(e["nfe"]), float(e["metrics"][self.best]), int(e["step"]))
                 for e in entries
                 if self.best in e["metrics"] and "step" in e and e.get("ema") == self.ema
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
-        return [(value, step) for nfe, value, step in found if nfe == min(found)[0]]
+        return [(value, step) for nfe, value, step in rows if nfe == min(rows)[0]]
 
 
 def remove(folder: Path) -> None:
-    """In one rename, so that no half of a checkpoint keeps its name; a failure leaves it for another time."""
-    gone = folder.with_suffix(".tmp")
+    """Removes a checkpoint after renaming it, so that no partial one keeps its name; on failure it stays."""
+    renamed = folder.with_suffix(".tmp")
     try:
-        os.replace(folder, gone)
+        os.replace(folder, renamed)
     except OSError:
         return
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)

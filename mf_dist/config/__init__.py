@@ -1,1 +1,1 @@
-"""Every number of a run, how it is read from YAML, and what a run costs. No torch."""
+"""The config schema, its YAML loader and a cost model of a run. No torch."""

@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic alone (no torch): parameters, FLOPs, steps, bytes moved. --dry-run prints it."""
+"""Cost model of a run: parameters, FLOPs, memory, communication, hours. --dry-run prints it. No torch."""
 
 import yaml
 
@@ -7,17 +7,17 @@ from mf_dist.config.schema import Config, ModelConfig
 
 SINUSOIDS = 256
 KEPT_PER_BLOCK = 18
-"""Numbers per token and width that a compiled block keeps for its backward (measured, docs/performance.md)."""
+"""Values per token and unit of width that a compiled block saves for backward (measured, docs/performance.md)."""
 ASSUMED_FLOPS = 400e12
-"""FLOP/s of one GPU in the hours that --dry-run prints: 40 % of an H100's bf16 peak."""
+"""FLOP/s per GPU behind the hours that --dry-run prints: 40 % of an H100's bf16 peak."""
 GPUS_PER_NODE = 8
 BUS_WITHIN, BUS_BETWEEN = 300e9, 200e9
-"""Bytes/s that a rank sends in a collective within a node and over several: assumed, two thirds of NVLink 4's 450 GB/s,
-half of eight 400 Gbit/s network cards. The preflight on a cluster states what it has."""
+"""Assumed bytes/s that a rank sends in a collective within a node and between nodes: two thirds of NVLink 4's 450 GB/s,
+half of eight 400 Gbit/s network cards. The preflight measures the actual rates of a cluster."""
 REUSED = 10**9
-"""Up to so many weights DeepSpeed's ZeRO-3 keeps what it gathered for later passes (stage3_max_reuse_distance)."""
+"""Largest number of weights that DeepSpeed's ZeRO-3 keeps gathered for later passes (stage3_max_reuse_distance)."""
 FEW_ROWS = 16
-"""Rows per GPU below which its matrix products are too small to fill it."""
+"""Rows per GPU below which the matrix products are too small to use it fully."""
 
 
 def tokens(model: ModelConfig) -> int:
@@ -26,7 +26,7 @@ def tokens(model: ModelConfig) -> int:
 
 
 def parameters(model: ModelConfig) -> int:
-    """Trainable numbers of the DiT in models/dit.py."""
+    """Number of trainable parameters of the DiT in models/dit.py."""
     assert model.latent_channels is not None and model.num_classes is not None
     d, patch = model.hidden_size, model.patch_size**2 * model.latent_channels
     block = (3 * d * d + 3 * d) + (d * d + d) + (8 * d * d + 5 * d) + (6 * d * d + 6 * d)
@@ -36,7 +36,7 @@ def parameters(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig) -> int:
-    """Of one image in one forward pass, counting a multiply-add as 2; matrix products only."""
+    """FLOPs of one forward pass of one image: matrix products only, a multiply-add counts as 2."""
     assert model.latent_channels is not None
     n, d, patch = tokens(model), model.hidden_size, model.patch_size**2 * model.latent_channels
     block = 12 * n * d * d + 2 * n * n * d + 6 * d * d
@@ -45,32 +45,33 @@ def forward_flops(model: ModelConfig) -> int:
 
 
 def forwards_per_image(config: Config) -> float:
-    """A step's cost per image in forward passes F: 3 F regression, guidance's null pass on every row and u(y) on
-    the r < t rows, value and tangent on the r < t rows."""
+    """Cost of a step per image, in forward passes F: 3 F for the regression; with guidance, 1 F on every row for the
+    null label and, if kappa != 0, 1 F on the r < t rows for u(z, t, t | y); 2 F on the r < t rows for value and
+    tangent."""
     below = 1 - float(config.meanflow.share_r_equals_t)
     guidance = (1 + (below if config.meanflow.kappa else 0)) if config.meanflow.guided else 0
     return 3 + guidance + 2 * below
 
 
 def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
-    """Bytes a rank holds through a step, by what they are for: weights, gradients (added up in fp32), optimizer (fp32
-    weights, two moments, EMAs), activations kept for the backward."""
+    """Bytes that a rank holds during a step: weights, gradients (accumulated in fp32), optimizer (fp32 weights, two
+    moments, EMAs), activations saved for backward."""
     model, stage, rows = config.model, config.engine.zero_stage, config.train.micro_batch
     assert rows is not None
     count, width = parameters(model), 2 if config.engine.precision == "bf16" else 4
-    kept = rows * tokens(model) * model.hidden_size * width
-    blocks = model.depth + KEPT_PER_BLOCK if config.engine.checkpoint_activations else model.depth * KEPT_PER_BLOCK
+    per_value = rows * tokens(model) * model.hidden_size * width
+    values = model.depth + KEPT_PER_BLOCK if config.engine.checkpoint_activations else model.depth * KEPT_PER_BLOCK
     return {
         "weights": width * count / (world_size if stage == 3 else 1),
         "gradients": 4 * count / (world_size if stage >= 2 else 1),
         "optimizer": checkpoint_bytes(config) / world_size,
-        "activations": kept * blocks,
+        "activations": per_value * values,
     }
 
 
 def payload(config: Config, accumulation: int) -> dict[str, int]:
-    """Bytes of the tensors that a step of `accumulation` micro-batches passes through each kind of collective, a few
-    numbers apart. Gradients are fp32; weights are gathered once, after the update, or at ZeRO-3 for each pass."""
+    """Tensor bytes that a step of `accumulation` micro-batches passes through each kind of collective; a few scalars
+    are not counted. Gradients are fp32. Weights are gathered once, after the update; at ZeRO-3, for each pass."""
     count, stage = parameters(config.model), config.engine.zero_stage
     weights = (2 if config.engine.precision == "bf16" else 4) * count
     if stage == 3:
@@ -80,19 +81,20 @@ def payload(config: Config, accumulation: int) -> dict[str, int]:
 
 
 def wire_seconds(config: Config, world_size: int, accumulation: int = 1) -> dict[str, float]:
-    """Of each kind of collective in a step, in rings: a rank sends (n - 1) / n of its payload, an all-reduce twice."""
+    """Seconds per step of each kind of collective, as a ring: a rank sends (n - 1) / n of the payload, in an all-reduce
+    twice that."""
     share = (world_size - 1) / world_size / (BUS_WITHIN if world_size <= GPUS_PER_NODE else BUS_BETWEEN)
     sizes = payload(config, accumulation).items()
     return {kind: size * share * (2 if kind == "all-reduce" else 1) for kind, size in sizes}
 
 
 def compute_seconds(config: Config, rows: int) -> float:
-    """Of `rows` images on one GPU."""
+    """Seconds of compute for `rows` images on one GPU."""
     return rows * forwards_per_image(config) * forward_flops(config.model) / ASSUMED_FLOPS
 
 
 def run_hours(config: Config, world_size: int) -> float:
-    """Of the whole run, compute and wire one after the other; evaluation, samples and saves not counted."""
+    """Hours of the whole run; compute and communication do not overlap; without evaluation, samples and saves."""
     train = config.train
     assert train.micro_batch is not None
     accumulation = train.batch_size // (world_size * train.micro_batch)
@@ -101,35 +103,35 @@ def run_hours(config: Config, world_size: int) -> float:
 
 
 def weak_scaling(config: Config) -> list[str]:
-    """A table over 1 to 64 nodes, each rank with one micro-batch a step; nothing overlaps."""
+    """Table for 1 to 64 nodes: one micro-batch per rank and step, no overlap of compute and communication."""
     rows, sizes = config.train.micro_batch, payload(config, 1)
     assert rows is not None
     compute, kinds = compute_seconds(config, rows), list(sizes)
     lines = [
-        f"scaling         at {rows} rows a GPU and step, {compute * 1e3:.0f} ms of compute; "
+        f"scaling         at {rows} rows per GPU and step, {compute * 1e3:.0f} ms of compute; "
         + ", ".join(f"{kind} of {size / 1e9:.2f} GB" for kind, size in sizes.items()),
-        f"                at an assumed {BUS_WITHIN / 1e9:.0f} GB/s a rank in a node, {BUS_BETWEEN / 1e9:.0f} between; "
-        "nothing overlaps",
+        f"                at an assumed {BUS_WITHIN / 1e9:.0f} GB/s per rank within a node, "
+        f"{BUS_BETWEEN / 1e9:.0f} between nodes; no overlap",
         f"                | nodes | GPUs | global batch | {kinds[0]} ms | {kinds[1]} ms | of linear |",
         "                |---|---|---|---|---|---|",
     ]
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         ranks = nodes * GPUS_PER_NODE
-        one, other = wire_seconds(config, ranks).values()
-        share, batch = compute / (compute + one + other), rows * ranks
+        reduce, gather = wire_seconds(config, ranks).values()
+        share, batch = compute / (compute + reduce + gather), rows * ranks
         lines.append(
-            f"                | {nodes} | {ranks} | {batch} | {one * 1e3:.1f} | {other * 1e3:.1f} | {share:.0%} |"
+            f"                | {nodes} | {ranks} | {batch} | {reduce * 1e3:.1f} | {gather * 1e3:.1f} | {share:.0%} |"
         )
     return lines
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """fp32 weights, two moments and the EMAs."""
+    """Size of a checkpoint: fp32 weights, two moments and the EMAs."""
     return 4 * parameters(config.model) * (3 + len(config.optim.ema_decay))
 
 
 def describe(config: Config, world_size: int) -> str:
-    """The resolved config and its consequences, for --dry-run."""
+    """The output of --dry-run: the resolved config and its cost."""
     model, train = config.model, config.train
     assert train.micro_batch is not None
     count, flops, per_image = parameters(model), forward_flops(model), forwards_per_image(config)
@@ -141,21 +143,21 @@ def describe(config: Config, world_size: int) -> str:
         f"latent          ({model.latent_channels}, {model.latent_size}, {model.latent_size}), {tokens(model)} tokens, "
         f"{model.num_classes} classes",
         f"parameters      {count:,}",
-        f"forward         {flops / 1e9:,.2f} GFLOP an image (2 per multiply-add)",
-        f"step            {per_image:.2f} forwards an image, {per_image * flops * train.batch_size / 1e12:,.3f} TFLOP "
-        f"(plain flow matching: 3)",
+        f"forward         {flops / 1e9:,.2f} GFLOP per image (2 per multiply-add)",
+        f"step            {per_image:.2f} forwards per image, {per_image * flops * train.batch_size / 1e12:,.3f} TFLOP "
+        "(plain flow matching: 3)",
         f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x {accumulation} accumulation",
         f"run             {config.total_steps:,} steps, {per_image * flops * train.total_images:.2e} FLOP",
         f"time            {run_hours(config, world_size):,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
-        "a rank and the speeds of collectives below",
-        f"memory a rank   {sum(memory.values()):,.2f} GiB: "
+        "per rank and the collective speeds below",
+        f"memory per rank {sum(memory.values()):,.2f} GiB: "
         + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
         f"checkpoint      {checkpoint_bytes(config) / 2**30:,.2f} GiB each (fp32 weights, two moments, EMAs)",
     ]
     wire = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in payload(config, accumulation).items())
-    lines += [f"wire            {wire} GiB a step", *weak_scaling(config)]
+    lines += [f"wire            {wire} GiB per step", *weak_scaling(config)]
     if train.micro_batch < FEW_ROWS and world_size > 1:
         lines.append(
-            f"warning: {train.micro_batch} rows a rank and pass are too few to fill a GPU; use {FEW_ROWS} or more"
+            f"warning: {train.micro_batch} rows per rank and pass are too few to fill a GPU; use {FEW_ROWS} or more"
         )
     return "\n".join(lines)

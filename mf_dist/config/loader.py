@@ -1,4 +1,5 @@
-"""YAML into frozen dataclasses, strictly: an unknown key, a wrong type or a value out of range is one line."""
+"""Strict conversion of YAML to frozen dataclasses: an unknown key, a wrong type or a value out of range raises a
+one-line UserError."""
 
 import dataclasses
 import difflib
@@ -17,25 +18,25 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A range, as `Annotated[type, Check(...)]`: its words for the error line, and its test."""
+    """Constraint in `Annotated[type, Check(...)]`: a description for the error message, and a predicate."""
 
     expected: str
     holds: Callable[[Any], bool]
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; we refuse them."""
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"the key {key!r} stands twice, line {node.start_mark.line + 1}")
+                raise UserError(f"duplicate key {key!r}, line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
 def read_config(cls: type[T], path: str, overrides: list[str]) -> T:
-    """`path`'s YAML with dotted `key=value` overrides as an instance of the dataclass `cls`."""
+    """Reads the YAML file `path` with dotted `key=value` overrides as an instance of the dataclass `cls`."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = UniqueKeyLoader(file).get_single_data()
@@ -48,7 +49,7 @@ def read_config(cls: type[T], path: str, overrides: list[str]) -> T:
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
+        raise UserError(f"{path}: expected sections such as `model:`, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
     return from_tree(cls, tree, path)
@@ -71,7 +72,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def from_tree(cls: type[T], tree: Any, source: str, prefix: str = "") -> T:
-    """A dataclass from nested dicts; `source` and `prefix` name the place in error lines."""
+    """A dataclass from nested dicts; `source` and `prefix` locate the value in error messages."""
     if not isinstance(tree, dict):
         raise UserError(f"{source}: {prefix.rstrip('.')}: expected a section of keys, got {tree!r}")
     hints = get_type_hints(cls, include_extras=True)
@@ -91,7 +92,7 @@ def from_tree(cls: type[T], tree: Any, source: str, prefix: str = "") -> T:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """The inverse of from_tree, with values that JSON and YAML know."""
+    """The inverse of from_tree, with values that JSON and YAML can represent."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -116,23 +117,22 @@ def _convert(value: Any, hint: Any, source: str, name: str) -> Any:
     if origin in (types.UnionType, Union):  # the only union is `X | None`
         return None if value is None else _convert(value, args[0], source, name)
     if origin is Literal:
-        value = (
-            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        )  # YAML's off is False
+        if isinstance(value, bool):  # YAML 1.1 reads off as False
+            value = "on" if value else "off"
         if value not in args:
             raise UserError(f"{source}: {name}: expected {' or '.join(args)}, got {value!r}")
         return value
     converted = _convert_plain(value, hint)
     if converted is None:
-        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[hint]
+        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}[hint]
         raise UserError(f"{source}: {name}: expected {expected}, got {value!r}")
     return converted
 
 
 def _convert_plain(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or None where it is not one."""
+    """`value` converted to `kind`, or None if that is not possible."""
     if kind is float and not isinstance(value, bool):
-        return _finite(value)  # YAML 1.1 reads 1e-4 as a text
+        return _finite(value)  # YAML 1.1 reads 1e-4 as a string
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind is Fraction and isinstance(value, str | int | float) and not isinstance(value, bool):

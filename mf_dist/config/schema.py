@@ -1,6 +1,6 @@
-"""Every number of a run, in frozen dataclasses. Defaults are the MeanFlow paper's (arXiv 2505.13447,
-Table 4) and the authors' code; a YAML file states what differs. Imports neither torch nor deepspeed, so a
-wrong config is refused at once. The strict loader is in config_loader.py.
+"""The config of a run as frozen dataclasses. Defaults are those of the MeanFlow paper (arXiv 2505.13447,
+Table 4) and the authors' code; a YAML file overrides them. Imports neither torch nor deepspeed, so an
+invalid config is rejected at once. The strict loader is in loader.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ Decays = Annotated[
     tuple[float, ...],
     Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
 ]
-Text = Annotated[str, Check("a text that is not empty", lambda text: bool(text.strip()))]
+Text = Annotated[str, Check("a non-empty string", lambda text: bool(text.strip()))]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class DataConfig:
     path: Text
     """Folder of latent shards written by tools/encode_latents.py."""
     num_workers: Whole = 2
-    """Loader processes per rank; 0 loads in the training process. Never changes what is trained on."""
+    """Loader processes per rank; 0 loads in the training process. Does not affect the training data."""
     stage: Literal["off", "cache", "dir"] = "cache"
-    """Read every shard once, in order, while training begins: into the machine's page cache, or into stage_dir."""
+    """cache, dir: read every shard once, in order, while training starts, into the page cache or into stage_dir."""
     stage_dir: Text | None = None
-    """Folder on a disk of each machine, for stage=dir, such as /scratch/latents."""
+    """Folder on a local disk of each machine, for stage=dir, e.g. /scratch/latents."""
     flip: bool = False
     """Mirror half of the images (the paper does not); the dataset must be encoded with --flip."""
 
@@ -48,9 +48,9 @@ class ModelConfig:
     """Width; divisible by num_heads and by 4 (2-D sine-cosine positions)."""
     num_heads: Count
     patch_size: Count
-    """Side of a square patch of latent pixels that makes one token."""
+    """Side of the square patch of latent pixels that makes one token."""
     latent_size: Count | None = None
-    """Side of the latent; None: from the dataset manifest, which it must equal if given."""
+    """Side of the latent; None: from the dataset manifest, which it must match if set."""
     latent_channels: Count | None = None
     """Channels of the latent; None: from the dataset manifest."""
     num_classes: Whole | None = None
@@ -70,10 +70,10 @@ class MeanFlowConfig:
     kappa: float = 0.0
     """Guidance: weight of u(z, t, t | y)."""
     guidance_start: Share = 0.0
-    """Guidance holds for guidance_start <= t <= guidance_end; outside, v_g = v."""
+    """Guidance applies for guidance_start <= t <= guidance_end; outside, v_g = v."""
     guidance_end: Share = 1.0
     label_drop: Share = 0.1
-    """Share of ALL rows whose label becomes the null class, taken among the r = t rows while they suffice."""
+    """Share of ALL rows whose label becomes the null class, taken from the r = t rows if there are enough."""
     adaptive_eps: Positive = 0.01
     """eps of the weight 1 / (s + eps)^p; the paper's text says 1e-3, the authors' code 0.01."""
     adaptive_p: NotNegative = 1.0
@@ -94,66 +94,66 @@ class OptimConfig:
     weight_decay: NotNegative = 0.0
     """Decoupled (AdamW)."""
     grad_clip: NotNegative = 0.0
-    """Largest norm of the whole gradient; 0: not clipped, as in the paper."""
+    """Maximum norm of the whole gradient; 0: no clipping, as in the paper."""
     ema_decay: Decays = (0.9999,)
-    """Of each EMA that is kept, such as [0.9999, 0.999]; samples are drawn from the first."""
+    """Decay of each EMA, e.g. [0.9999, 0.999]; samples are drawn from the first."""
     ema_warmup: bool = False
-    """True: the decay after n steps is min(ema_decay, (1 + n) / (10 + n)); short runs need it."""
+    """True: the decay in step n is min(ema_decay, (1 + n) / (10 + n)); needed by short runs."""
     spike_factor: NotNegative = 0.0
-    """A gradient norm above this many times its running mean is a spike; 0: no guard."""
+    """A gradient norm above this multiple of its running mean is a spike; 0: spikes are not detected."""
     spike_action: Literal["clip", "skip"] = "clip"
-    """What a spike meets: its gradient shrinks to the limit, or its step is left out."""
+    """On a spike: clip the gradient to the limit, or skip the step."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     total_images: Count
-    """Length of the run in images; a remainder below one batch is not trained on."""
+    """Length of the run in images; a remainder smaller than one batch is dropped."""
     batch_size: Count = 256
-    """Images per optimizer step over all ranks; the same batch for any number of ranks."""
+    """Images per optimizer step over all ranks; the batches are the same for any number of ranks."""
     micro_batch: Count | None = None
-    """Images per rank and forward pass; None: batch_size / ranks. Smaller accumulates gradients."""
+    """Images per rank and forward pass; None: batch_size / ranks. Smaller values accumulate gradients."""
     seed: Seed = 0
-    """Together with the sample's index it decides everything random."""
+    """All randomness is a function of the seed and the sample's index."""
     init_from: Text | None = None
-    """Weights of a run that starts from scratch: a run or step-N folder (its EMA), or a .safetensors file."""
+    """Initial weights if there is no checkpoint to resume: a run or step-N folder (its EMA), or a .safetensors file."""
     max_skipped: Count = 5
-    """Steps in a row that may be left out (gradients not finite, or spikes) before the run stops."""
+    """Consecutive skipped steps (non-finite gradients or spikes) at which the run stops."""
     hang_seconds: Count = 600
-    """A rank that ends no step for so long dumps its stacks and ends; ten times as long where it compiles, draws or
-    loads."""
+    """A rank that completes no step for this long dumps its stacks and exits; ten times as long while it compiles,
+    draws samples or loads."""
     max_hours: NotNegative = 0.0
-    """Stop, saved and resumable, before this process has run so long; 0: no limit but SLURM's own."""
+    """Save and stop before this process has run this long; 0: no limit except SLURM's."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     zero_stage: Annotated[
         int,
-        Check("1, 2 or 3 (stage 0 trains wrongly in bf16; on one process use 1)", lambda n: n in (1, 2, 3)),
+        Check("1, 2 or 3 (stage 0 trains wrongly in bf16; use 1 on a single process)", lambda n: n in (1, 2, 3)),
     ] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the network's layers. Master weights, times, targets and the loss are fp32 in both."""
+    """Dtype of the network's layers. Master weights, times, targets and the loss are always fp32."""
     jvp_precision: Literal["bf16", "fp32"] = "bf16"
-    """Type in which the JVP pass computes where precision is bf16 (docs/performance.md: its effect on the target)."""
+    """Dtype of the JVP pass if precision is bf16 (docs/performance.md: its effect on the target)."""
     compile: bool = True
     """torch.compile: the whole step as one graph; block by block at ZeRO-3, whose hooks break graphs."""
     checkpoint_activations: bool = False
-    """Backward recomputes each block instead of keeping its activations: less memory, one more forward."""
+    """Recompute each block in backward instead of saving its activations: less memory, one more forward."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_images: Count = 2_560_000
-    """Images between checkpoints; one more is written at the end."""
+    """Images between checkpoints; another one is written at the end."""
     keep: Count = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_every_images: Whole = 0
-    """Checkpoints that first passed a multiple of this stay for ever; 0: none."""
+    """The first checkpoint after each multiple of this is kept permanently; 0: none."""
     keep_best: Text | None = None
-    """Metric of eval/metrics.json, such as fid10k: the checkpoint with its lowest value stays, of the first measured
-    EMA at the fewest steps that were measured. A measurement during training (eval.every_images) then also saves."""
+    """Metric of eval/metrics.json, e.g. fid10k: the checkpoint with its lowest value is kept, for the first measured
+    EMA at the smallest measured nfe. Each measurement during training (eval.every_images) then also saves."""
 
 
 @dataclass(frozen=True)
@@ -161,45 +161,45 @@ class LogConfig:
     every_steps: Count = 100
     """Optimizer steps between lines of metrics.jsonl."""
     sample_every_images: Whole = 2_560_000
-    """Images between grids of EMA samples (same seeds and classes every time); 0: none."""
+    """Images between grids of EMA samples (always the same seeds and classes); 0: none."""
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: Text = "mf_dist"
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Defaults of tools/fid_eval.py for this run, and what is measured while it trains."""
+    """Defaults of tools/fid_eval.py for this run, and settings of measurements during training."""
 
     nfe: Steps = (1, 2)
-    """Network calls per image of what is measured."""
+    """Network calls per image in measurements."""
     grid_nfe: Steps = (1, 2, 4)
-    """Network calls per image of the grids drawn during training, side by side."""
+    """Network calls per image in the grids drawn during training, side by side."""
     num_samples: Count = 50_000
     labels: Literal["random", "balanced"] = "random"
-    """random: uniform, as the published FIDs; balanced: class i mod num_classes."""
+    """random: uniform, as for published FIDs; balanced: class i mod num_classes."""
     seed: Seed = 0
     features: Text = "inception"
-    """Feature network: inception, inception-other, inception-random, efflite0, or a folder with its weights."""
+    """Feature network: inception, inception-other, inception-random, efflite0, or a folder with weights."""
     inception_weights: Text | None = None
-    """File of the Inception weights; its sha256 must be the published one."""
+    """File with the Inception weights; its sha256 must match the published one."""
     reference: Text | None = None
-    """Statistics of real images (.npz), or the images: a folder, tar or .npz; during training statistics alone."""
+    """Statistics of real images (.npz), or the images: a folder, tar or .npz; during training only statistics."""
     vae: str | None = None
     """Folder or hub id of the VAE; None: the one recorded in the dataset manifest."""
     every_images: Whole = 0
-    """Images between measurements of the EMA during training, and one at the end; 0: none."""
+    """Images between measurements of the EMA during training, with another one at the end; 0: none."""
     training_samples: Count = 10_000
-    """Images of a measurement during training, which its name tells: fid10k."""
+    """Images per measurement during training; the metric's name contains it: fid10k."""
     training_emas: Decays | None = None
-    """Which of optim.ema_decay are measured during training; None: the first. The first of them decides on the best."""
+    """Which of optim.ema_decay are measured during training; None: the first. The first one listed selects the best."""
     training_seed: Seed = 1
-    """Not `seed`: the best checkpoint must not be chosen by the noise that it is judged with."""
+    """Differs from `seed` so that the best checkpoint is not selected on the noise it is evaluated with."""
 
 
 @dataclass(frozen=True)
 class Config:
     run_dir: Text
-    """Everything the run writes goes here."""
+    """Folder for all output of the run."""
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
@@ -216,32 +216,32 @@ class Config:
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """The YAML file with `section.key=value` overrides applied; UserError on anything wrong."""
+    """Reads the YAML file and applies `section.key=value` overrides; raises UserError for any mistake."""
     return read_config(Config, path, overrides)
 
 
 def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) -> Config:
-    """Fills in what the dataset manifest and the number of ranks decide, then checks the whole.
+    """Completes the config from the dataset manifest and the number of ranks, then validates it.
 
-    Raises UserError for every combination that cannot train."""
+    Raises UserError for every combination that cannot be trained."""
     model = config.model
-    taken: dict[str, Any] = {}
+    shape: dict[str, Any] = {}
     for name in ("latent_size", "latent_channels", "num_classes"):
-        said, found = getattr(model, name), manifest and manifest[name]
-        if said is None and found is None:
+        configured, recorded = getattr(model, name), manifest and manifest[name]
+        if configured is None and recorded is None:
             raise UserError(
                 f"model.{name} is not set and there is no dataset at {config.data.path!r} to take it from; "
                 "run tools/encode_latents.py first, or set it"
             )
-        if said is not None and found is not None and said != found:
-            raise UserError(f"model.{name} is {said}, but the dataset at {config.data.path!r} has {found}")
-        taken[name] = found if said is None else said
+        if configured is not None and recorded is not None and configured != recorded:
+            raise UserError(f"model.{name} is {configured}, but the dataset at {config.data.path!r} has {recorded}")
+        shape[name] = recorded if configured is None else configured
     if (config.data.stage == "dir") != (config.data.stage_dir is not None):
-        raise UserError("data.stage=dir and data.stage_dir=FOLDER belong together: set both or none")
+        raise UserError("data.stage=dir and data.stage_dir=FOLDER require each other: set both or neither")
     if config.data.flip and manifest and not manifest["flip"]:
         raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
-    resolved = replace(config, model=replace(model, **taken), train=replace(config.train, micro_batch=micro_batch))
+    resolved = replace(config, model=replace(model, **shape), train=replace(config.train, micro_batch=micro_batch))
     _check_model(resolved.model)
     _check_batch(resolved, micro_batch, world_size)
     _check_guidance(resolved)
@@ -252,7 +252,7 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
 def _check_model(model: ModelConfig) -> None:
     assert model.latent_size is not None
     if model.latent_size % model.patch_size:
-        raise UserError(f"model.patch_size {model.patch_size} does not divide the latent's side {model.latent_size}")
+        raise UserError(f"model.patch_size {model.patch_size} does not divide model.latent_size {model.latent_size}")
     if model.hidden_size % model.num_heads:
         raise UserError(f"model.num_heads {model.num_heads} does not divide model.hidden_size {model.hidden_size}")
     if model.hidden_size % 4:
@@ -269,8 +269,8 @@ def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:
     share = config.meanflow.share_r_equals_t
     if micro_batch % share.denominator:
         raise UserError(
-            f"meanflow.share_r_equals_t {share} of train.micro_batch {micro_batch} is no whole number of rows; "
-            f"use a micro-batch that is a multiple of {share.denominator}"
+            f"meanflow.share_r_equals_t {share} of train.micro_batch {micro_batch} is not a whole number of rows; "
+            f"choose a multiple of {share.denominator}"
         )
     if config.total_steps < 1:
         raise UserError(f"train.total_images {config.train.total_images} is less than one batch of {batch}")
@@ -279,22 +279,20 @@ def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:
 def _check_guidance(config: Config) -> None:
     recipe = config.meanflow
     if recipe.guidance_start > recipe.guidance_end:
-        raise UserError(
-            f"meanflow.guidance_start {recipe.guidance_start} lies above guidance_end {recipe.guidance_end}"
-        )
+        raise UserError(f"meanflow.guidance_start {recipe.guidance_start} is above guidance_end {recipe.guidance_end}")
     if recipe.kappa >= 1:
         raise UserError(f"meanflow.kappa {recipe.kappa} must be below 1: the scale is omega / (1 - kappa)")
     if recipe.guided and recipe.label_drop == 0 and recipe.omega + recipe.kappa != 1:
-        raise UserError("guidance needs the null class, and meanflow.label_drop=0 never trains it: set it above 0")
+        raise UserError("guidance needs the null class, which meanflow.label_drop=0 never trains: set it above 0")
     if recipe.guided and config.model.num_classes == 0:
-        raise UserError("guidance needs classes, and this dataset has none: set meanflow.omega=1 and meanflow.kappa=0")
+        raise UserError("guidance needs classes, but the dataset has none: set meanflow.omega=1 and meanflow.kappa=0")
 
 
 def _check_evaluation(config: Config) -> None:
     if not config.eval.every_images:
         return
     if config.eval.reference is None:
-        raise UserError("eval.every_images measures during training: set eval.reference too, an .npz of statistics")
+        raise UserError("eval.every_images needs eval.reference: an .npz of statistics")
     unknown = set(config.eval.training_emas or ()) - {*config.optim.ema_decay}
     if unknown:
         raise UserError(f"eval.training_emas has {min(unknown)}, which is not among optim.ema_decay")

@@ -1,4 +1,4 @@
-"""Whether a dataset of latents is what it was written as: every hash, count, header and number."""
+"""Checks a dataset of latents against what was written: every hash, count, header and value."""
 
 import io
 import json
@@ -17,8 +17,8 @@ from mf_dist.runtime.errors import UserError
 
 
 def problems(folder: Path, advance: Callable[[int], Any]) -> Iterator[str]:
-    """A line for everything that is wrong, naming shard and sample; calls advance(n) as samples are read. UserError
-    where there is no finished dataset at all."""
+    """A line for every problem, naming shard and sample; calls advance(n) after n samples. Raises UserError if there is
+    no finished dataset."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"no finished dataset at {str(folder)!r}; run tools/encode_latents.py first")
@@ -40,7 +40,7 @@ def _problems_of_shard(folder: Path, manifest: dict[str, Any], shard: dict[str, 
     if tar.stat().st_size != shard["bytes"]:
         yield f"{tar.name}: {tar.stat().st_size} bytes, the manifest says {shard['bytes']}"
     elif sha256_of(tar) != shard["sha256"]:
-        yield f"{tar.name}: other bytes than the manifest's sha256 says"
+        yield f"{tar.name}: its sha256 is not the manifest's"
     index = read_index(tar)
     if index is None:
         yield f"{index_path(tar).name}: missing or damaged"
@@ -48,40 +48,40 @@ def _problems_of_shard(folder: Path, manifest: dict[str, Any], shard: dict[str, 
     try:
         yield from (f"{index_path(tar).name}: {problem}" for problem in _problems_of_index(tar, manifest, shard, index))
         yield from _problems_of_samples(tar, manifest, shard, index, keys)
-    except Exception as error:  # whatever strange bytes make of tarfile, json and numpy
-        yield f"{tar.name}: cannot be read on ({error!r})"
+    except Exception as error:  # tarfile, json and numpy raise many types on corrupt bytes
+        yield f"{tar.name}: cannot be read further ({error!r})"
 
 
 def _problems_of_index(tar: Path, manifest: dict[str, Any], shard: dict[str, Any], index: Index) -> Iterator[str]:
-    """Its labels and checksums are compared sample by sample."""
+    """All but the labels and checksums, which are compared sample by sample."""
     if sha256_of(index_path(tar)) != shard["index_sha256"]:
-        yield "other bytes than the manifest's sha256 says"
+        yield "its sha256 is not the manifest's"
     if index.sha256 != shard["sha256"]:
-        yield "of another tar"
+        yield "belongs to another tar"
     channels, side = 2 * manifest["latent_channels"], manifest["latent_size"]
     if index.shape != (channels, side, side):
-        yield f"says shape {index.shape}, the manifest {(channels, side, side)}"
+        yield f"has shape {index.shape}, the manifest {(channels, side, side)}"
     if not len(index.labels) == len(index.crc32) == len(index.offsets) == shard["count"]:
         yield "has columns of different lengths"
     for name, offsets in (("moments", index.offsets), ("flipped", index.flipped)):
         if not np.array_equal(offsets, array_offsets(tar, f".{name}.npy")):
-            yield f"its offsets of {name} are not where the arrays are"
+            yield f"its offsets of {name} are not those of the arrays"
 
 
 def _problems_of_samples(
     tar: Path, manifest: dict[str, Any], shard: dict[str, Any], index: Index, keys: set[str]
 ) -> Iterator[str]:
-    """Reads the tar as any other program would, and compares with the index."""
+    """Reads the tar without using the index, and compares the two."""
     rows = 0
     for row, (key, members) in enumerate(_samples(tar)):
         rows += 1
         where = f"{tar.name}: sample {key}"
         if key in keys:
-            yield f"{where} stands twice"
+            yield f"{where} occurs twice"
         keys.add(key)
-        wanted = {"moments.npy", "cls", "json"} | ({"flipped.npy"} if manifest["flip"] else set())
-        if members.keys() != wanted:
-            yield f"{where} has {', '.join(sorted(members)) or 'nothing'}, expected {', '.join(sorted(wanted))}"
+        expected = {"moments.npy", "cls", "json"} | ({"flipped.npy"} if manifest["flip"] else set())
+        if members.keys() != expected:
+            yield f"{where} has {', '.join(sorted(members)) or 'nothing'}, expected {', '.join(sorted(expected))}"
         elif row < min(len(index.labels), len(index.crc32)):
             yield from (f"{where}: {problem}" for problem in _problems_of_sample(members, manifest, index, row))
     for name, number in (("the manifest", shard["count"]), ("the index", len(index.labels))):
@@ -90,7 +90,7 @@ def _problems_of_samples(
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, member kind -> bytes) for each run of members with one key; a strange member is a sample of its own."""
+    """(key, member kind -> bytes) for each run of members with one key; an unexpected member is a sample of its own."""
     with tarfile.open(tar, "r:") as archive:
         key, members = "", dict[str, bytes]()
         for member in archive:
@@ -100,7 +100,7 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 if members:
                     yield key, members
                 key, members = stem, {}
-            members[kind if file else f"{kind} (no plain file)"] = file.read() if file else b""
+            members[kind if file else f"{kind} (not a regular file)"] = file.read() if file else b""
         if members:
             yield key, members
 
@@ -123,5 +123,5 @@ def _problem_of_array(raw: bytes, shape: tuple[int, ...], crc: int) -> str | Non
     if array.dtype != np.float16 or array.shape != shape:
         return f"is {array.dtype} {array.shape}, expected float16 {shape}"
     if zlib.crc32(array.tobytes()) != crc:
-        return "has other numbers than were written (crc32)"
+        return "differs from what was written (crc32)"
     return None if np.isfinite(array).all() else "is not finite"

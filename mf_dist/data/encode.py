@@ -1,7 +1,7 @@
-"""Images into a dataset of latent shards, by one process or many.
+"""Encodes images into a dataset of latent shards, with one process or many.
 
 Shard i holds block i of the source list, whatever the number of tasks, and is made by task i mod n; each is complete or
-absent. The task that finds the last shard in place writes the manifest. Making a shard twice gives the same bytes.
+absent. A task that finds all shards complete writes the manifest. Making a shard twice gives the same bytes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
-from mf_dist.data.shard_writer import Record, remove_temporary_files, whole_index, write_shard
+from mf_dist.data.shard_writer import Record, remove_temporary_files, valid_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.fault_tolerance.tool_status import count_finished_unit
 from mf_dist.runtime.atomic_files import sha256_of, write_json
@@ -29,7 +29,7 @@ from mf_dist.runtime.progress import progress
 from mf_dist.vae import Vae
 
 PLAN = "plan.json"
-"""What the shards in a folder are made of; a folder with another plan is refused."""
+"""Records how the shards in a folder are made; a folder with another plan is refused."""
 Source = ImageFolder | ImageTars
 
 
@@ -40,10 +40,10 @@ class Encoding:
     resolution: int
     shard_size: int
     batch: int
-    """Images encoded together, always of one shard, so that the bytes do not depend on who encodes."""
+    """Images encoded together, always of one shard, so that the bytes do not depend on the number of tasks."""
     flip: bool = False
     max_bad_share: float = 0.001
-    """Share of the images that may be unreadable; they are left out and listed."""
+    """Allowed share of unreadable images, which are left out and listed."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Task:
 
 
 def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Task) -> None:
-    """Writes this task's shards where they are missing, and the manifest once all are there. Raises UserError on too
-    many unreadable images, a disk that does not take them, and where `out` holds shards of another plan."""
+    """Writes the missing shards of this task, and the manifest once all shards exist. Raises UserError on too many
+    unreadable images, on write errors, and if `out` holds shards of another plan."""
     source = open_images(images)
     check_resolution(encoding.resolution, vae)
     plan = _plan(source, vae, encoding)
@@ -66,7 +66,7 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
         _finish(out, plan, encoding)
     except OSError as error:
         raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; what is finished stays, the same command goes on"
+            f"{error.filename or out}: {error.strerror or error}; finished shards are kept, the same command continues"
         ) from None
 
 
@@ -77,17 +77,17 @@ def check_resolution(resolution: int, vae: Vae) -> None:
 
 def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task: Task, plan_sha256: str) -> None:
     blocks = _blocks(len(source.paths), encoding)
-    mine = range(task.number, len(blocks), task.count)
+    own = range(task.number, len(blocks), task.count)
     with (
-        progress(sum(len(blocks[number]) for number in mine), "img", "encode") as bar,
+        progress(sum(len(blocks[number]) for number in own), "img", "encode") as bar,
         ThreadPoolExecutor(1) as writer,  # a shard is written while the next is encoded
     ):
         writing, all_bad = Future[None](), list[str]()
         writing.set_result(None)
-        for number in mine:
+        for number in own:
             tar = out / shard_name(number)
-            if whole := whole_index(tar, plan_sha256):
-                all_bad += whole.skipped
+            if index := valid_index(tar, plan_sha256):
+                all_bad += index.skipped
                 bar.update(len(blocks[number]))
                 continue
             bad: list[str] = []
@@ -134,7 +134,7 @@ def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
 
 
 def _list_sha256(source: Source) -> str:
-    """Of the images' names below the source, their sizes in bytes and classes: another list is another dataset."""
+    """Hash of the images' names below the source, sizes in bytes and classes; another list is another dataset."""
     digest = hashlib.sha256()
     with progress(len(source.paths), "img", "list") as bar:
         for path, size, label in zip(source.paths, source.sizes(), source.labels, strict=True):
@@ -143,34 +143,34 @@ def _list_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _unmoved(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan without the place where the VAE lies: the same one elsewhere gives the same latents."""
+def _without_vae_path(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without the path of the VAE, which does not affect the latents."""
     vae = plan.get("vae")
     return {**plan, "vae": {**vae, "source": ""} if isinstance(vae, dict) else vae}
 
 
 def _plan_sha256(plan: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_unmoved(plan), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_without_vae_path(plan), sort_keys=True).encode()).hexdigest()
 
 
 def _write_or_check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Records the plan in a new folder; UserError where the folder has another."""
+    """Records the plan in a new folder; raises UserError if the folder has another plan."""
     path = out / PLAN
     out.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         if any(out.glob("shard-*")) or (out / "manifest.json").exists():
             raise UserError(
-                f"{str(out)!r} holds shards, but its {PLAN} is gone: choose another --out or remove that folder"
+                f"{str(out)!r} holds shards, but its {PLAN} is missing: choose another --out or remove that folder"
             )
         write_json(path, plan)
     try:
-        found = _unmoved(json.loads(path.read_text(encoding="utf-8")))
+        recorded = _without_vae_path(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --out or remove that folder") from None
-    for key, value in _unmoved(plan).items():
-        if found.get(key) != value:
+    for key, value in _without_vae_path(plan).items():
+        if recorded.get(key) != value:
             raise UserError(
-                f"{str(out)!r} holds latents of another plan: {key} was {found.get(key)!r}, now {value!r}; "
+                f"{str(out)!r} holds latents of another plan: {key} was {recorded.get(key)!r}, now {value!r}; "
                 "choose another --out or remove that folder"
             )
 
@@ -178,7 +178,7 @@ def _write_or_check_plan(out: Path, plan: dict[str, Any]) -> None:
 def _encode_block(
     source: Source, block: range, vae: Vae, encoding: Encoding, bar: Any, bad: list[str]
 ) -> Iterator[Record]:
-    """Records of the readable images of a block, in order; a line in `bad` for each other."""
+    """Records of the readable images of a block, in order; adds a line to `bad` for each unreadable one."""
     images = _decoded(source, block, encoding, bar, bad)
     while group := list(islice(images, encoding.batch)):
         pixels = torch.zeros(encoding.batch, 3, encoding.resolution, encoding.resolution, dtype=torch.uint8)
@@ -187,8 +187,8 @@ def _encode_block(
         moments = [vae.encode(view).cpu().numpy().astype(np.float16) for view in views]
         for row, (i, _, sha256) in enumerate(group):
             flipped = moments[1][row] if encoding.flip else None
-            for numbers in (moments[0][row], flipped):
-                if numbers is not None and not np.isfinite(numbers).all():
+            for array in (moments[0][row], flipped):
+                if array is not None and not np.isfinite(array).all():
                     raise UserError(
                         f"the VAE gives latents of {source.paths[i]!r} that fp16 cannot hold; encode with "
                         "--precision fp32, or use another VAE"
@@ -199,7 +199,7 @@ def _encode_block(
 def _decoded(
     source: Source, block: range, encoding: Encoding, bar: Any, bad: list[str]
 ) -> Iterator[tuple[int, Pixels, str]]:
-    """(number, pixels, sha256 of the file), decoded by threads some batches ahead."""
+    """(number, pixels, sha256 of the file), decoded by threads a few batches ahead."""
 
     def load(i: int) -> tuple[int, Pixels, str]:
         raw = source.read(i)
@@ -230,7 +230,7 @@ def _check_bad(bad: list[str], total: int, encoding: Encoding) -> None:
 
 
 def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
-    """The manifest, if all shards are there: the plan, the shards with sizes and sha256, the latents' shape, exact
+    """Writes the manifest if all shards exist: the plan, the shards with sizes and sha256, the latents' shape, exact
     channel statistics, and the images left out."""
     num_shards = len(_blocks(plan["count"], encoding))
     indices = [read_index(out / shard_name(number)) for number in range(num_shards)]
@@ -239,10 +239,10 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
         for n, index in enumerate(indices)
     )
     if missing:
-        print(f"{missing} of {num_shards} shards at {out} are still to come, from other tasks")
+        print(f"{missing} of {num_shards} shards at {out} are still missing, left to other tasks")
         return
-    found = [index for index in indices if index is not None]
-    skipped = [line for index in found for line in index.skipped]
+    complete = [index for index in indices if index is not None]
+    skipped = [line for index in complete for line in index.skipped]
     _check_bad(skipped, plan["count"], encoding)
     shards = [
         {
@@ -252,16 +252,16 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
             "sha256": index.sha256,
             "index_sha256": sha256_of(index_path(out / shard_name(n))),
         }
-        for n, index in enumerate(found)
+        for n, index in enumerate(complete)
     ]
-    channels, side, _ = found[0].shape
-    manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in found)}
+    channels, side, _ = complete[0].shape
+    manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in complete)}
     manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
     mean, deviation = channel_statistics(LatentShards(out, manifest))
     write_manifest(out, manifest | {"channel_mean": mean, "channel_std": deviation})
     remove_temporary_files(out)
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
-    left_out = f", {len(skipped)} unreadable ones left out (listed in manifest.json)" if skipped else ""
+    left_out = f", {len(skipped)} unreadable images left out (listed in manifest.json)" if skipped else ""
     print(
         f"{manifest['count']} images in {num_shards} shards at {out}{left_out}; "
         f"scaled latents' std per channel {scaled}"
@@ -282,21 +282,21 @@ def channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:
 
 
 def precision_error(images: str, vae: Vae, exact: Vae, resolution: int, count: int = 8) -> str:
-    """How far `vae` is from `exact` on the first images, in words."""
+    """A sentence with the error of `vae` against `exact` on the first `count` readable images."""
     check_resolution(resolution, vae)
-    source, found = open_images(images), list[Pixels]()
+    source, decoded = open_images(images), list[Pixels]()
     for i in range(len(source.paths)):
         with suppress(Unreadable):
-            found.append(decode_image(source.read(i), source.paths[i], resolution))
-        if len(found) == count:
+            decoded.append(decode_image(source.read(i), source.paths[i], resolution))
+        if len(decoded) == count:
             break
-    if not found:
+    if not decoded:
         raise UserError(f"no image of {images!r} can be read")
-    pixels = torch.from_numpy(np.stack(found))
+    pixels = torch.from_numpy(np.stack(decoded))
     (mean, std), (exact_mean, exact_std) = (v.encode(pixels).chunk(2, dim=1) for v in (vae, exact))
     errors = [((a - b).norm() / b.norm()).item() for a, b in ((mean, exact_mean), (std, exact_std))]
     in_noise = ((mean - exact_mean).abs().mean() / exact_std.mean()).item()
     return (
-        f"{vae.precision} against fp32 on {len(found)} images: relative error of mean {errors[0]:.2e}, of std "
+        f"{vae.precision} against fp32 on {len(decoded)} images: relative error of mean {errors[0]:.2e}, of std "
         f"{errors[1]:.2e}; the mean moves by {in_noise:.2f} of a posterior standard deviation"
     )

@@ -1,7 +1,7 @@
-"""Images inside webdataset tars, listed without unpacking: names of members are labels, never paths.
+"""Images inside webdataset tars, listed without unpacking; member names are never used as paths on the disk.
 
-A sample is KEY.jpg (or another image suffix) with KEY.cls, the number of its class as text, beside it; without any .cls
-there are no classes. Order: tars by name, then members as they stand.
+A sample is KEY.jpg (or another image suffix) together with KEY.cls, its class number as text; without any .cls there
+are no classes. Order: tars by name, then members in tar order.
 """
 
 import tarfile
@@ -13,7 +13,7 @@ from mf_dist.data.images import SUFFIXES, ImageFolder, list_images
 from mf_dist.runtime.errors import UserError
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     tar: Path
     offset: int
     size: int
@@ -27,10 +27,10 @@ class ImageTars:
     paths: list[str]
     labels: list[int]
     classes: list[str]
-    places: list[_Place] = field(repr=False)
+    places: list[_Location] = field(repr=False)
 
     def read(self, i: int) -> bytes:
-        """The bytes of paths[i]; OSError where the disk does not give them."""
+        """The bytes of paths[i]; raises OSError if the tar cannot be read."""
         tar, offset, size = self.places[i]
         with open(tar, "rb") as file:
             file.seek(offset)
@@ -55,8 +55,8 @@ def open_images(source: str) -> "ImageFolder | ImageTars":
 
 
 def list_tars(root: Path, tars: list[Path]) -> ImageTars:
-    """UserError on anything that is no plain sample: links, devices, a key twice, an image without its class."""
-    images: dict[str, tuple[str, _Place]] = {}
+    """Raises UserError on anything but plain samples: links, devices, duplicate keys, an image without its class."""
+    images: dict[str, tuple[str, _Location]] = {}
     classes: dict[str, int] = {}
     for tar in tars:
         for name, place in _members(tar):
@@ -79,8 +79,8 @@ def list_tars(root: Path, tars: list[Path]) -> ImageTars:
     return ImageTars(root, list(names), labels, [str(i) for i in range(count)], list(places))
 
 
-def _members(tar: Path) -> list[tuple[str, _Place]]:
-    found: dict[str, _Place] = {}
+def _members(tar: Path) -> list[tuple[str, _Location]]:
+    members: dict[str, _Location] = {}
     length = tar.stat().st_size if tar.is_file() else 0
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -88,18 +88,18 @@ def _members(tar: Path) -> list[tuple[str, _Place]]:
                 if member.isdir():
                     continue
                 if not member.isreg():
-                    raise UserError(f"{tar}: member {member.name!r} is no plain file; refused")
+                    raise UserError(f"{tar}: member {member.name!r} is not a regular file")
                 if member.size < 0 or member.offset_data + member.size > length:
-                    raise UserError(f"{tar}: ends inside member {member.name!r}; it is cut short")
-                if member.name in found:
-                    raise UserError(f"{tar}: member {member.name!r} stands twice")
-                found[member.name] = _Place(tar, member.offset_data, member.size)
+                    raise UserError(f"{tar}: is truncated inside member {member.name!r}")
+                if member.name in members:
+                    raise UserError(f"{tar}: member {member.name!r} occurs twice")
+                members[member.name] = _Location(tar, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {tar}: {error}") from None
-    return list(found.items())
+    return list(members.items())
 
 
-def _class_number(tar: Path, name: str, place: _Place) -> int:
+def _class_number(tar: Path, name: str, place: _Location) -> int:
     with open(tar, "rb") as file:
         file.seek(place.offset)
         text = file.read(min(place.size, 20)).decode("ascii", "replace").strip()

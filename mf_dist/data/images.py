@@ -1,4 +1,4 @@
-"""Image folders: which images, of which class, and how they become square pixels."""
+"""Image folders: lists images with their classes, decodes and crops them to square pixels."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from mf_dist.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 89_478_485
-"""Of an image before it is cut to a square; Pillow's own limit for one that is opened."""
+"""Limit of the resized image before the crop; the same as Pillow's limit of an opened image."""
 Pixels = npt.NDArray[np.uint8]
 
 
 class Unreadable(UserError):
-    """An image that was read and cannot be decoded."""
+    """An image whose bytes were read but cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ImageFolder:
     classes: list[str]
 
     def read(self, i: int) -> bytes:
-        """The file of paths[i]; UserError where the disk does not give it: that says nothing of the image."""
+        """The bytes of paths[i]. Raises UserError, not Unreadable, on a read error: the image may be valid."""
         try:
             return (self.root / self.paths[i]).read_bytes()
         except OSError as error:
@@ -46,7 +46,7 @@ class ImageFolder:
 
 def list_images(root: str | Path) -> ImageFolder:
     """A class is a direct sub-folder, numbered in order of its name (ImageNet's wnids give the usual indices).
-    A folder without sub-folders has no classes, and every label is 0. Raises UserError on anything unclear."""
+    A folder without sub-folders has no classes, and every label is 0. Raises UserError on anything ambiguous."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
@@ -68,22 +68,24 @@ def list_images(root: str | Path) -> ImageFolder:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of the images below `root`, hidden folders left out."""
+    """Paths of the images below `root`, except those in hidden folders."""
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in folders:
             if Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
-                raise UserError(f"{os.path.join(folder, name)!r} links back to a folder it lies in; remove the link")
+                raise UserError(
+                    f"{os.path.join(folder, name)!r} links back to a folder that contains it; remove the link"
+                )
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES:
                 path = Path(folder, name).relative_to(root).as_posix()
-                if not path.isprintable():  # such as bytes that are no UTF-8
-                    raise UserError(f"the name {path!r} below {str(root)!r} is no plain text; rename it")
+                if not path.isprintable():  # such as bytes that are not UTF-8
+                    raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
                 yield path
 
 
 def load_image(path: str | Path, resolution: int) -> Pixels:
-    """A file as decode_image gives it."""
+    """decode_image of a file."""
     try:
         return decode_image(Path(path).read_bytes(), str(path), resolution)
     except OSError as error:
@@ -91,9 +93,9 @@ def load_image(path: str | Path, resolution: int) -> Pixels:
 
 
 def decode_image(raw: bytes, name: str, resolution: int, must_fit: bool = False) -> Pixels:
-    """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As ADM and torchvision do, transparency is dropped
-    and EXIF orientation ignored: published reference numbers have them so. 16-bit images keep their upper 8 bits.
-    Unreadable names the image that cannot be decoded whole, or, with must_fit, is no such square before the crop."""
+    """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As in ADM and torchvision, and hence in published
+    reference numbers, transparency is dropped and EXIF orientation ignored. 16-bit images keep their upper 8 bits.
+    Raises Unreadable, with `name`, if the image cannot be decoded completely or, with must_fit, has another size."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if must_fit and image.size != (resolution, resolution):
@@ -108,12 +110,12 @@ def decode_image(raw: bytes, name: str, resolution: int, must_fit: bool = False)
         square = centre_crop(rgb, resolution)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise Unreadable(f"cannot read image {name!r}: {reason}; mend or remove it") from None
+        raise Unreadable(f"cannot read image {name!r}: {reason}; repair or remove it") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def _jpeg(raw: bytes) -> Image.Image | None:
-    """The same pixels as Pillow's, in half the time; None where Pillow shall say what is wrong."""
+    """The same pixels as Pillow's, in half the time; None on an error, which Pillow then reports."""
     try:
         return Image.fromarray(simplejpeg.decode_jpeg(raw))
     except ValueError:
@@ -121,13 +123,13 @@ def _jpeg(raw: bytes) -> Image.Image | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion of 16-bit grey would cut values off at 255."""
+    """16-bit grey to its upper 8 bits; Pillow's own conversion would clip values at 255."""
     if image.mode in ("F", "I"):
-        raise ValueError("32-bit pixels have no fixed white")
+        raise ValueError("32-bit pixels have no fixed white level")
     if image.mode[0] != "I":
         return image
-    numbers = np.asarray(image)
-    return Image.fromarray((numbers >> 8).astype(np.uint8))
+    values = np.asarray(image)
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The stream of training batches: a pure function of (seed, samples_seen), whatever ranks, workers, micro-batches.
+"""The stream of training batches: a pure function of (seed, samples_seen), for any ranks, workers and micro-batches.
 
 Global slot i is image order(seed, i // N)[i % N]: batches cross epochs, none is incomplete. With share n/d of
 r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows come first.
@@ -52,8 +52,8 @@ class LatentStream(Dataset[Batch]):
 
     def __getitem__(self, j: int) -> Batch:
         slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)
-        below = slots % self.share.denominator >= self.share.numerator
-        slots = slots[np.argsort(below, kind="stable")]
+        r_below_t = slots % self.share.denominator >= self.share.numerator
+        slots = slots[np.argsort(r_below_t, kind="stable")]
         channels, *side = self.shards.moments_shape
         draws = [rng.train_draws(self.seed, int(slot), (channels // 2, *side)) for slot in slots]
         *columns, mirrored = zip(*draws, strict=True)
@@ -64,10 +64,10 @@ class LatentStream(Dataset[Batch]):
 
     def _image(self, slot: int) -> int:
         """Index of the image in a global slot."""
-        epoch, place = divmod(slot, self.shards.count)
+        epoch, position = divmod(slot, self.shards.count)
         if epoch not in self._orders:
             self._orders = {epoch: rng.order(self.seed, epoch, self.shards.count)}
-        return int(self._orders[epoch][place])
+        return int(self._orders[epoch][position])
 
 
 class _MicroBatchesOfRank:
@@ -84,8 +84,8 @@ class _MicroBatchesOfRank:
 
 
 def _ignore_launcher_signals(worker: int) -> None:
-    """A launcher that asks a run to stop signals its loader processes as well; one that died of it would take the
-    trainer along before it has saved. So they end on their parent's SIGTERM alone."""
+    """Lets a loader process end only on its parent's SIGTERM. A launcher that stops a run also signals the loader
+    processes; if one ended then, the trainer would fail before saving."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -102,7 +102,7 @@ def _ignore_launcher_signals(worker: int) -> None:
 def training_batches(
     shards: LatentShards, config: Config, samples_seen: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from `samples_seen` to the end of the run. UserError where the data is damaged."""
+    """This rank's micro-batches from `samples_seen` to the end of the run. Raises UserError if the data is damaged."""
     micro_batch = config.train.micro_batch
     assert micro_batch is not None and samples_seen % config.train.batch_size == 0
     total = config.total_steps * config.train.batch_size
@@ -113,11 +113,11 @@ def training_batches(
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_launcher_signals,
-        generator=torch.Generator(),  # the loader draws a base seed: not from the global generator
+        generator=torch.Generator(),  # for the base seed, which the loader would draw from the global generator
     )
     try:
         yield from loader
-    except UserError as error:  # a loader process sends its whole traceback, of which the last line is the error
+    except UserError as error:  # a loader process sends its traceback, whose last line is the error
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")
         ) from None

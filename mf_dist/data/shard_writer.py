@@ -1,4 +1,4 @@
-"""Writing latent shards: byte-reproducible webdataset tars, each complete or absent."""
+"""Writes latent shards: byte-reproducible webdataset tars, each complete or absent."""
 
 import os
 import tarfile
@@ -48,8 +48,8 @@ def write_shard(tar: Path, records: list[Record], skipped: list[str], plan: str)
         _write_index(partial_index, partial, records, skipped, plan)
         os.replace(partial_index, index_path(tar))
         os.replace(partial, tar)
-    except FileNotFoundError:  # another process finished the dataset, this shard included, and swept the folder
-        if whole_index(tar, plan) is None:
+    except FileNotFoundError:  # another process wrote this shard, finished the dataset and removed the temporary files
+        if valid_index(tar, plan) is None:
             raise
     finally:
         for path in (partial, partial_index):
@@ -92,13 +92,13 @@ def _write_index(path: Path, partial: Path, records: list[Record], skipped: list
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what killed writers of shards left behind; a manifest may be another task's, just being written."""
+    """Removes the shard files of killed writers; a temporary manifest stays, since another task may be writing it."""
     for path in folder.glob("shard-*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def whole_index(tar: Path, plan: str) -> Index | None:
-    """The index of a shard that was made by this plan and still has the bytes that its index records; else None."""
+def valid_index(tar: Path, plan: str) -> Index | None:
+    """The index of a shard that was made by this plan and still has the size and sha256 in its index; else None."""
     index = read_index(tar)
     if index is None or index.plan != plan or not tar.is_file() or tar.stat().st_size != index.size:
         return None
@@ -106,7 +106,7 @@ def whole_index(tar: Path, plan: str) -> Index | None:
 
 
 def array_offsets(tar: Path, suffix: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where the raw numbers of each array begin, behind tar and npy headers."""
+    """Byte offset in the tar of each array's raw values, after the tar and npy headers."""
     offsets = []
     with tarfile.open(tar, "r:") as archive, open(tar, "rb") as file:
         for member in archive:

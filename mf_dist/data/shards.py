@@ -1,14 +1,14 @@
-"""Reading a folder of latent shards: manifest, index, random access by memory map.
+"""Reads a folder of latent shards: manifest, index, random access by memory map.
 
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
     shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json; and
-                             KEY.flipped.npy, of the mirrored image, where that was asked for
-    shard-00000.index.npz    of each sample its number in the source list, offset in the tar, label and crc32; the
+                             KEY.flipped.npy, of the mirrored image, if encoded with --flip
+    shard-00000.index.npz    per sample its number in the source list, offset in the tar, label and crc32; the
                              unreadable images; the tar's size and sha256, and the sha256 of its plan
 
-The manifest is written last: a folder without one is not finished. It carries a checksum of itself and the sha256 of
-every index, an index one of itself and the crc32 of every sample, and each is compared when it is read: damage never
-reaches a batch.
+The manifest is written last: a folder without one is not finished. The manifest holds a checksum of itself and the
+sha256 of every index; an index holds a checksum of itself and the crc32 of every sample. All are verified on reading,
+so that damage never reaches a batch.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a finished dataset, None where there is none; UserError if it cannot be understood."""
+    """The manifest of a finished dataset, or None; raises UserError if it is damaged or of another format."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         return None
@@ -57,41 +57,41 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; encode again")
         if manifest["checksum"] != _checksum(manifest):
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
         for key in ("count", "latent_size", "latent_channels", "num_classes", "classes", "flip", "vae"):
             manifest[key]
-        for number, shard in enumerate(manifest["shards"]):  # paths are made of these
+        for number, shard in enumerate(manifest["shards"]):  # both become parts of paths
             if shard["name"] != shard_name(number) or not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
-                raise ValueError(f"shard {number} has a strange name or hash")
+                raise ValueError(f"shard {number} has an invalid name or hash")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); remove it and run the encode command again") from None
     return manifest
 
 
 class Index(NamedTuple):
-    """Of one shard of n samples."""
+    """The index of one shard of n samples."""
 
     plan: str
-    """sha256 of the plan it was made by."""
+    """sha256 of the plan that the shard was made by."""
     numbers: npt.NDArray[np.int32]
-    """(n,) of the images in the source list; a sample's key."""
+    """(n,) the images' numbers in the source list, which are the samples' keys."""
     offsets: npt.NDArray[np.int64]
-    """(n,) of the raw moments."""
+    """(n,) byte offsets of the raw moments in the tar."""
     flipped: npt.NDArray[np.int64]
-    """(n,) of those of the mirrored images, or (0,)."""
+    """(n,) byte offsets of the mirrored images' moments, or (0,)."""
     labels: npt.NDArray[np.int32]
     crc32: npt.NDArray[np.uint32]
     flipped_crc32: npt.NDArray[np.uint32]
     shape: tuple[int, int, int]
     size: int
-    """Of the tar when it was written, in bytes."""
+    """Bytes of the tar when it was written."""
     sha256: str
     skipped: list[str]
     """A line for each image that could not be read."""
 
 
 def read_index(tar: Path) -> Index | None:
-    """The index beside a shard, None where it is missing or cannot be read."""
+    """The index beside a shard; None if it is missing or damaged."""
     try:
         with np.load(index_path(tar), allow_pickle=False) as file:
             entries = {name: file[name] for name in file.files}
@@ -111,12 +111,12 @@ def read_index(tar: Path) -> Index | None:
             str(entries["sha256"]),
             [str(line) for line in entries["skipped"]],
         )
-    except Exception:  # of damaged bytes, zipfile alone raises eight kinds
+    except Exception:  # on damaged bytes zipfile alone raises eight types
         return None
 
 
 def index_checksum(entries: dict[str, npt.NDArray[Any]]) -> str:
-    """Of all columns but the checksum itself."""
+    """sha256 of all columns except the checksum itself."""
     digest = hashlib.sha256()
     for name in sorted(entries.keys() - {"checksum"}):
         column = entries[name]
@@ -125,7 +125,7 @@ def index_checksum(entries: dict[str, npt.NDArray[Any]]) -> str:
 
 
 def dataset_sha256(manifest: dict[str, Any]) -> str:
-    """Of all shards' contents: two datasets with equal values have equal latents and labels."""
+    """Hash of all shards' contents: datasets with equal hashes have equal latents and labels."""
     return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
@@ -135,7 +135,7 @@ class LatentShards:
     def __init__(
         self, folder: str | Path, manifest: dict[str, Any] | None = None, stage_dir: str | None = None
     ) -> None:
-        """`stage_dir`: where staging.py may put copies of the shards."""
+        """`stage_dir`: folder in which staging.py may put copies of the shards."""
         self.folder, self.stage_dir = Path(folder), Path(stage_dir) if stage_dir else None
         manifest = manifest or read_manifest(folder)
         if manifest is None:
@@ -144,7 +144,7 @@ class LatentShards:
         self.count: int = manifest["count"]
         self.moments_shape = (2 * manifest["latent_channels"], manifest["latent_size"], manifest["latent_size"])
         self._maps: dict[int, tuple[Path, npt.NDArray[np.uint8]]] = {}
-        self._near: set[int] = set()
+        self._staged: set[int] = set()
         self._reads = 0
         self._nbytes = 2 * math.prod(self.moments_shape)
         self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
@@ -153,26 +153,26 @@ class LatentShards:
     def _checked_index(self, shard: dict[str, Any]) -> Index:
         tar = self.folder / shard["name"]
         index, size = read_index(tar), tar.stat().st_size if tar.is_file() else None
-        wrong = None
+        problem = None
         if size != shard["bytes"]:
-            wrong = f"{tar} " + ("is missing" if size is None else f"has {size} bytes, not {shard['bytes']}")
+            problem = f"{tar} " + ("is missing" if size is None else f"has {size} bytes, not {shard['bytes']}")
         elif index is None or sha256_of(index_path(tar)) != shard["index_sha256"]:
-            wrong = f"{index_path(tar)} is missing, damaged or of another dataset"
-        if wrong or index is None:
-            raise UserError(f"{wrong}; run the encode command again to restore it")
+            problem = f"{index_path(tar)} is missing, damaged or of another dataset"
+        if problem or index is None:
+            raise UserError(f"{problem}; run the encode command again to restore it")
         return index
 
     def _map(self, number: int) -> tuple[Path, npt.NDArray[np.uint8]]:
-        """A shard's file and bytes, mapped at first use, hence once per loader process; anew when its copy has come."""
+        """A shard's path and bytes, mapped on first use in each process, and again once a staged copy exists."""
         self._reads += 1
-        if self.stage_dir and self._reads % 1000 == 0:  # look again whether more copies have come
-            self._maps = {n: mapped for n, mapped in self._maps.items() if n in self._near}
+        if self.stage_dir and self._reads % 1000 == 0:  # look for new staged copies
+            self._maps = {n: mapped for n, mapped in self._maps.items() if n in self._staged}
         if number not in self._maps:
             shard = self.manifest["shards"][number]
             path = self.folder / shard["name"]
             if self.stage_dir and is_staged(staged_path(self.stage_dir, shard), shard):
                 path = staged_path(self.stage_dir, shard)
-                self._near.add(number)
+                self._staged.add(number)
             try:
                 mapped = np.asarray(np.memmap(path, np.uint8, "r"))
             except (OSError, ValueError) as error:
@@ -183,16 +183,16 @@ class LatentShards:
         return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: another process makes its own."""
-        return {**self.__dict__, "_maps": {}, "_near": set(), "_reads": 0}
+        """Without the maps, since each process makes its own."""
+        return {**self.__dict__, "_maps": {}, "_staged": set(), "_reads": 0}
 
     def __getitem__(self, index: int) -> tuple[Moments, int]:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
         moments, labels = self.batch([index], [False])
         return moments[0], int(labels[0])
 
-    def place(self, index: int) -> tuple[Path, int]:
-        """Where sample `index` lies: its tar, and its number in the source list, which is its key there."""
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The tar of sample `index`, and its number in the source list, which is its key in the tar."""
         shard, row = self._shard_and_row(index)
         return self.folder / self.manifest["shards"][shard]["name"], int(self._indices[shard].numbers[row])
 
@@ -201,25 +201,25 @@ class LatentShards:
         return shard, index - int(self._starts[shard])
 
     def batch(self, rows: list[int], flipped: list[bool]) -> tuple[Moments, npt.NDArray[np.int64]]:
-        """(B, 2C, S, S) fp16 and labels (B,) of images by index, of the mirrored image where `flipped`, which only a
-        dataset encoded with --flip has. UserError where a sample is not what was written."""
+        """(B, 2C, S, S) fp16 and labels (B,) of images by index; of the mirrored image where `flipped`, which needs a
+        dataset encoded with --flip. Raises UserError if a sample differs from what was written."""
         moments, labels = np.empty((len(rows), *self.moments_shape), np.float16), np.empty(len(rows), np.int64)
         for i, (index, mirror) in enumerate(zip(rows, flipped, strict=True)):
             shard, row = self._shard_and_row(index)
-            found = self._indices[shard]
-            offset, crc = (found.flipped, found.flipped_crc32) if mirror else (found.offsets, found.crc32)
+            columns = self._indices[shard]
+            offset, crc = (columns.flipped, columns.flipped_crc32) if mirror else (columns.offsets, columns.crc32)
             path, mapped = self._map(shard)
             moments[i].view(np.uint8).reshape(-1)[:] = mapped[offset[row] : offset[row] + self._nbytes]
-            labels[i] = found.labels[row]
+            labels[i] = columns.labels[row]
             if zlib.crc32(moments[i]) != crc[row]:
                 raise UserError(
-                    f"{path}: sample {found.numbers[row]:09d} has other numbers than were written (crc32); "
+                    f"{path}: sample {columns.numbers[row]:09d} differs from what was written (crc32); "
                     f"{self._remedy(shard)}"
                 )
         return moments, labels
 
     def _remedy(self, number: int) -> str:
-        if number in self._near:
+        if number in self._staged:
             return "remove that copy and start again"
         verify = f"python tools/latents.py verify {self.folder}"
-        return f"run the encode command again to restore it; `{verify}` names all damage"
+        return f"run the encode command again to restore it; `{verify}` lists all damage"

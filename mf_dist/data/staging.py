@@ -1,8 +1,8 @@
-"""Brings shards close to the readers: random reads of 16 KB from a shared disk would starve the first epoch.
+"""Copies shards close to the readers: random reads of 16 KB from a shared disk would starve the first epoch.
 
-One process of a machine reads every shard once, in order: into the page cache where `stage_dir` is None, else into
-that folder of the local disk, verified by sha256 and renamed when whole. Readers take a shard from there as soon as it
-is; until then from the shared disk. Where the bytes come from changes nothing of a batch.
+One process per machine reads every shard once, in order: into the page cache if `stage_dir` is None, else into that
+folder on the local disk, verified by sha256 and renamed when complete. Readers use the copy of a shard as soon as it
+exists, and the shared disk until then. Batches are the same either way.
 """
 
 import os
@@ -18,10 +18,10 @@ CHUNK = 16 << 20
 
 
 class Staging:
-    """Runs in a thread of its own; `say` hears how far it is and what went wrong. Never ends a run."""
+    """Stages in its own thread; passes progress and errors to `log`. Never ends a run."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], stage_dir: Path | None, say: Callable[[str], None]):
-        self.folder, self.manifest, self.stage_dir, self._say = folder, manifest, stage_dir, say
+    def __init__(self, folder: Path, manifest: dict[str, Any], stage_dir: Path | None, log: Callable[[str], None]):
+        self.folder, self.manifest, self.stage_dir, self._log = folder, manifest, stage_dir, log
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._thread.start()
 
@@ -34,14 +34,14 @@ class Staging:
             if self.stage_dir is not None:
                 check_free_space(self.stage_dir, self.manifest)
             for number, shard in enumerate(shards, 1):
-                self._one(shard)
+                self._stage(shard)
                 if number % max(1, len(shards) // 10) == 0 or number == len(shards):
                     where = self.stage_dir or "the page cache"
-                    self._say(f"staged {number} of {len(shards)} shards in {where}")
+                    self._log(f"staged {number} of {len(shards)} shards in {where}")
         except OSError as error:
-            self._say(f"warning: staging stopped ({error}); reading from {self.folder}")
+            self._log(f"warning: staging stopped ({error}); reading from {self.folder}")
 
-    def _one(self, shard: dict[str, Any]) -> None:
+    def _stage(self, shard: dict[str, Any]) -> None:
         source = self.folder / shard["name"]
         if self.stage_dir is None:
             for _ in _chunks(source):
@@ -58,14 +58,14 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
             if sha256_of(partial) != shard["sha256"]:
-                raise OSError(f"{source} is not what the manifest says; run tools/latents.py verify")
+                raise OSError(f"{source} has another sha256 than the manifest; run tools/latents.py verify")
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
 
 def check_free_space(stage_dir: Path, manifest: dict[str, Any]) -> None:
-    """OSError unless the shards that are not in `stage_dir` yet fit there; makes the folder."""
+    """Creates `stage_dir`; raises OSError unless the shards that it does not hold yet fit."""
     stage_dir.mkdir(parents=True, exist_ok=True)
     missing = [s for s in manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]
     needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
@@ -74,12 +74,12 @@ def check_free_space(stage_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def is_staged(target: Path, shard: dict[str, Any]) -> bool:
-    """Whether a whole copy seems to be there; a power cut may have left an empty one."""
+    """Whether a copy of the right size exists; a power cut may have left an empty one."""
     return target.is_file() and target.stat().st_size == shard["bytes"]
 
 
 def staged_path(stage_dir: Path, shard: dict[str, Any]) -> Path:
-    """Named by content, so that datasets can share a folder and nothing stale is ever read."""
+    """Named by content, so that datasets can share a folder and no outdated copy is read."""
     return stage_dir / f"{shard['sha256']}.tar"
 
 

@@ -1,11 +1,11 @@
 """Features of a set of images in blocks of files, made by any number of processes, resumable after any fault.
 
-    WORK/NAME-HASH/plan.json          everything that decides the features; HASH is of it
-    WORK/NAME-HASH/block-00000.npz    pooled, spatial, logits, labels, the pixels' sha256, the seconds that each stage
-                                      took, pixels if they are kept
+    WORK/NAME-HASH/plan.json          everything that determines the features; HASH is its hash
+    WORK/NAME-HASH/block-00000.npz    pooled, spatial, logits, labels, the pixels' sha256, the seconds of each stage,
+                                      optionally the pixels
 
-Block k holds images [k B, (k + 1) B) and is complete or absent. It is always computed whole, so that the bits of an
-image do not depend on how many were asked for, on how many processes worked, or on what was already there.
+Block k holds images [k B, (k + 1) B) and is complete or absent. It is always computed at full size, so the bits of an
+image depend neither on the number of images requested, nor on the number of processes, nor on blocks already present.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ from mf_dist.runtime.precision import one_thread
 from mf_dist.runtime.progress import progress
 
 BLOCK = 50
-"""Images computed together, unless asked otherwise. Part of the protocol: a batch's size can change the last bits."""
-ROUND = 20
-"""Blocks of a rank after which all ask whether one has found a mistake, such as a damaged image."""
-COMPUTING = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
-"""Packages that decide the features' bits; blocks made with other versions are not taken over."""
+"""Default number of images in a block. Part of the protocol: the batch size can change the last bits."""
+BLOCKS_PER_CHECK = 20
+"""Blocks per rank between two checks whether any rank has failed, for instance on a damaged image."""
+FEATURE_PACKAGES = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
+"""Packages that determine the features' bits; blocks computed with other versions are not reused."""
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -51,31 +51,31 @@ class Blocks:
     count: int
     block: int
 
-    def parts(self, name: str, wanted: range | None = None) -> Iterator[npt.NDArray[Any]]:
-        """One array block by block; `wanted`: the numbers of the blocks."""
-        for number in range(number_of_blocks(self.count, self.block)) if wanted is None else wanted:
+    def parts(self, name: str, numbers: range | None = None) -> Iterator[npt.NDArray[Any]]:
+        """One array, block by block; `numbers`: the blocks to read, None: all."""
+        for number in range(number_of_blocks(self.count, self.block)) if numbers is None else numbers:
             yield read_block(self.folder, number, [name])[name]
 
     def rows(self, name: str) -> npt.NDArray[Any]:
         """One array of all images, in order."""
         return np.concatenate(list(self.parts(name)))
 
-    def picked(self, name: str, images: list[int]) -> npt.NDArray[Any]:
-        """One array of some images, in ascending order; the others are not held."""
-        chosen, found = np.array(images), []
+    def select(self, name: str, images: list[int]) -> npt.NDArray[Any]:
+        """One array of some images, given in ascending order; the others are not kept in memory."""
+        indices, rows = np.array(images), []
         for number, part in enumerate(self.parts(name)):
             first = number * self.block
-            found.append(part[chosen[(chosen >= first) & (chosen < first + len(part))] - first])
-        return np.concatenate(found)
+            rows.append(part[indices[(indices >= first) & (indices < first + len(part))] - first])
+        return np.concatenate(rows)
 
     @property
     def pixels_sha256(self) -> str:
-        """Of the sha256s of all blocks' pixels: equal for equal images."""
+        """Hash of the blocks' pixel hashes: equal for equal images at the same block size."""
         return hashlib.sha256(b"".join(part.tobytes() for part in self.parts("pixels_sha256"))).hexdigest()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage, of all ranks and of all tries together: what one rank alone would have taken."""
+        """By stage, summed over all ranks and attempts: the time that a single rank would have taken."""
         total: Counter[str] = Counter()
         for part in self.parts("seconds"):
             total.update(json.loads(str(part)))
@@ -86,7 +86,7 @@ class Blocks:
 
 
 class EachPart:
-    """Something to run through twice."""
+    """One array block by block, as an iterable that can be iterated repeatedly."""
 
     def __init__(self, blocks: Blocks, name: str) -> None:
         self._blocks, self._name = blocks, name
@@ -105,8 +105,8 @@ def compute_blocks(
     resume: bool = True,
     keep_pixels: bool = False,
 ) -> Blocks:
-    """Features of all of `source`, by all ranks together. Blocks of an earlier try at the very same are taken over,
-    unless resume is False."""
+    """Computes the features of all images of `source` on all ranks. Blocks of an earlier attempt with the same plan are
+    reused unless resume is False."""
     plan = {
         **source.identity,
         "count": source.count,
@@ -115,7 +115,7 @@ def compute_blocks(
         "features": network.name,
         "features_sha256": network.sha256,
         "device": device_name(ranks.device),
-        "versions": {package: version(package) for package in COMPUTING},
+        "versions": {package: version(package) for package in FEATURE_PACKAGES},
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{name}-{digest}"
@@ -126,14 +126,14 @@ def compute_blocks(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan)
     total = number_of_blocks(source.count, block)
-    mine = range(ranks.rank, total, ranks.world_size)
+    own_blocks = range(ranks.rank, total, ranks.world_size)
     with raise_on_all_ranks(ranks):
-        missing = {number for number in mine if not _is_whole(folder, number)}
+        missing = {number for number in own_blocks if not _is_complete(folder, number)}
     with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_rank_zero) as bar:
-        bar.update(min(source.count, (len(mine) - len(missing)) * block * ranks.world_size))
-        for begin in range(0, total, ROUND * ranks.world_size):
+        bar.update(min(source.count, (len(own_blocks) - len(missing)) * block * ranks.world_size))
+        for begin in range(0, total, BLOCKS_PER_CHECK * ranks.world_size):
             with raise_on_all_ranks(ranks):
-                for number in sorted(missing & {*range(begin, begin + ROUND * ranks.world_size)}):
+                for number in sorted(missing & {*range(begin, begin + BLOCKS_PER_CHECK * ranks.world_size)}):
                     first, last = number * block, min((number + 1) * block, source.count)
                     write_npz(_path(folder, number), _compute(source, network, first, last, block, keep_pixels))
                     count_finished_unit()
@@ -142,12 +142,12 @@ def compute_blocks(
 
 
 def _compute(source: Source, network: FeatureNetwork, first: int, last: int, block: int, keep: bool) -> Arrays:
-    before, start = dict(source.seconds), time.perf_counter()
+    seconds_before, start = dict(source.seconds), time.perf_counter()
     pixels, labels = source.read(first, first + block)
-    middle = time.perf_counter()
+    read_end = time.perf_counter()
     features = network(_padded(pixels, block))
-    seconds = {"images": middle - start, "features": time.perf_counter() - middle}
-    seconds |= {stage: taken - before.get(stage, 0.0) for stage, taken in source.seconds.items()}
+    seconds = {"images": read_end - start, "features": time.perf_counter() - read_end}
+    seconds |= {stage: taken - seconds_before.get(stage, 0.0) for stage, taken in source.seconds.items()}
     count = last - first
     arrays: Arrays = {key: value[:count] for key, value in features._asdict().items()}
     digest = hashlib.sha256(np.ascontiguousarray(pixels[:count]).tobytes()).digest()
@@ -157,7 +157,7 @@ def _compute(source: Source, network: FeatureNetwork, first: int, last: int, blo
 
 
 def _padded(pixels: Pixels, block: int) -> Pixels:
-    """To whole blocks, by copies of the last image."""
+    """`pixels`, padded to a whole block with copies of the last image."""
     missing = block - len(pixels)
     return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)]) if missing else pixels
 
@@ -167,16 +167,17 @@ def number_of_blocks(count: int, block: int) -> int:
 
 
 def read_block(folder: Path, number: int, names: list[str] | None = None) -> Arrays:
-    """Some of its arrays, or all. UserError where it is damaged: every array has a checksum in the file."""
+    """The arrays `names` of a block, None: all. Raises UserError if one is damaged: the file has a checksum of each."""
     path = _path(folder, number)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in (file.files if names is None else names)}
-    except Exception as error:  # of damaged bytes, zipfile alone raises eight kinds
-        raise UserError(f"{path} is damaged or gone ({error}); run the same command again") from None
+    except Exception as error:  # zipfile alone raises eight exception types for damaged bytes
+        raise UserError(f"{path} is damaged or missing ({error}); run the same command again") from None
 
 
-def _is_whole(folder: Path, number: int) -> bool:
+def _is_complete(folder: Path, number: int) -> bool:
+    """Whether the block is on disk and undamaged; a damaged one is deleted."""
     if not _path(folder, number).is_file():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Measuring while a run trains: a Frechet distance of few samples, under its own name, on all ranks and without files.
+"""Evaluation during training: a Frechet distance of few samples, under its own name, on all ranks and without files.
 
-Each rank draws its share of the samples, block k on rank k mod n, sums up their features around the reference's mean,
-and one reduction adds the sums: the same number for any count of ranks, to 1e-9.
+Rank k mod n generates block k of the samples. Each rank sums its features, centred on the reference's mean, and one
+reduction adds the sums: the result is the same for any number of ranks, to 1e-9.
 """
 
 import time
@@ -25,31 +25,31 @@ from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_rank
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, one_thread
-from mf_dist.sampling.generator import Generator, Samples, build_network
+from mf_dist.sampling.generator import ImageGenerator, Samples, build_network
 from mf_dist.vae import Vae
 
 
 class TrainingEvaluation:
-    """Feature network, VAE and reference of a run, loaded once and before training, so that a missing one is known at
-    once. Every rank makes one and calls `measure` at the same steps."""
+    """Feature network, VAE and reference of a run, loaded once before training, so that a missing one is reported at
+    the start. Every rank constructs one and calls `measure` at the same steps."""
 
     def __init__(self, config: Config, manifest: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        chosen, device = config.eval, ranks.device
+        settings, device = config.eval, ranks.device
         recorded = manifest["vae"]
         self.precision: Precision = "tf32" if device.type == "cuda" else "fp32"
         with raise_on_all_ranks(ranks):
-            self.network = open_features(chosen.features, chosen.inception_weights, device)
-            self.vae = Vae(chosen.vae or recorded["source"], device, recorded, self.precision)
-        assert chosen.reference is not None and config.model.latent_size is not None
+            self.network = open_features(settings.features, settings.inception_weights, device)
+            self.vae = Vae(settings.vae or recorded["source"], device, recorded, self.precision)
+        assert settings.reference is not None and config.model.latent_size is not None
         self.resolution = config.model.latent_size * self.vae.reduction
         self.problems: list[str] = []
-        """Of the last measurement."""
-        self.real = self._read(chosen.reference)
-        self.name = metric_name("fid", self.network, chosen.training_samples)
+        """Warnings of the last measurement."""
+        self.real = self._read(settings.reference)
+        self.name = metric_name("fid", self.network, settings.training_samples)
 
     def _read(self, path: str) -> Gaussian:
-        """The real images' Gaussian on every rank; rank 0 alone reads it."""
+        """The real images' Gaussian on every rank; only rank 0 reads the file."""
         d = self.network.dimension
         flat = torch.zeros(d + d * d, dtype=torch.float64)
         with raise_on_all_ranks(self.ranks):
@@ -57,14 +57,14 @@ class TrainingEvaluation:
                 self.reference = read_reference(path, self.network)
                 real = self.reference.pooled
                 flat = torch.from_numpy(np.concatenate([real.mean, real.covariance.ravel()]))
-        whole = sum_over_ranks(flat.to(self.ranks.device)).cpu().numpy()
-        return Gaussian(whole[:d], whole[d:].reshape(d, d))
+        total = sum_over_ranks(flat.to(self.ranks.device)).cpu().numpy()
+        return Gaussian(total[:d], total[d:].reshape(d, d))
 
     def measure(self, ema: dict[str, Tensor], decay: float, step: int) -> dict[str, float]:
-        """Name -> value of this EMA at every eval.nfe, on rank 0 (else empty); also entries of eval/metrics.json."""
+        """Name -> value for this EMA at every eval.nfe, recorded in eval/metrics.json; on rank 0 (else empty)."""
         net = build_network(self.config.model, self.config.train.seed)
         net.load_state_dict(ema)
-        generator = Generator(net, self.vae, self.config, self.ranks.device, self.precision)
+        generator = ImageGenerator(net, self.vae, self.config, self.ranks.device, self.precision)
         values, self.problems = {}, []
         for nfe in self.config.eval.nfe:
             value, seconds = self._distance(generator, nfe)
@@ -74,40 +74,41 @@ class TrainingEvaluation:
                 try:
                     record(entry, Path(self.config.run_dir) / "eval")
                 except (OSError, UserError) as error:
-                    self.problems = [f"warning: what was measured at step {step} is not in eval/metrics.json: {error}"]
+                    self.problems = [f"warning: the measurements of step {step} are not in eval/metrics.json: {error}"]
         return values
 
-    def _distance(self, generator: Generator, nfe: int) -> tuple[float | None, dict[str, float]]:
-        """On rank 0, else None; and this rank's seconds by stage, of which statistics includes waiting for others."""
-        chosen, ranks, start = self.config.eval, self.ranks, time.perf_counter()
-        count, featuring = chosen.training_samples, 0.0
-        samples = Samples(generator, count, uniform_grid(nfe), chosen.labels, chosen.training_seed, {})
+    def _distance(self, generator: ImageGenerator, nfe: int) -> tuple[float | None, dict[str, float]]:
+        """Distance on rank 0 (else None), and this rank's seconds by stage; statistics includes waiting for others."""
+        settings, ranks, start = self.config.eval, self.ranks, time.perf_counter()
+        count, feature_seconds = settings.training_samples, 0.0
+        samples = Samples(generator, count, uniform_grid(nfe), settings.labels, settings.training_seed, {})
         sums = FeatureSums(self.real.mean)
         generator.seconds.clear()
         with raise_on_all_ranks(ranks), one_thread(ranks.device):
             for number in range(ranks.rank, number_of_blocks(count, BLOCK), ranks.world_size):
                 pixels, _ = samples.read(number * BLOCK, (number + 1) * BLOCK)
-                began = time.perf_counter()
+                features_start = time.perf_counter()
                 sums.add(self.network(pixels).pooled[: count - number * BLOCK])
-                featuring += time.perf_counter() - began
-            began = time.perf_counter()
+                feature_seconds += time.perf_counter() - features_start
+            statistics_start = time.perf_counter()
         reduce_sums(sums, ranks)
         with raise_on_all_ranks(ranks):
             value = frechet_distance(sums.gaussian(), self.real) if ranks.is_rank_zero else None
         end = time.perf_counter()
-        return value, {**generator.seconds, "features": featuring, "statistics": end - began, "all": end - start}
+        seconds = {"features": feature_seconds, "statistics": end - statistics_start, "all": end - start}
+        return value, {**generator.seconds, **seconds}
 
     def _entry(
         self, value: float, nfe: int, decay: float, step: int, is_flow: bool, seconds: dict[str, float]
     ) -> dict[str, Any]:
-        chosen, count = self.config.eval, self.config.eval.training_samples
+        settings, count = self.config.eval, self.config.eval.training_samples
         return {
             "metrics": {self.name: value},
             "in_training": True,
             "nfe": nfe,
             "sampler": "euler" if is_flow else "meanflow",
-            "labels": chosen.labels,
-            "seed": chosen.training_seed,
+            "labels": settings.labels,
+            "seed": settings.training_seed,
             "ema": str(decay),
             "step": step,
             "num_samples": count,
@@ -124,5 +125,5 @@ class TrainingEvaluation:
             "device": device_name(self.ranks.device),
             "ranks": self.ranks.world_size,
             "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
-            "warnings": warnings_of(count, self.resolution, self.network, self.reference, chosen.labels),
+            "warnings": warnings_of(count, self.resolution, self.network, self.reference, settings.labels),
         }

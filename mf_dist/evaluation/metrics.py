@@ -1,13 +1,13 @@
-"""Numbers about one set of features, and their names. Inception score, KID, precision and recall are torch-fidelity's.
+"""Metrics of a set of features, and their names. Inception score, KID, precision and recall are torch-fidelity's.
 
     fid        Frechet distance of the pooled features (arXiv 1706.08500)
-    sfid       the same of the spatial features (arXiv 2103.03841, ADM's layout)
+    sfid       the same for the spatial features (arXiv 2103.03841, ADM's layout)
     is         inception score: 10 splits, shuffled with seed 2020 (ADM's evaluator does not shuffle)
-    pr         precision and recall, k = 3 (arXiv 1904.06991), against the real images whose features are at hand
+    pr         precision and recall, k = 3 (arXiv 1904.06991), against the real images whose features are available
     kid        squared maximum mean discrepancy, 100 subsets of up to 1000 (arXiv 1801.01401)
 
-Only the true Inception's are called fid, sfid, is and kid: fid50k is of 50,000 images, fd_efflite0_1k of 1000 by
-EfficientNet.
+Only metrics of the published Inception are named fid, sfid and kid, without a network: fid50k is of 50,000 images,
+fd_efflite0_1k of 1000 with EfficientNet.
 """
 
 import time
@@ -39,7 +39,7 @@ OTHER_NAMES = {"fid": "fd", "sfid": "sfd", "kid": "kd"}
 
 @dataclass
 class Values:
-    """What was measured: name -> number; settings that belong to it; seconds by stage."""
+    """Metrics by name, their settings, and seconds by stage."""
 
     numbers: dict[str, float] = field(default_factory=dict)
     settings: dict[str, int] = field(default_factory=dict)
@@ -58,17 +58,17 @@ def metric_name(kind: str, network: FeatureNetwork, count: int) -> str:
     return f"{kind}{size}" if network.is_inception else f"{OTHER_NAMES.get(kind, kind)}_{network.name}_{size}"
 
 
-def choose(
+def choose_kinds(
     wanted: tuple[str, ...] | None, network: FeatureNetwork, reference: Reference, count: int
 ) -> tuple[str, ...]:
-    """The kinds to measure: all that can be, or those wanted; UserError says why one cannot."""
+    """The kinds to measure: those wanted, else all that can be. Raises UserError if one cannot be measured."""
     why_not = {}
     if not network.spatial_dimension:
         why_not["sfid"] = f"features {network.name!r} have no spatial part"
     elif reference.spatial is None:
         why_not["sfid"] = "the reference has no mu_s and sigma_s"
     if reference.rows is None:
-        why_not["pr"] = why_not["kid"] = "the reference holds no real images or their features"
+        why_not["pr"] = why_not["kid"] = "the reference holds neither real images nor their features"
     if count < SPLITS:
         why_not["is"] = f"{count} images are fewer than its {SPLITS} splits"
     if min(count, len(reference.rows) if reference.rows is not None else count) <= NEIGHBOURS:
@@ -84,14 +84,14 @@ def choose(
 def gaussians(
     blocks: Blocks, network: FeatureNetwork, ranks: Ranks, exact: bool
 ) -> tuple[Gaussian | None, Gaussian | None]:
-    """Of pooled and, where there are any, spatial features; on rank 0, else None. Exact: rank 0 reads all in the
-    images' order. Streaming: each rank sums up its share around the first block's mean, and one reduction adds them."""
-    found: list[Gaussian | None] = []
+    """Gaussians of the pooled and, if any, spatial features, on rank 0 (else None). Exact: rank 0 reads all in the
+    images' order. Streaming: each rank sums its share, centred on the first block's mean, then one reduction."""
+    results: list[Gaussian | None] = []
     for name in ("pooled", "spatial") if network.spatial_dimension else ("pooled",):
         dimension = network.dimension if name == "pooled" else network.spatial_dimension
         if exact or blocks.count <= dimension:
             with raise_on_all_ranks(ranks):
-                found.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_rank_zero else None)
+                results.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_rank_zero else None)
             continue
         with raise_on_all_ranks(ranks):
             sums = FeatureSums(next(blocks.parts(name, range(1))).mean(axis=0, dtype=np.float64))
@@ -100,12 +100,12 @@ def gaussians(
             ):
                 sums.add(part)
         reduce_sums(sums, ranks)
-        found.append(sums.gaussian() if ranks.is_rank_zero else None)
-    return found[0], found[1] if network.spatial_dimension else None
+        results.append(sums.gaussian() if ranks.is_rank_zero else None)
+    return results[0], results[1] if network.spatial_dimension else None
 
 
 def reduce_sums(sums: FeatureSums, ranks: Ranks) -> None:
-    """Adds up what all ranks have, in one reduction."""
+    """Adds the sums of all ranks in one reduction."""
     if ranks.world_size > 1:
         total = sum_over_ranks(torch.from_numpy(sums.flat()).to(ranks.device))
         sums.set_flat(total.cpu().numpy())
@@ -117,12 +117,12 @@ def measure_blocks(
     kinds: tuple[str, ...],
     network: FeatureNetwork,
     reference: Reference,
-    found: tuple[Gaussian, Gaussian | None],
+    generated: tuple[Gaussian, Gaussian | None],
     device: torch.device,
 ) -> None:
-    """Into `values`, on rank 0. `found`: the Gaussians of the blocks."""
+    """Adds the metrics `kinds` to `values`, on rank 0. `generated`: the Gaussians of the blocks."""
     names = {kind: metric_name(kind, network, blocks.count) for kind in (*KINDS, "precision", "recall")}
-    for kind, a, b in (("fid", found[0], reference.pooled), ("sfid", found[1], reference.spatial)):
+    for kind, a, b in (("fid", generated[0], reference.pooled), ("sfid", generated[1], reference.spatial)):
         if kind in kinds and a is not None and b is not None:
             with values.timing(kind):
                 values.numbers[names[kind]] = frechet_distance(a, b)
@@ -132,25 +132,31 @@ def measure_blocks(
         values.numbers[names["is"]] = score["inception_score_mean"]
         values.numbers[names["is"] + "_std"] = score["inception_score_std"]
     if reference.rows is not None and {"pr", "kid"} & {*kinds}:
-        _against_rows(values, blocks.rows("pooled"), reference.rows, kinds, names, device)
+        _compare_with_rows(values, blocks.rows("pooled"), reference.rows, kinds, names, device)
 
 
-def _against_rows(
-    values: Values, generated: Floats, real: Floats, kinds: tuple[str, ...], names: dict[str, str], device: torch.device
+def _compare_with_rows(
+    values: Values,
+    generated_rows: Floats,
+    real_rows: Floats,
+    kinds: tuple[str, ...],
+    names: dict[str, str],
+    device: torch.device,
 ) -> None:
-    """torch-fidelity takes the generated images first: the other way round precision and recall change places."""
-    ours, theirs = torch.from_numpy(generated).to(device), torch.from_numpy(real).to(device)
+    """Precision, recall and KID. torch-fidelity takes the generated images first: in the other order precision and
+    recall are swapped."""
+    generated, real = torch.from_numpy(generated_rows).to(device), torch.from_numpy(real_rows).to(device)
     if "pr" in kinds:
         with values.timing("pr"):
-            found = prc_features_to_metric(
-                ours, theirs, prc_neighborhood=NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
+            scores = prc_features_to_metric(
+                generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
             )
-        values.numbers |= {names["precision"]: found["precision"], names["recall"]: found["recall"]}
+        values.numbers |= {names["precision"]: scores["precision"], names["recall"]: scores["recall"]}
         values.settings["pr_real_images"] = len(real)
     if "kid" in kinds:
-        size = min(SUBSET, len(ours), len(theirs))
+        size = min(SUBSET, len(generated), len(real))
         with values.timing("kid"):
-            found = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
-        values.numbers[names["kid"]] = found["kernel_inception_distance_mean"]
-        values.numbers[names["kid"] + "_std"] = found["kernel_inception_distance_std"]
+            scores = kid_features_to_metric(generated, real, kid_subset_size=size, verbose=False)
+        values.numbers[names["kid"]] = scores["kernel_inception_distance_mean"]
+        values.numbers[names["kid"] + "_std"] = scores["kernel_inception_distance_std"]
         values.settings |= {"kid_subset_size": size, "kid_real_images": len(real)}

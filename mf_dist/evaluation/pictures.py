@@ -1,4 +1,4 @@
-"""The nearest real images of some samples: what a model that memorised its data would give away."""
+"""The nearest real images of some samples, which reveal whether a model memorised its data."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ SAMPLES, NEIGHBOURS = 10, 7
 
 
 def nearest_rows(pooled: Rows, real: Rows, count: int) -> tuple[Rows, Rows]:
-    """Numbers (N, count) of the nearest rows of real (K, D) to each of pooled (N, D), nearest first, and their
+    """Indices (N, count) of the nearest rows of real (K, D) to each of pooled (N, D), nearest first, and their
     Euclidean distances."""
     distances = cdist(pooled, real)
     order = np.argsort(distances, axis=1, kind="stable")[:, :count]
@@ -24,30 +24,28 @@ def nearest_rows(pooled: Rows, real: Rows, count: int) -> tuple[Rows, Rows]:
 
 
 def save_neighbours(source: Source, blocks: Blocks, reference: Reference, path: Path) -> str | None:
-    """A row for each of the first samples of `source`, whose features are `blocks`: it, then, set apart, the nearest
-    real images in feature space. The label is the nearest's distance, relative to the median over these real images of
-    the distance to another real one. Returns why there is no picture, or None."""
-    if reference.pictures is None:
-        return (
-            "the reference is statistics without images; with --reference FOLDER (or .tar, .npz) of images it is drawn"
-        )
+    """Draws a row for each of the first samples of `source`, whose features are `blocks`: the sample, then, after a
+    gap, the nearest real images in feature space. The label is the distance to the nearest, divided by the median
+    distance from these nearest images to another real one. Returns None, or the reason why nothing was drawn."""
+    if reference.images is None:
+        return "the reference has statistics but no images; it needs --reference FOLDER (or .tar, .npz) of images"
     if reference.rows is None:
-        return "the features of the reference's images were not asked for; with --metrics pr among others it is drawn"
+        return "the features of the reference's images were not computed; it needs pr or kid in --metrics"
     if len(reference.rows) < NEIGHBOURS + 1:
-        return f"the reference has only {len(reference.rows)} images, needed are {NEIGHBOURS + 1}"
+        return f"the reference has only {len(reference.rows)} images; it needs at least {NEIGHBOURS + 1}"
     pixels = source.read(0, blocks.block)[0][:SAMPLES]
     if reference.real_image(0).shape != pixels.shape[1:]:
-        return f"the reference's images are of side {reference.real_image(0).shape[1]}, not {pixels.shape[2]}"
+        return f"the reference's images have side {reference.real_image(0).shape[1]}, not {pixels.shape[2]}"
     order, distances = nearest_rows(next(blocks.parts("pooled"))[:SAMPLES], reference.rows, NEIGHBOURS)
     _, among_real = nearest_rows(reference.rows[order[:, 0]], reference.rows, 2)
-    usual = max(float(np.median(among_real[:, 1])), 1e-30)
-    labels = [f"distance {distance / usual:.2f}" for distance in distances[:, 0]]
+    typical = max(float(np.median(among_real[:, 1])), 1e-30)
+    labels = [f"distance {distance / typical:.2f}" for distance in distances[:, 0]]
     left = image_grid(pixels, labels, ["sample"])
-    near = np.stack([reference.real_image(number) for number in order.ravel()])
-    right = image_grid(near, [""] * len(labels), ["real images, the nearest first"])
-    whole = Image.new("RGB", (left.width + right.width, left.height), "white")
-    whole.paste(left, (0, 0))
-    whole.paste(right, (left.width, 0))
+    nearest = np.stack([reference.real_image(number) for number in order.ravel()])
+    right = image_grid(nearest, [""] * len(labels), ["real images, nearest first"])
+    canvas = Image.new("RGB", (left.width + right.width, left.height), "white")
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (left.width, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.save(path)
+    canvas.save(path)
     return None

@@ -1,4 +1,4 @@
-"""What is written of a measurement: an entry of metrics.json, a table, the images."""
+"""Output of a measurement: an entry of metrics.json, a table, the images."""
 
 import fcntl
 import json
@@ -16,10 +16,10 @@ from mf_dist.evaluation.blocks import Blocks
 from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError
 
-OF_METRICS = ("pr_real_images", "kid_subset_size", "kid_real_images")
-"""What single metrics say of how they were made."""
-RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", *OF_METRICS)
-"""Keys of an entry that are not part of its protocol: a new entry of the same protocol and pixels joins the old one."""
+METRIC_SETTINGS = ("pr_real_images", "kid_subset_size", "kid_real_images")
+"""Settings of single metrics."""
+RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", *METRIC_SETTINGS)
+"""Keys of an entry that are not part of its protocol; entries of the same protocol and pixels are merged."""
 SHOWN = (
     "num_samples",
     "nfe",
@@ -36,39 +36,39 @@ SHOWN = (
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """Of a metrics.json; none where there is no file. UserError where it is damaged."""
+    """Entries of a metrics.json; none if the file is missing. Raises UserError if it is damaged."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         if not all(isinstance(entry["metrics"], dict) for entry in entries):
-            raise TypeError("metrics is no table")
+            raise TypeError("metrics is not an object")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of an older version ({error}); move it away and run again") from None
     return entries  # type: ignore[no-any-return]
 
 
 def record(entry: dict[str, Any], out: Path) -> Path:
-    """Adds the entry to out/metrics.json, or to the one there of the very same protocol and pixels, whose other metrics
-    stay. A run that measures while it trains may do the same at the same time."""
+    """Adds the entry to out/metrics.json; an old one of the same protocol and pixels is replaced, its other metrics
+    kept. A training run may record to the same file concurrently."""
     path = out / "metrics.json"
     out.mkdir(parents=True, exist_ok=True)
 
     def protocol(e: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in e.items() if key not in RESULTS}
 
-    plain = json.loads(json.dumps(entry))
+    new = json.loads(json.dumps(entry))
     with _locked(out / "metrics.lock"):
         entries = read_entries(path)
         for old in entries:
-            if protocol(old) == protocol(plain):
-                kept = {key: old[key] for key in OF_METRICS if key in old}
-                plain = {**kept, **plain, "metrics": {**old["metrics"], **plain["metrics"]}}
-        write_json(path, [*(old for old in entries if protocol(old) != protocol(plain)), plain])
+            if protocol(old) == protocol(new):
+                kept = {key: old[key] for key in METRIC_SETTINGS if key in old}
+                new = {**kept, **new, "metrics": {**old["metrics"], **new["metrics"]}}
+        write_json(path, [*(old for old in entries if protocol(old) != protocol(new)), new])
     return path
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """No other process is between reading and writing meanwhile; on a disk without locks we go on without."""
+    """Excludes other processes while reading and writing; has no effect on a file system without locks."""
     with open(path, "w", encoding="utf-8") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -76,7 +76,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def table(entry: dict[str, Any]) -> str:
-    """For people: numbers, protocol, warnings."""
+    """The entry as text: metrics, protocol, warnings."""
     lines = [f"  {name:28} {value:.6g}" for name, value in entry["metrics"].items()]
     lines += [f"  {key:28} {entry[key]}" for key in SHOWN if key in entry]
     seconds = ", ".join(f"{stage.replace('_', ' ')} {taken:.1f}" for stage, taken in entry["seconds"].items())
@@ -85,7 +85,7 @@ def table(entry: dict[str, Any]) -> str:
 
 
 def save_images(blocks: Blocks, count: int, folder: Path) -> None:
-    """The first `count` images as folder/NUMBER_CLASS.png, instead of any that were there."""
+    """The first `count` images as folder/NUMBER_CLASS.png, replacing any in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -94,12 +94,12 @@ def save_images(blocks: Blocks, count: int, folder: Path) -> None:
 
 
 def save_npz(blocks: Blocks, path: Path) -> None:
-    """ADM's layout: arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64. Written block by block, uncompressed, since its reader
-    streams; whole or absent."""
+    """ADM's layout: arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64. Written block by block, uncompressed, since ADM's
+    reader streams; atomic."""
     side = next(blocks.parts("pixels", range(1))).shape[2]
 
-    def write(whole: IO[bytes]) -> None:
-        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    def write(target: IO[bytes]) -> None:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (blocks.count, side, side, 3)}
                 np.lib.format.write_array_header_1_0(file, header)

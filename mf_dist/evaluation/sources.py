@@ -21,17 +21,17 @@ class Source(Protocol):
 
     count: int
     identity: dict[str, Any]
-    """What decides every pixel: blocks of features made from another are of no use."""
+    """Everything that determines the pixels; blocks of features of another identity are not reused."""
     seconds: dict[str, float]
-    """That `read` has taken so far, by stage; empty where it has but one."""
+    """Time spent in `read` so far, by stage; empty if it has only one."""
 
     def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
-        """Images [first, last): (B, 3, R, R) uint8, and classes (B,). With the same first, a larger last only adds."""
+        """Images [first, last): (B, 3, R, R) uint8, classes (B,). With the same first, a larger last only appends."""
 
 
 class ImageFiles:
-    """A folder or tar of images in order of their names, cut to the ADM centre crop of `resolution`. None: they must
-    all be squares of one size, and are left as they are."""
+    """A folder or tar of images in order of their names, with ADM's centre crop to `resolution`. None: all must be
+    squares of one size, and are used unchanged."""
 
     def __init__(self, source: str | Path, resolution: int | None) -> None:
         self.files, self.resolution = open_images(str(source)), resolution
@@ -59,12 +59,12 @@ class ImageFiles:
             raise UserError(f"cannot read image {self.files.paths[0]!r}: {error}") from None
         if width != height:
             raise UserError(
-                f"image {self.files.paths[0]!r} is {width}x{height}, no square: give --resolution for its centre crop"
+                f"image {self.files.paths[0]!r} is {width}x{height}, not square: give --resolution for a centre crop"
             )
         return width
 
     def _fingerprint(self) -> str:
-        """Of names, sizes and times of change: content that changed meanwhile is not taken for the same."""
+        """Hash of names, sizes and modification times, which detects changed content."""
         if isinstance(self.files, ImageTars):
             paths = sorted({place.tar for place in self.files.places})
         else:
@@ -74,8 +74,8 @@ class ImageFiles:
 
 
 class NpzImages:
-    """arr_0 (N, R, R, 3) uint8 and, if it is there, arr_1 (N,), as ADM's sampling scripts write them; never whole in
-    memory. UserError for anything else."""
+    """arr_0 (N, R, R, 3) uint8 and optionally arr_1 (N,), as ADM's sampling scripts write them; arr_0 is never entirely
+    in memory. Raises UserError for anything else."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -87,12 +87,12 @@ class NpzImages:
             if "arr_1.npy" in self._archive.namelist():
                 with np.load(self.path, allow_pickle=False) as file:
                     self.labels = file["arr_1"].astype(np.int64)
-        except Exception as error:  # of damaged bytes, zipfile alone raises eight kinds
+        except Exception as error:  # zipfile alone raises eight exception types for damaged bytes
             raise UserError(f"cannot read images from {str(path)!r}: {error}; expected arr_0 in an .npz") from None
         if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or not shape[0]:
             raise UserError(
-                f"{str(path)!r} has arr_0 of shape {shape} and type {kind}, expected (N, R, R, 3) uint8; pixels of "
-                "another type must be rounded to 0..255 by who made them"
+                f"{str(path)!r} has arr_0 of shape {shape} and type {kind}, expected (N, R, R, 3) uint8; round "
+                "pixels of another type to 0..255 first"
             )
         if self.labels.shape != (shape[0],):
             raise UserError(f"{str(path)!r}: arr_1 has shape {self.labels.shape}, expected ({shape[0]},)")
@@ -107,13 +107,13 @@ class NpzImages:
         }
 
     def check(self) -> None:
-        """Reads everything once against its checksum; UserError where it is damaged."""
+        """Reads the file once and verifies its checksums; raises UserError if it is damaged."""
         try:
             damaged = self._archive.testzip()
         except Exception as error:
             raise UserError(f"{str(self.path)!r} is damaged: {error}") from None
         if damaged:
-            raise UserError(f"{str(self.path)!r} is damaged: {damaged} does not fit its checksum")
+            raise UserError(f"{str(self.path)!r} is damaged: {damaged} does not match its checksum")
 
     def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
         last = min(last, self.count)
@@ -127,15 +127,15 @@ class NpzImages:
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), self.labels[first:last]
 
     def _open(self, name: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
-        """A member behind its header, read without unpickling."""
+        """A member positioned after its header, its shape and its dtype; reads no pickles."""
         member = self._archive.open(f"{name}.npy")
         version = np.lib.format.read_magic(member)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if reader is None:
-            raise ValueError(f"{name}.npy is of unknown version {version}")
+            raise ValueError(f"{name}.npy is of the unknown version {version}")
         shape, fortran, kind = reader(member)
         if fortran:
-            raise ValueError(f"{name} is stored by columns")
+            raise ValueError(f"{name} is in Fortran order")
         return member, shape, kind
 
 
@@ -145,5 +145,5 @@ def open_source(source: str, resolution: int | None) -> "ImageFiles | NpzImages"
         return ImageFiles(source, resolution)
     images = NpzImages(source)
     if resolution not in (None, images.identity["resolution"]):
-        raise UserError(f"{source!r} has images of side {images.identity['resolution']}, asked for is {resolution}")
+        raise UserError(f"{source!r} has images of side {images.identity['resolution']}, not {resolution}")
     return images

@@ -1,7 +1,7 @@
 """Gaussians of feature sets and the Frechet distance between them, in float64.
 
-Sums run around a fixed shift, so that a large mean costs no digits. No matrix root of a product is taken: it is slow,
-and where a covariance is singular it is wrong in the last half of the digits.
+Sums are centred on a fixed shift, so that a large mean loses no digits. No matrix root of a product is computed: it is
+slow, and for a singular covariance the last half of its digits is wrong.
 """
 
 import hashlib
@@ -27,16 +27,15 @@ class Gaussian:
     mean: Array
     covariance: Array
     factor: Array | None = field(default=None, repr=False)
-    """(D, n) with factor factor^T = covariance, where it came from n <= D rows: it keeps the digits that squaring them
-    loses."""
+    """(D, n) with factor factor^T = covariance, if computed from n <= D rows: keeps the digits that squaring loses."""
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
 
 
-TOGETHER = 1000
-"""Rows multiplied at once: a product of few rows costs as much as reading and writing all of D x D."""
+ROWS_PER_PRODUCT = 1000
+"""Rows per matrix product: a product of few rows costs as much as reading and writing all of D x D."""
 
 
 class FeatureSums:
@@ -45,33 +44,33 @@ class FeatureSums:
     def __init__(self, shift: Array) -> None:
         self.shift, self.count = shift, 0
         self.total, self.products = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
-        self._waiting: list[Rows] = []
+        self._pending: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
-        self._waiting.append(rows)
+        self._pending.append(rows)
         self.count += len(rows)
-        if sum(map(len, self._waiting)) >= TOGETHER:
-            self._sum_up()
+        if sum(map(len, self._pending)) >= ROWS_PER_PRODUCT:
+            self._flush()
 
-    def _sum_up(self) -> None:
-        if self._waiting:
-            centred = np.concatenate(self._waiting).astype(np.float64) - self.shift
-            self._waiting = []
+    def _flush(self) -> None:
+        if self._pending:
+            centred = np.concatenate(self._pending).astype(np.float64) - self.shift
+            self._pending = []
             self.total += centred.sum(axis=0)
             self.products += centred.T @ centred
 
     def flat(self) -> Array:
-        """All sums in one array, which processes add up in one operation."""
-        self._sum_up()
+        """All sums in one array, for a single reduction over processes."""
+        self._flush()
         return np.concatenate([[float(self.count)], self.total, self.products.ravel()])
 
     def set_flat(self, sums: Array) -> None:
-        d, self._waiting = len(self.shift), []
+        d, self._pending = len(self.shift), []
         self.count, self.total = int(sums[0]), sums[1 : d + 1]
         self.products = sums[d + 1 :].reshape(d, d)
 
     def gaussian(self) -> Gaussian:
-        self._sum_up()
+        self._flush()
         if self.count < 2:
             raise UserError(f"a Frechet distance needs at least 2 images, got {self.count}")
         mean = self.total / self.count
@@ -80,8 +79,8 @@ class FeatureSums:
 
 
 def exact_gaussian(parts: Iterable[Rows], dimension: int) -> Gaussian:
-    """Two passes over `parts`, rows (B, D) in a fixed order, hence the same bits whoever made the rows. `parts` is run
-    through twice."""
+    """Two passes over `parts`, rows (B, D) in a fixed order, so the bits do not depend on which process computed them.
+    `parts` is iterated twice."""
     total, count = np.zeros(dimension), 0
     for rows in parts:
         total += rows.sum(axis=0, dtype=np.float64)
@@ -107,9 +106,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 def _trace_of_root(a: Gaussian, b: Gaussian) -> float:
     """tr((A B)^(1/2)). With B = R R^T it is the sum of the roots of the eigenvalues of the symmetric R^T A R, and with
-    A = F F^T the nuclear norm of F^T R. The first is several times as fast with R the Cholesky factor of the side that
-    has one; but small eigenvalues are known to eps times the largest only, and where that shows in the sum the
-    second is taken, as for few samples."""
+    A = F F^T the nuclear norm of F^T R. The first is several times as fast, with R the Cholesky factor of a side that
+    has one, but its small eigenvalues are exact only to eps times the largest. The second is used if that affects the
+    sum, and for few samples."""
     if a.factor is None and b.factor is None:
         factor, other = _cholesky(b), a
         if factor is None:
@@ -123,7 +122,7 @@ def _trace_of_root(a: Gaussian, b: Gaussian) -> float:
 
 
 def _cholesky(gaussian: Gaussian) -> Array | None:
-    """None where the covariance is singular: also where rounding errors alone made its pivots positive."""
+    """None if the covariance is singular, also if only rounding errors made its pivots positive."""
     try:
         factor: Array = linalg.cholesky(gaussian.covariance, lower=True)
     except linalg.LinAlgError:
@@ -144,6 +143,6 @@ def _root(gaussian: Gaussian) -> Array:
 
 
 def positive(values: Array) -> Array:
-    """Eigenvalues with those that are rounding errors, below d eps max, as zero: their roots would add up."""
+    """Eigenvalues, with rounding errors (those below d eps max) set to zero: their roots would add up."""
     largest = values.max(initial=0.0)
     return np.where(values > len(values) * EPS * largest, values, 0.0)

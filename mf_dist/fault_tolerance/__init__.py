@@ -1,1 +1,1 @@
-"""Stops agreed by all ranks, hangs, and the status file that says why a run or tool ended."""
+"""Stops agreed on by all ranks, detection of hangs, and the status file that records why a run or tool ended."""

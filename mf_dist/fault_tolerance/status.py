@@ -1,13 +1,13 @@
-"""Why a run ended, in RUN/status.json: exit codes do not survive torchrun, so launchers read this file alone.
+"""Why a run ended, in RUN/status.json: exit codes do not survive torchrun, so launchers read only this file.
 
     {"status": "finished", "step": 1200, "reason": "", "starts_without_progress": 0, ...}
 
-status: starting (a launcher prepares it) | running | finished (all steps done) | stopped (asked to; start again to go
-on) | failed | crash_loop (failed again and again without a new checkpoint; do not start again by machine).
-"refused": true beside failed: a mistake in the call, which will fail again. "stopped_by" beside stopped: who asked
-(border.Stop). Written by rename, hence never half.
+status: starting (a launcher prepares it) | running | finished (all steps done) | stopped (on request; start again to
+continue) | failed | crash_loop (repeated failures without a new checkpoint; must not be restarted automatically).
+"refused": true with failed: a mistake in the call, which will fail again. "stopped_by" with stopped: the name of the
+stop.Stop. Written atomically, by rename.
 
-RUN/history.jsonl keeps every start and end, and warnings between them, for people (mf_dist/report).
+RUN/history.jsonl keeps every start and end, and warnings in between, for people (mf_dist/report).
 """
 
 import fcntl
@@ -25,129 +25,128 @@ from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError
 
 MAX_STARTS = 3
 """Starts in a row without a new checkpoint before the run counts as a crash loop."""
-NO_REASON = "it ended without a word, as by kill -9 or a lost node"
+NO_REASON = "it ended without recording a reason, as after kill -9 or a lost node"
 
 
-def _starts(entry: dict[str, Any]) -> int:
-    """Without progress, up to this entry. A person's stop and a preemption begin the count anew; a time limit that
-    leaves no time for a step does not."""
-    said = entry.get("status")
-    counts = said in ("starting", "running", "failed") or entry.get("stopped_by") in ("TIME", "SIGUSR1")
+def _starts_without_progress(entry: dict[str, Any]) -> int:
+    """Starts without progress up to this entry. A stop by a person and a preemption reset the count; a time limit too
+    short for a step does not."""
+    status = entry.get("status")
+    counts = status in ("starting", "running", "failed") or entry.get("stopped_by") in ("TIME", "SIGUSR1")
     return int(entry.get("starts_without_progress", 0)) if counts else 0
 
 
 class Status:
-    """The file of one run. begin on rank 0 at a start; end on whichever rank knows; a lock lets one at a time."""
+    """The status file of one run. Rank 0 calls begin at a start; any rank may call end. A lock serializes access."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "status.json"
 
     def read(self) -> dict[str, Any]:
-        """What it says; empty where it is missing or damaged."""
+        """The file's entry; empty if the file is missing or damaged."""
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            entry = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         numbers = ("step", "committed_step", "starts_without_progress")
-        if not isinstance(found, dict) or any(not isinstance(found.get(name, 0), int) for name in numbers):
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(name, 0), int) for name in numbers):
             return {}
-        return found
+        return entry
 
     def mark_starting(self) -> None:
-        """A launcher prepares a start, which begin() will count. One prepared before that never came so far is counted
-        here. UserError where that makes a crash loop."""
+        """A launcher prepares a start, which begin() will count. An earlier one that never reached begin() is counted
+        here. Raises UserError if that makes a crash loop."""
         with self._locked():
             before = self.read()
-            starts = _starts(before) + (before.get("status") == "starting")
+            starts = _starts_without_progress(before) + (before.get("status") == "starting")
             step, reason = before.get("committed_step", 0), str(before.get("reason") or NO_REASON)
             if starts >= MAX_STARTS:
                 raise self._crash_loop(step, starts, reason)
             self._write("starting", step, reason, committed_step=step, starts_without_progress=starts)
 
-    def conclude(self, reason: str, asked: str = "") -> dict[str, Any]:
-        """After the last process of a start is gone: what was not said by these themselves. `reason`: what the launcher
-        saw; `asked`: the signal that told it to stop, which excuses a start that never trained. Returns the entry."""
+    def conclude(self, reason: str, stop_signal: str = "") -> dict[str, Any]:
+        """Called when the last process of a start has exited: records what the processes did not record themselves.
+        `reason`: what the launcher observed; `stop_signal`: the signal that told the launcher to stop, which excuses a
+        start that never trained. Returns the entry."""
         with self._locked():
             before = self.read()
-            said, step = before.get("status"), before.get("committed_step", 0)
-            starts = before.get("starts_without_progress", 0) + (said == "starting")
-            kept = {"committed_step": step, "starts_without_progress": starts}
-            if said == "starting" and asked:
-                self._write_and_append("stopped", step, f"{asked} before work began", **kept, stopped_by=asked)
-            elif said in ("starting", "running"):
-                self._write_and_append("failed", step, reason, **kept)
-            before = self.read()
-            if _starts(before) >= MAX_STARTS and not before.get("refused"):
-                self._crash_loop(step, starts, str(before["reason"]))
+            status, step = before.get("status"), before.get("committed_step", 0)
+            starts = before.get("starts_without_progress", 0) + (status == "starting")
+            counts = {"committed_step": step, "starts_without_progress": starts}
+            if status == "starting" and stop_signal:
+                text = f"{stop_signal} before work began"
+                self._write_and_append("stopped", step, text, **counts, stopped_by=stop_signal)
+            elif status in ("starting", "running"):
+                self._write_and_append("failed", step, reason, **counts)
+            after = self.read()
+            if _starts_without_progress(after) >= MAX_STARTS and not after.get("refused"):
+                self._crash_loop(step, starts, str(after["reason"]))
             return self.read()
 
     def begin(self, step: int) -> None:
-        """Counts a start from checkpoint `step`; UserError for the one that makes a crash loop. A start after a crash
-        loop was declared is a person's, and counts from 1 again."""
+        """Counts a start from checkpoint `step`; raises UserError if that makes a crash loop. A start after a recorded
+        crash loop was made by a person, and the count begins at 1 again."""
         with self._locked():
-            self._begin(step)
-
-    def _begin(self, step: int) -> None:
-        before = self.read()
-        starts = 1 + (_starts(before) if before.get("committed_step") == step else 0)
-        if starts > MAX_STARTS:
-            raise self._crash_loop(step, starts - 1, str(before.get("reason") or NO_REASON))
-        self._write_and_append("running", step, "", committed_step=step, starts_without_progress=starts)
+            before = self.read()
+            starts = 1 + (_starts_without_progress(before) if before.get("committed_step") == step else 0)
+            if starts > MAX_STARTS:
+                raise self._crash_loop(step, starts - 1, str(before.get("reason") or NO_REASON))
+            self._write_and_append("running", step, "", committed_step=step, starts_without_progress=starts)
 
     def _crash_loop(self, step: int, starts: int, reason: str) -> UserError:
-        """Declares it, and has the words for who asked."""
+        """Records a crash loop; returns the error for the caller to raise."""
         text = f"{MAX_STARTS} starts brought no new checkpoint after step {step}; the last one failed: {reason}"
         self._write_and_append("crash_loop", step, text, committed_step=step, starts_without_progress=starts)
-        return CrashLoopError(f"crash loop: {text}. Mend that, then start again")
+        return CrashLoopError(f"crash loop: {text}. Fix the cause, then start again")
 
     def checkpoint_committed(self, step: int) -> None:
-        """A checkpoint of this step is safe."""
+        """Records that the checkpoint of this step is complete; resets the count of starts."""
         with self._locked():
             self._write("running", step, "", committed_step=step, starts_without_progress=0)
 
     def lock_run(self) -> None:
-        """Keeps this run to this process until it ends; UserError where another has it."""
+        """Locks the run for this process until it ends. Raises UnrecordedError if another process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = os.open(self.path.with_name("run.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._run_lock = os.open(self.path.with_name("run.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            found = self.read()
+            holder = self.read()
             raise UnrecordedError(
-                f"{self.path.parent} is being trained by process {found.get('pid')} on {found.get('host')}; "
+                f"{self.path.parent} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
                 "stop that first, or choose another run_dir"
             ) from None
         except OSError:  # a file system without locks
             pass
 
     def unlock_run(self) -> None:
-        """Gives the run back before this process ends."""
-        os.close(self._held)
+        """Releases the lock before this process ends."""
+        os.close(self._run_lock)
 
     def refuse(self, reason: str, has_begun: bool) -> None:
-        """A mistake in the call ended the start; `has_begun` tells whether begin() had counted it. It does not count,
-        and "refused" says that starting again by machine is pointless."""
+        """Records that a mistake in the call ended the start; `has_begun`: begin() has counted it. The start does not
+        count, and "refused" tells launchers not to retry."""
         with self._locked():
             before = self.read()
             if has_begun and before.get("status") != "running":
-                return  # another rank was faster, or it is a crash loop
+                return  # recorded by another rank, or a crash loop
             step, starts = before.get("committed_step", 0), before.get("starts_without_progress", 0) - has_begun
             self._write_and_append(
                 "failed", step, reason, committed_step=step, starts_without_progress=starts, refused=True
             )
 
     def end(self, status: str, step: int, reason: str = "", **more: Any) -> None:
-        """finished, stopped or failed. The first to fail says why; later words do not replace it."""
+        """Records finished, stopped or failed. The first failure is the reason; later ones do not replace it."""
         with self._locked():
             before = self.read()
             if status == "failed" and before.get("status") != "running":
                 return
-            kept = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
-            self._write_and_append(status, step, reason, **kept, **more)
+            counts = {name: before.get(name, 0) for name in ("committed_step", "starts_without_progress")}
+            self._write_and_append(status, step, reason, **counts, **more)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """No other process reads and writes meanwhile; on a disk without room or locks we go on without."""
+        """Excludes other processes from reading and writing; does nothing on a disk without free space or locks."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -162,7 +161,7 @@ class Status:
             os.close(descriptor)
 
     def note(self, step: int, text: str) -> None:
-        """Something happened at `step` that a reader of the run should know."""
+        """Adds an event at `step` to the history, such as a warning."""
         self._append_history({"note": text, "step": step})
 
     def _write_and_append(self, status: str, step: int, reason: str, **more: Any) -> None:
@@ -177,6 +176,6 @@ class Status:
     def _write(self, status: str, step: int, reason: str, **more: Any) -> None:
         entry = {"status": status, "step": step, "reason": reason, **more}
         entry |= {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        with suppress(OSError):  # a full or read-only disk is reported where it hinders
+        with suppress(OSError):  # a full or read-only disk is reported by the writes that need it
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, entry)

@@ -1,7 +1,7 @@
-"""What all ranks agree on between two steps: whether to stop, and how the save in the background fares.
+"""Agreement of all ranks at step boundaries: whether to stop, and the outcome of the background save.
 
-A signal may reach one rank alone, and only between two steps is the state whole. So each rank notes what it sees, one
-small all-reduce on CPUs (which waits for no GPU) at each border takes the maximum, and all act alike.
+A signal may reach a single rank, and the state is consistent only between two steps. So each rank records what it sees,
+one small all-reduce on CPUs (which waits for no GPU) at each step boundary takes the maximum, and all ranks act alike.
 """
 
 import os
@@ -18,11 +18,11 @@ import torch.distributed as dist
 from mf_dist.runtime.launch import RECEIVED_SIGNALS
 
 MARGIN = 120.0
-"""Seconds before a time limit at which the run stops, if its last save took no longer."""
+"""Seconds before a time limit at which the run stops; the supervisor adds twice the duration of the last save."""
 
 
 class Stop(IntEnum):
-    """Reasons to stop, the weightiest last."""
+    """Reasons to stop, in increasing priority."""
 
     NO = 0
     TIME = 1
@@ -42,38 +42,41 @@ class Stop(IntEnum):
 
 class StopAgreement:
     def __init__(self, run_dir: Path, is_rank_zero: bool, max_hours: float, timeout: timedelta) -> None:
-        self.stop_file, self._is_first, self._signal = run_dir / "STOP", is_rank_zero, Stop.NO
-        ends = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
-        self._ends = min([*ends, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
+        self.stop_file, self._is_rank_zero, self._signal = run_dir / "STOP", is_rank_zero, Stop.NO
+        limits = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
+        self._end_time = min([*limits, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
         self.margin = MARGIN
         world = dist.get_world_size()
         self._group = (
             dist.new_group(backend="gloo", timeout=timeout) if world > 1 and dist.get_backend() != "gloo" else None
         )
         self._is_alone = world == 1
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous_handlers = {
+            number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         for early in RECEIVED_SIGNALS:
-            self._note(early, None)
+            self._record(early, None)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._signal = max(self._signal, Stop[signal.Signals(number).name])
 
     def agree(self, save_failed: bool, save_runs: bool) -> tuple[Stop, bool, bool]:
-        """Called by every rank at every border: the weightiest reason to stop, and whether it holds on any rank."""
-        table = torch.tensor([int(self._own()), int(save_failed), int(save_runs)])
+        """Called by every rank at every step boundary. Over all ranks: the reason to stop of the highest priority,
+        whether a save failed, and whether a save runs."""
+        flags = torch.tensor([int(self._own_reason()), int(save_failed), int(save_runs)])
         if not self._is_alone:
-            dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
-        return Stop(int(table[0])), bool(table[1]), bool(table[2])
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return Stop(int(flags[0])), bool(flags[1]), bool(flags[2])
 
-    def _own(self) -> Stop:
-        if self._is_first and not self._signal:
+    def _own_reason(self) -> Stop:
+        if self._is_rank_zero and not self._signal:
             if self.stop_file.exists():
                 return Stop.FILE
-            if time.time() > self._ends - self.margin:
+            if time.time() > self._end_time - self.margin:
                 return Stop.TIME
         return self._signal
 
     def close(self) -> None:
-        """Signals mean again what they meant before."""
-        for number, handler in self._before.items():
+        """Restores the previous signal handlers."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""A tool that a job script runs says how it fares, as a run does in RUN/status.json: MF_DIST_STATUS names the folder,
-and mf_dist.jobs.attempt judges it. Where that is not set, as outside of jobs, nothing is written. No torch.
+"""status.json of a tool in a job, like that of a run: MF_DIST_STATUS names its folder, mf_dist.jobs.attempt reads it.
+If the variable is not set, as outside of jobs, nothing is written. Does not import torch.
 
-A step is a shard or a block of images made; each is its own checkpoint.
+A step is a finished shard or block of images; each is its own checkpoint.
 """
 
 import functools
@@ -21,12 +21,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(BaseException):
-    """A signal told the tool to stop."""
+    """A signal asked the tool to stop."""
 
 
 def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
-    """Makes `main` tell its beginning and its end; of several ranks, the first does. SIGTERM and SIGUSR1 stop it, whole
-    files kept, with code 3."""
+    """Makes `main` record its start and its end; of several ranks, only rank 0 does. SIGTERM and SIGUSR1 stop it with
+    exit code 3; complete files are kept."""
 
     @functools.wraps(main)
     def run() -> int | None:
@@ -38,9 +38,9 @@ def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
             signal.signal(number, _stop)
         try:
             code = main()
-        except StopRequested as asked:
-            status.end("stopped", _step(status), str(asked), stopped_by=str(asked))
-            print(f"stopped by {asked}; the same command goes on")
+        except StopRequested as stop:
+            status.end("stopped", _step(status), str(stop), stopped_by=str(stop))
+            print(f"stopped by {stop}; run the same command again to continue")
             return 3
         except BaseException as error:
             _record_failure(status, error)
@@ -52,7 +52,7 @@ def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
 
 
 def count_finished_unit() -> None:
-    """One more shard or block is whole."""
+    """Records that one more shard or block is complete."""
     if _reports():
         status = Status(Path(os.environ[STATUS_VARIABLE]))
         status.checkpoint_committed(_step(status) + 1)
@@ -67,8 +67,8 @@ def _step(status: Status) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    for again in SIGNALS:  # these are repeated, and must not hinder the end
-        signal.signal(again, signal.SIG_IGN)
+    for repeated in SIGNALS:  # launchers repeat them, which must not interrupt the shutdown
+        signal.signal(repeated, signal.SIG_IGN)
     raise StopRequested(signal.Signals(number).name)
 
 
@@ -76,7 +76,7 @@ def _record_failure(status: Status, error: BaseException) -> None:
     if isinstance(error, SystemExit) and not error.code:  # --help
         status.end("finished", _step(status))
     elif isinstance(error, SystemExit):
-        status.refuse("the command line, see above", has_begun=True)
+        status.refuse("invalid command line, see above", has_begun=True)
     elif isinstance(error, UserError) and not is_disk_fault(error):
         status.refuse(str(error), has_begun=True)
     else:

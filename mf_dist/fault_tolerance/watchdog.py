@@ -1,9 +1,9 @@
-"""Ends a rank that hangs: without it one stuck rank holds a whole cluster in a collective for ever.
+"""Ends a rank that hangs: without it one stuck rank blocks a whole cluster in a collective forever.
 
-Whoever works calls beat() at least every `seconds`. When the beats stop, all threads' stacks go to stderr, status.json
-says why, and the process ends with code 1. Ranks that wait for the stuck one stop beating too, so all that can run do
-the same; one that cannot, such as a stopped process, is killed by its neighbours on the machine. A second timer inside
-faulthandler needs no interpreter lock: it ends even a rank whose C code keeps it.
+The trainer calls heartbeat() at least every `seconds`. When heartbeats stop, the stacks of all threads go to stderr,
+status.json records why, and the process exits with code 1. Ranks that wait for the stuck one stop their heartbeats too,
+so all that can run do the same; one that cannot, such as a stopped process, is killed by the other ranks of its
+machine. A second timer inside faulthandler needs no interpreter lock: it ends even a rank whose C code holds it.
 """
 
 import faulthandler
@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SLOW_PHASE_FACTOR = 10
-"""How many times longer a phase may take that is not a plain step: compiling, drawing, loading."""
+"""How much longer than a step a phase may take that is none: compiling, drawing samples, loading."""
 GRACE = 4.0
-"""Seconds that a neighbour gets to end by itself, and after which the second timer fires."""
+"""Seconds that the machine's other ranks get to end by themselves, and after which the second timer fires."""
 
 
 def process_group_timeout(seconds: float) -> float:
-    """Time limit of the process group: the watchdog speaks first."""
+    """Timeout of the process group, in seconds: longer than the watchdog's limit, which reports first."""
     return 2 * seconds * SLOW_PHASE_FACTOR
 
 
 class Watchdog:
     def __init__(self, seconds: float, rank: int, local_pids: list[int], on_hang: Callable[[str], None]) -> None:
-        """`neighbours`: process numbers of the other ranks here. on_hang(text) is called once, before the end."""
+        """`local_pids`: the other ranks' processes on this machine. on_hang(text) is called once, before the exit."""
         self.seconds, self.rank, self._local_pids, self._on_hang = seconds, rank, local_pids, on_hang
         self._limit = seconds * SLOW_PHASE_FACTOR  # loading and the first step, which compiles
         self.heartbeat()
@@ -36,23 +36,23 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def heartbeat(self) -> None:
-        self._last = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         faulthandler.dump_traceback_later(self._limit + GRACE, exit=True)
 
     def begin_regular_steps(self) -> None:
-        """The first step is done: from now on `seconds` hold."""
+        """Called after the first step: from now on the limit is `seconds`."""
         self._limit = self.seconds
         self.heartbeat()
 
     @contextmanager
     def extended_limit(self) -> Iterator[None]:
-        """For phases that rightly take long. All ranks must leave them together."""
-        before, self._limit = self._limit, self.seconds * SLOW_PHASE_FACTOR
+        """For phases that may take long. All ranks must leave them together."""
+        previous, self._limit = self._limit, self.seconds * SLOW_PHASE_FACTOR
         self.heartbeat()
         try:
             yield
         finally:
-            self._limit = before
+            self._limit = previous
             self.heartbeat()
 
     def stop(self) -> None:
@@ -61,7 +61,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.seconds / 10)):
-            waited = time.monotonic() - self._last
+            waited = time.monotonic() - self._last_heartbeat
             if waited > self._limit:
                 text = (
                     f"rank {self.rank} made no progress for {waited:.0f} s (limit {self._limit:.0f} s); stacks follow"
@@ -73,7 +73,7 @@ class Watchdog:
                 os._exit(1)
 
     def _kill_local_ranks(self) -> None:
-        """After the time they need to do all this themselves."""
+        """Kills the machine's other ranks that have not ended by themselves within GRACE seconds."""
         faulthandler.cancel_dump_traceback_later()
         time.sleep(GRACE)
         for pid in self._local_pids:

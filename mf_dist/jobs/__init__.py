@@ -1,1 +1,1 @@
-"""What job scripts ask: whether to start, what follows an end, which nodes are fit."""
+"""Commands for job scripts: whether to start, what follows the end of a start, which nodes are fit to train."""

@@ -1,12 +1,13 @@
-"""What a job script asks about its run before and after it trains; the answer is one line, a verdict and its reason.
+"""Tells a job script whether to start its run and what to do after a start has ended: one line, verdict and reason.
 
     python -m mf_dist.jobs.attempt begin --ranks 16 configs/imagenet256_xl2.yaml        # go RUN_DIR
     python -m mf_dist.jobs.attempt end --reason "srun ended with code 1" configs/imagenet256_xl2.yaml
-    python -m mf_dist.jobs.attempt begin --tool runs/jobs/17        # the same for a tool and its folder
+    python -m mf_dist.jobs.attempt begin --tool runs/jobs/17        # the same for a tool and its status folder
 
-begin: go | finished | stopped | refused. end: resume (its time was up; go on) | retry (it failed; try again) |
-finished | stopped (a person's wish) | failed (for good) | refused. status.json alone decides, since exit codes do not
-survive torchrun and srun. Whether the data are there is the preflight's to say, node by node. No torch.
+begin: go | finished | stopped | refused. end: resume (stopped near its time limit; start again) | retry (failed; start
+again) | finished | stopped (by a person) | failed (permanently) | refused. The verdict follows from status.json alone,
+since exit codes do not survive torchrun and srun. Whether the data are there is checked by the preflight, node by node.
+Does not import torch.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError, c
 from mf_dist.train import check
 
 LOCK_SECONDS = 120.0
-"""How long the lock of an earlier start may outlive it: a network disk frees those of a dead node late."""
+"""How long the lock of an earlier start may outlive it: a network disk releases those of a dead node late."""
 
 
 class Verdict(NamedTuple):
@@ -31,17 +32,17 @@ class Verdict(NamedTuple):
 
 
 def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict:
-    """Whether to train; if so the run's state is `starting` from here on. `patience`: seconds to wait for another
-    process to leave the run. Raises UserError on what cannot train."""
+    """Whether to train; if so, the run's status is `starting` from here on. `patience`: seconds to wait for another
+    process to release the run. Raises UserError if the run cannot train."""
     status, stop_file = Status(Path(config.run_dir)), Path(config.run_dir) / "STOP"
-    said = status.read()
-    if said.get("status") == "finished" and said["step"] >= config.total_steps:
-        return Verdict("finished", f"{config.run_dir} has finished, at step {said['step']}; nothing to do")
+    entry = status.read()
+    if entry.get("status") == "finished" and entry["step"] >= config.total_steps:
+        return Verdict("finished", f"{config.run_dir} has finished, at step {entry['step']}; nothing to do")
     if stop_file.exists():
         return Verdict("stopped", f"{stop_file} exists; remove it to go on")
-    _hold(status, patience)
+    _lock_run(status, patience)
     try:
-        if _sees_data(config):  # else the preflight says whose fault that is
+        if _has_dataset(config):  # otherwise the preflight finds the nodes that lack it
             check(config, ranks, needs_data=True)
         status.mark_starting()
     except UserError as error:
@@ -53,14 +54,14 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     return Verdict("go", config.run_dir)
 
 
-def _sees_data(config: Config) -> bool:
+def _has_dataset(config: Config) -> bool:
     try:
         return read_manifest(config.data.path) is not None
     except OSError:
         return False
 
 
-def _hold(status: Status, patience: float) -> None:
+def _lock_run(status: Status, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -71,37 +72,39 @@ def _hold(status: Status, patience: float) -> None:
             time.sleep(min(2.0, patience))
 
 
-def end(config: Config, reason: str, asked: str = "", refused: bool = False, patience: float = LOCK_SECONDS) -> Verdict:
-    """What is to follow the start that has ended; `refused`: by a preflight that found a mistake in the call. Raises
-    UserError where another process has the run by now: it is that one's to say."""
+def end(
+    config: Config, reason: str, stop_signal: str = "", refused: bool = False, patience: float = LOCK_SECONDS
+) -> Verdict:
+    """What follows the start that has ended; `refused`: by a preflight that found a mistake in the call. Raises
+    UserError if another process holds the run by now, which will record its own end."""
     status = Status(Path(config.run_dir))
-    _hold(status, patience)
+    _lock_run(status, patience)
     try:
         if refused:
             status.refuse(reason, has_begun=False)
-        return judge(status.conclude(reason, asked))
+        return judge(status.conclude(reason, stop_signal))
     finally:
         status.unlock_run()
 
 
-def judge(said: dict[str, Any]) -> Verdict:
-    """The verdict on an entry of status.json. Who was stopped by SIGTERM was cancelled, or is requeued by SLURM."""
-    status, text = said.get("status", "failed"), str(said.get("reason", "status.json cannot be read"))
-    at_step = f"at step {said.get('step', 0)}" + (f": {text}" if text else "")
+def judge(entry: dict[str, Any]) -> Verdict:
+    """The verdict on an entry of status.json. A run stopped by SIGTERM was cancelled, or SLURM itself requeues it."""
+    status, text = entry.get("status", "failed"), str(entry.get("reason", "status.json cannot be read"))
+    at_step = f"at step {entry.get('step', 0)}" + (f": {text}" if text else "")
     if status == "finished":
         return Verdict("finished", at_step)
     if status == "stopped":
-        return Verdict("resume" if said.get("stopped_by") in ("TIME", "SIGUSR1") else "stopped", f"stopped {at_step}")
-    if said.get("refused"):
+        return Verdict("resume" if entry.get("stopped_by") in ("TIME", "SIGUSR1") else "stopped", f"stopped {at_step}")
+    if entry.get("refused"):
         return Verdict("refused", text)
-    if status == "failed" and said:
-        starts = said.get("starts_without_progress", 0)
+    if status == "failed" and entry:
+        starts = entry.get("starts_without_progress", 0)
         return Verdict("retry", f"failed {at_step} (start {starts} since the last checkpoint)")
     return Verdict("failed", f"{status} {at_step}")
 
 
 def begin_tool(folder: Path) -> Verdict:
-    """Raises UserError where a crash loop is found, or nothing can be written."""
+    """Marks the tool as starting. Raises UserError for a crash loop, or if status.json cannot be written."""
     status = Status(folder)
     status.mark_starting()
     if status.read().get("status") != "starting":
@@ -110,7 +113,7 @@ def begin_tool(folder: Path) -> Verdict:
 
 
 def answer(args: argparse.Namespace) -> Verdict:
-    """Raises UserError and OSError."""
+    """The verdict for parsed arguments. Raises UserError and OSError."""
     if args.tool:
         if args.what == "begin":
             return begin_tool(args.tool)
@@ -132,11 +135,13 @@ def main() -> None:
     parser.add_argument("what", choices=("begin", "end"))
     parser.add_argument("config", nargs="?", help="YAML file, as for mf_dist.train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--tool", type=Path, metavar="FOLDER", help="of the status.json of a tool, instead of a config")
-    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
+    parser.add_argument(
+        "--tool", type=Path, metavar="FOLDER", help="folder of a tool's status.json, instead of a config"
+    )
+    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; has no effect here")
     parser.add_argument("--ranks", type=int, default=1, help="processes that will train (default 1)")
-    parser.add_argument("--reason", default="", help="end: what the launcher saw, should the run have said nothing")
-    parser.add_argument("--asked", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: told it to stop")
+    parser.add_argument("--reason", default="", help="end: what the launcher saw; used if the run recorded no reason")
+    parser.add_argument("--asked", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: signal to stop, if any")
     parser.add_argument("--refused", action="store_true", help="end: --reason is a mistake in the call")
     args = parser.parse_intermixed_args()
     if (args.config is None) == (args.tool is None):
@@ -145,7 +150,7 @@ def main() -> None:
         verdict = answer(args)
     except UserError as error:
         verdict = Verdict("failed" if isinstance(error, CrashLoopError) else "refused", str(error))
-    except OSError as error:  # a disk that is away says nothing of the run
+    except OSError as error:  # an unavailable disk, which is no verdict on the run
         verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
     print(verdict.word, " ".join(verdict.reason.split()))
 

@@ -1,14 +1,14 @@
-"""Looks at every node before training does, so that a bad one is named and not searched for among stack traces.
+"""Checks every node before training, so that a bad one is named instead of searched for in stack traces.
 
-    srun python -m mf_dist.jobs.preflight node --into DIR --gpus 8 --ranks 16 CONFIG     # one a node: DIR/NODE.json
-    srun torchrun ... -m mf_dist.jobs.preflight network --into DIR                # one a GPU: DIR/NODE.network.json
+    srun python -m mf_dist.jobs.preflight node --into DIR --gpus 8 --ranks 16 CONFIG   # one per node: DIR/NODE.json
+    srun torchrun ... -m mf_dist.jobs.preflight network --into DIR              # one per GPU: DIR/NODE.network.json
     python -m mf_dist.jobs.preflight judge --into DIR n1 n2       # good | bad NODES WHY | failed - WHY | refused - WHY
 
-node: versions, GPUs that compute, room for checkpoints and staged shards, shards that can be read. network: an
-all-reduce within each node, then over all nodes: its sum and its speed. If that fails, the launcher runs the network
-step on pairs of neighbours in the ring of nodes, in DIR/pairs/A+B: a node that fails with both neighbours is bad. Nodes
-write their results into a folder that they share, so that a node without a result is known too; judge compares them. A
-step that has not run is not judged.
+node: versions, working GPUs, room for checkpoints and staged shards, readable shards. network: an all-reduce within
+each node, then over all nodes: its sum and its speed. If that fails, the launcher runs the network step on pairs of
+neighbours in the ring of nodes, in DIR/pairs/A+B: a node that fails with both neighbours is bad. Nodes write their
+results into a shared folder, so that a node without a result is detected too; judge compares them. A step that has not
+run is not judged.
 """
 
 import argparse
@@ -27,47 +27,47 @@ from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.train import check
 
 GPU_NUMBERS = 64 << 20
-"""fp32 numbers in an all-reduce among GPUs: 256 MiB, about one bucket of a large model."""
+"""fp32 elements in an all-reduce among GPUs: 256 MiB, about one bucket of a large model."""
 CPU_NUMBERS = 1 << 20
 WITHIN, OVER_ALL = "within a node", "over all nodes"
 REPEATS = 5
 
 
 def node_name() -> str:
-    """As SLURM calls it."""
+    """SLURM's name of this node, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
-    """What one node says of itself. problems: a line each, none if it is fit to train."""
+    """The result of one node. problems: one line each, none if it is fit to train."""
     import torch
 
     from mf_dist.runtime.environment import versions
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
-    looks = {
+    checks = {
         "GPUs": lambda: _check_gpus(gpus),
         "shards": lambda: _check_shards(config),
         "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=False)),
         "staging": lambda: _check_scratch(config),
     }
     problems = []
-    for what, look in looks.items():
+    for name, run_check in checks.items():
         try:
-            look()
+            run_check()
         except (UserError, OSError, RuntimeError) as error:
-            problems.append(f"{what}: {' '.join(str(error).split())}")
+            problems.append(f"{name}: {' '.join(str(error).split())}")
     return {"node": node_name(), "same": same, "problems": problems, "has_data": _has_data(config)}
 
 
 def _check_gpus(expected: int) -> None:
-    """Each must multiply two matrices right."""
+    """Each must compute a matrix product correctly."""
     import torch
 
-    found = torch.cuda.device_count()
-    if found < expected:
-        raise UserError(f"{found} GPUs visible, {expected} expected")
+    visible = torch.cuda.device_count()
+    if visible < expected:
+        raise UserError(f"{visible} GPUs visible, {expected} expected")
     for number in range(expected):
         ones = torch.ones(512, 512, device=f"cuda:{number}")
         if float((ones @ ones).sum()) != 512.0**3:
@@ -75,7 +75,7 @@ def _check_gpus(expected: int) -> None:
 
 
 def _check_shards(config: Config) -> None:
-    """All there with the right size and index, and the first and the last sample can be read."""
+    """All exist with the right size and index, and the first and the last sample are readable."""
     from mf_dist.data.shards import LatentShards
 
     shards = LatentShards(config.data.path)
@@ -88,12 +88,12 @@ def _has_data(config: Config) -> bool:
 
     try:
         return read_manifest(config.data.path) is not None
-    except (UserError, OSError):  # it is damaged, and one of the problems
+    except (UserError, OSError):  # damaged, which is one of the problems
         return True
 
 
 def _check_scratch(config: Config) -> None:
-    """The folder for copies of the shards has room for them."""
+    """The folder for staged shards has room for them."""
     from mf_dist.data.shards import read_manifest
     from mf_dist.data.staging import check_free_space
 
@@ -103,7 +103,7 @@ def _check_scratch(config: Config) -> None:
 
 
 def _check_disk(config: Config) -> None:
-    """The run's folder can be written here and has room."""
+    """The run's folder is writable from this node and has room."""
     from mf_dist.checkpoint.writer import check_free_space
     from mf_dist.config.cost import checkpoint_bytes
 
@@ -124,26 +124,27 @@ def check_network(into: Path, patience: float) -> None:
 
     path = into / f"{node_name()}.network.json"
     with process_group(patience) as ranks:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         own = None
-        for first in range(0, ranks.world_size, here):  # every rank makes every group
-            group = dist.new_group(list(range(first, first + here)))
-            own = group if first <= ranks.rank < first + here else own
-        said: dict[str, Any] = {"node": node_name(), "problems": []}
+        for first in range(0, ranks.world_size, ranks_per_node):  # every rank must create every group
+            group = dist.new_group(list(range(first, first + ranks_per_node)))
+            own = group if first <= ranks.rank < first + ranks_per_node else own
+        result: dict[str, Any] = {"node": node_name(), "problems": []}
         for name, group in ((WITHIN, own), (OVER_ALL, dist.group.WORLD)):
             speed, is_right = _all_reduce(group, ranks.device)
-            said[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group), "is_right": is_right}
-            if not is_right and name == WITHIN:  # over all, no node is to blame for what all of them see
-                said["problems"].append(f"a wrong sum from the all-reduce {name}")
+            result[name] = {"gb_per_second": speed, "ranks": dist.get_world_size(group), "is_right": is_right}
+            if not is_right and name == WITHIN:  # a wrong sum over all nodes shows on all, so it is no node's problem
+                result["problems"].append(f"a wrong sum from the all-reduce {name}")
             if ranks.is_local_rank_zero:
-                write_json(path, said)
+                write_json(path, result)
             dist.barrier()
-            if not is_right:  # whichever rank of the node saw it
-                write_json(path, said)
+            if not is_right:  # from every rank of the node
+                write_json(path, result)
 
 
 def _all_reduce(group: Any, device: Any) -> tuple[float, bool]:
-    """GB/s that each rank sends and receives (2 (n - 1) / n bytes a byte), the best of REPEATS; whether it adds up."""
+    """GB/s that each rank sends and receives (2 (n - 1) / n bytes per byte), best of REPEATS; whether the sum was
+    right on all ranks of the group."""
     import torch
     import torch.distributed as dist
 
@@ -156,106 +157,105 @@ def _all_reduce(group: Any, device: Any) -> tuple[float, bool]:
         dist.all_reduce(numbers, group=group)
         is_right &= bool((numbers == count * (count + 1) / 2).all())  # waits for the GPU
         best = min(best, time.perf_counter() - start)
-    of_all = torch.tensor([float(is_right)], device=device)
-    dist.all_reduce(of_all, dist.ReduceOp.MIN, group=group)  # one rank of the group speaks for all
-    return 2 * (count - 1) / count * 4 * size / best / 1e9, bool(of_all.item() == 1)
+    right_on_all = torch.tensor([float(is_right)], device=device)
+    dist.all_reduce(right_on_all, dist.ReduceOp.MIN, group=group)
+    return 2 * (count - 1) / count * 4 * size / best / 1e9, bool(right_on_all.item() == 1)
 
 
 def judge(into: Path, nodes: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(problems of each bad node, lines for the log) from what the nodes left in `into`."""
-    looked = {node: _read(into / f"{node}.json") for node in nodes}
-    bad = {node: said["problems"] if said else ["it did not answer"] for node, said in looked.items()}
-    told = {node: said["same"] for node, said in looked.items() if said}
-    for node, lines in _odd_ones(told).items():
+    """(problems of each bad node, lines for the log), from the results of the nodes in `into`."""
+    results = {node: _read(into / f"{node}.json") for node in nodes}
+    bad = {node: result["problems"] if result else ["it did not answer"] for node, result in results.items()}
+    for node, lines in _differences({node: result["same"] for node, result in results.items() if result}).items():
         bad[node] += lines
-    network = {node: said for node in nodes if (said := _read(into / f"{node}.network.json"))}
-    if network:  # if no node has a word to say, none is to blame
+    network = {node: result for node in nodes if (result := _read(into / f"{node}.network.json"))}
+    if network:  # without any result no node is to blame
         for node in nodes:
             bad[node] += network[node]["problems"] if node in network else ["its ranks did not answer"]
-    for node in _without_a_partner(into / "pairs", nodes):
+    for node in _nodes_failing_with_both(into / "pairs", nodes):
         bad[node].append("the all-reduce with either neighbour fails")
-    return {node: problems for node, problems in bad.items() if problems}, _speeds(network)
+    return {node: problems for node, problems in bad.items() if problems}, _speed_lines(network)
 
 
 def pairs_that_work(folder: Path, nodes: list[str]) -> dict[tuple[str, str], bool]:
-    """Of the ring of nodes, whether each pair of neighbours had its all-reduce; empty if that has not been tried."""
+    """Whether the all-reduce of each pair of neighbours in the ring of nodes succeeded; empty if no pair was tested."""
     if not folder.is_dir():
         return {}
     ring = zip(nodes, [*nodes[1:], nodes[0]], strict=True)
-    return {(a, b): all(_is_through(folder / f"{a}+{b}/{node}.network.json") for node in (a, b)) for a, b in ring}
+    return {(a, b): all(_succeeded(folder / f"{a}+{b}/{node}.network.json") for node in (a, b)) for a, b in ring}
 
 
-def _is_through(path: Path) -> bool:
-    said = _read(path)
-    return said is not None and OVER_ALL in said and said[OVER_ALL]["is_right"] and not said["problems"]
+def _succeeded(path: Path) -> bool:
+    result = _read(path)
+    return result is not None and OVER_ALL in result and result[OVER_ALL]["is_right"] and not result["problems"]
 
 
-def _without_a_partner(folder: Path, nodes: list[str]) -> list[str]:
-    """Nodes that fail with both neighbours while others do not; where all pairs fail, none can be told."""
+def _nodes_failing_with_both(folder: Path, nodes: list[str]) -> list[str]:
+    """Nodes that fail with both neighbours while others do not; none if all pairs fail, which names no node."""
     works = pairs_that_work(folder, nodes)
     if not any(works.values()):
         return []
     return [node for node in nodes if not any(works[pair] for pair in works if node in pair)]
 
 
-def _odd_ones(told: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """What a node has unlike most. Where there is no majority, nobody knows who is right: all are named."""
-    counts = Counter(json.dumps(same) for same in told.values()).most_common()
+def _differences(versions: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """How nodes differ from the majority. Without a majority it is unknown which is right, and all are named."""
+    counts = Counter(json.dumps(same) for same in versions.values()).most_common()
     if len(counts) < 2:
         return {}
-    usual, has_majority = json.loads(counts[0][0]), 2 * counts[0][1] > len(told)
-    differing = [name for name in usual if len({json.dumps(same[name]) for same in told.values()}) > 1]
+    usual, has_majority = json.loads(counts[0][0]), 2 * counts[0][1] > len(versions)
+    differing = [name for name in usual if len({json.dumps(same[name]) for same in versions.values()}) > 1]
     if not has_majority:
         return {
-            node: [f"{name} is {same[name]}, and nodes differ" for name in differing] for node, same in told.items()
+            node: [f"{name} is {same[name]}, and nodes differ" for name in differing] for node, same in versions.items()
         }
     return {
         node: [f"{name} is {same[name]}, elsewhere {usual[name]}" for name in differing if same[name] != usual[name]]
-        for node, same in told.items()
+        for node, same in versions.items()
     }
 
 
-def _speeds(network: dict[str, dict[str, Any]]) -> list[str]:
+def _speed_lines(network: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
-    for where in (WITHIN, OVER_ALL):
-        speeds = {node: said[where] for node, said in network.items() if where in said}
+    for scope in (WITHIN, OVER_ALL):
+        speeds = {node: result[scope] for node, result in network.items() if scope in result}
         if speeds:
             slowest = min(speeds, key=lambda node: speeds[node]["gb_per_second"])
             speed, ranks = speeds[slowest]["gb_per_second"], speeds[slowest]["ranks"]
-            lines.append(f"all-reduce {where}: {ranks} ranks, {speed:.2f} GB/s a rank on the slowest node, {slowest}")
+            lines.append(f"all-reduce {scope}: {ranks} ranks, {speed:.2f} GB/s a rank on the slowest node, {slowest}")
     return lines
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return result if isinstance(result, dict) else None
 
 
-def _judge(into: Path, nodes: list[str], reason: str) -> None:
-    """On stderr what is measured, on stdout the verdict; `reason`: why a step before this failed, if one did. What all
-    of several nodes have is no node's fault, and none is left out for it; data that none of them has are a mistake."""
+def _print_verdict(into: Path, nodes: list[str], reason: str) -> None:
+    """Prints the speeds on stderr and the verdict on stdout; `reason`: why an earlier step failed, if one did. If
+    all of several nodes have problems, none is excluded; data that all of them lack are a mistake in the call."""
     bad, lines = judge(into, nodes)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
-    words = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
-    looked = [_read(into / f"{node}.json") for node in nodes]
-    network = [said for node in nodes if (said := _read(into / f"{node}.network.json")) and OVER_ALL in said]
-    if not reason and not all(said[OVER_ALL]["is_right"] for said in network):
+    text = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in bad.items())
+    results = [_read(into / f"{node}.json") for node in nodes]
+    network = [result for node in nodes if (result := _read(into / f"{node}.network.json")) and OVER_ALL in result]
+    if not reason and not all(result[OVER_ALL]["is_right"] for result in network):
         reason = f"a wrong sum from the all-reduce {OVER_ALL}"
-    if len(nodes) > 1 and all(said and not said["has_data"] for said in looked):
+    if len(nodes) > 1 and all(result and not result["has_data"] for result in results):
         print("refused", "-", f"on all nodes, {'; '.join(bad[nodes[0]])}")
     elif len(bad) == len(nodes) > 1:
-        print("failed", "-", f"on all nodes, {words}")
+        print("failed", "-", f"on all nodes, {text}")
     elif bad:
-        print("bad", ",".join(bad), words)
+        print("bad", ",".join(bad), text)
     else:
-        print("failed" if reason else "good", "-", reason + (_untold(into, nodes) if reason else ""))
+        print("failed" if reason else "good", "-", reason + (_why_no_node_is_named(into, nodes) if reason else ""))
 
 
-def _untold(into: Path, nodes: list[str]) -> str:
-    """Why no node is named."""
+def _why_no_node_is_named(into: Path, nodes: list[str]) -> str:
+    """A suffix of the reason, once pairs have been tested."""
     works = pairs_that_work(into / "pairs", nodes)
     if not works:
         return ""
@@ -274,11 +274,11 @@ def main() -> None:
     parser.add_argument("step", choices=("node", "network", "judge"))
     parser.add_argument("rest", nargs="*", metavar="ARG", help="node: CONFIG [section.key=value ...]; judge: nodes")
     parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
-    parser.add_argument("--gpus", type=int, default=0, help="node: GPUs that must be there")
+    parser.add_argument("--gpus", type=int, default=0, help="node: number of GPUs expected")
     parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
     parser.add_argument("--patience", type=float, default=120, help="network: seconds to wait for others (default 120)")
-    parser.add_argument("--reason", default="", help="judge: why the step before failed, if it did")
-    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; says nothing here")
+    parser.add_argument("--reason", default="", help="judge: why the previous step failed, if it did")
+    parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; has no effect here")
     args = parser.parse_intermixed_args()
     args.into.mkdir(parents=True, exist_ok=True)
     if args.step == "node":
@@ -287,7 +287,7 @@ def main() -> None:
     elif args.step == "network":
         check_network(args.into, args.patience)
     else:
-        _judge(args.into, args.rest, args.reason)
+        _print_verdict(args.into, args.rest, args.reason)
 
 
 if __name__ == "__main__":

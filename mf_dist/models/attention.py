@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from mf_dist.models.layers import Dual, Linear
 
-if torch.cuda.is_available():  # elsewhere triton may be missing
+if torch.cuda.is_available():  # without a GPU, triton may be missing
     from mf_dist.models.fused_attention import fused_attention_with_tangent
 
 FUSED_FROM_TOKENS = 1024
-"""A GPU in bf16 runs the fused kernel from this count on: an assumption, tools/bench/bench_attention.py measures it."""
+"""Number of tokens from which a GPU in bf16 runs the fused kernel: an assumption, to be checked with
+tools/bench/bench_attention.py."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v by the fused kernels; q, k, v (B, H, N, K)."""
+    """softmax(q k^T / sqrt(K)) v by torch's fused kernels; q, k, v (B, H, N, K)."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -26,7 +27,7 @@ def attention_with_tangent(
 ) -> tuple[Tensor, Tensor]:
     """o = P v with P = softmax(S), S = q k^T / sqrt(K); do = dP v + P dv, dP = P (dS - rowsum(P dS)).
 
-    Softmax's Jacobian is symmetric: its backward kernel gives dP."""
+    Softmax's Jacobian is symmetric: its backward kernel computes dP."""
     scale = q.shape[-1] ** -0.5
     p = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
     ds = (dq @ k.transpose(-2, -1) + q @ dk.transpose(-2, -1)) * scale
@@ -35,7 +36,7 @@ def attention_with_tangent(
 
 
 class SelfAttention(nn.Module):
-    """One linear for q, k, v (with bias, no normalisation), attention, one linear out."""
+    """Linear for q, k, v (with bias, no normalisation), attention, output linear."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """DiT as the average velocity u(z, r, t | y) (arXiv 2212.09748 with MeanFlow's conditioning on (t, t - r)).
 
-What is unusual: raw times in [0, 1]; two time embeddings, of t and of t - r; one more label, the null class;
-no predicted variance; and every layer yields a tangent beside its value when one is given (layers.py).
+Differences from DiT: raw times in [0, 1]; two time embeddings, of t and of t - r; an additional label, the null
+class; no predicted variance; every layer also returns a tangent if it gets one (layers.py).
 All modulations and the last linear start at 0, so u = 0 and du/dt = 0 at initialisation.
 
 Shapes: B rows, C latent channels, S latent side, P patch side, N = (S/P)^2 tokens, D width.
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(z, r, t | y) for square latents. num_classes = 0 leaves the null class alone: unconditional."""
+    """u(z, r, t | y) for square latents. With num_classes = 0 only the null class is left: unconditional."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class DiT(nn.Module):
         self.channels, self.patch, self.tokens_per_side = latent_channels, patch_size, latent_size // patch_size
         self.null_label = num_classes
         self.checkpoint_blocks = False
-        """Whether backward recomputes each block instead of keeping its activations."""
+        """Whether backward recomputes each block instead of saving its activations."""
         self.tangent_dtype: torch.dtype | None = None
-        """Type in which a pass with a tangent computes; None: that of the weights."""
+        """Dtype of a pass with a tangent; None: that of the weights."""
         patch_numbers = patch_size * patch_size * latent_channels
         self.patch_in = Linear(patch_numbers, hidden_size)
         self.time = TimeEmbedding(hidden_size)
@@ -93,7 +93,7 @@ class DiT(nn.Module):
         """z (B, C, S, S), r and t (B,) with 0 <= r <= t <= 1, y (B,) in [0, num_classes], num_classes = null.
 
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
-        The layers compute in the type of the weights, or in tangent_dtype; u and du leave in the type of z."""
+        The layers compute in the dtype of the weights, or in tangent_dtype; u and du have the dtype of z."""
         dz, dr, dt = tangent if tangent is not None else (None, None, None)
         dtype = self.patch_in.weight.dtype
         if tangent is not None and self.tangent_dtype is not None:

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Attention with its tangent in one pass over the keys: a Triton kernel without a backward, for the target pass.
 
-Online softmax as in FlashAttention (arXiv 2205.14135), with three more sums carried along. With S = q k^T / sqrt(K),
+Online softmax as in FlashAttention (arXiv 2205.14135), with three additional running sums. With S = q k^T / sqrt(K),
 dS = (dq k^T + q dk^T) / sqrt(K) and the unnormalised weights E = exp(S - max S):
     o = sum(E v) / sum(E)
     do = (sum(E dS v) + sum(E dv)) / sum(E) - o sum(E dS) / sum(E)
-Nothing of size N x N touches memory; scores, weights and sums are fp32. Block sizes are fixed: a choice by timing
-could differ from one start to the next, and with it the rounding of a resumed run.
+No N x N matrix is stored; scores, weights and sums are fp32. Block sizes are fixed: autotuning could choose different
+ones after a restart, which would change the rounding of a resumed run.
 
 Shapes: B rows, H heads, N tokens, K head size, D = H K.
 """
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 BLOCK_QUERIES = 128
 BLOCK_KEYS = 32
 WARPS = 8
-"""Of the sizes tried, these spill the fewest registers on sm_80 and sm_90, by ptxas -v (docs/performance.md)."""
+"""Of the block sizes tried, these spill the fewest registers on sm_80 and sm_90, by ptxas -v (docs/performance.md)."""
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _attend(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One block of queries of one head of one row. HEAD + TAIL cover the head size (see _cut); a: HEAD, b: TAIL."""
+    """A block of queries of one head and row. HEAD + TAIL cover the head size (see _cut); a indexes HEAD, b TAIL."""
     width = heads * SIZE
     row, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     first = row * tokens * 3 * width + head * SIZE
@@ -110,8 +110,8 @@ def _attend(
 
 
 def _cut(size: int) -> tuple[int, int]:
-    """Head size -> (HEAD, TAIL), a power of two and the rest rounded up to one: 72 costs 80, not 128. The matrix units
-    take no less than 16; TAIL is 0 where nothing is left."""
+    """Head size -> (HEAD, TAIL), a power of two, and the rest rounded up to a power of two: 72 costs 80, not 128. The
+    matrix units need at least 16; TAIL is 0 if nothing is left."""
     head = max(16, 1 << (size.bit_length() - 1))
     rest = size - head
     return head, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
@@ -131,13 +131,13 @@ def _launch(kernel: Any, qkv: Tensor, dqkv: Tensor, num_heads: int) -> tuple[Ten
 
 @triton_op("mf_dist::fused_attention_with_tangent", mutates_args={})
 def fused_attention_with_tangent(qkv: Tensor, dqkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """qkv, dqkv (B, N, 3 D), q, k, v and within each the heads one after another -> o, do (B, N, D), on a GPU.
-    Sums in fp32; the weights round to the type of qkv before they meet v."""
+    """qkv, dqkv (B, N, 3 D), laid out as q, k, v with consecutive heads in each -> o, do (B, N, D), on a GPU.
+    Sums in fp32; the softmax weights are rounded to the dtype of qkv before the product with v."""
     return _launch(wrap_triton(_attend), qkv, dqkv, num_heads)
 
 
 @register_flop_formula(torch.ops.mf_dist.fused_attention_with_tangent)  # type: ignore[untyped-decorator]
 def _flops(qkv_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Six products of N x N x D, a multiply-add counting as 2."""
+    """Six products of N x N x D; a multiply-add counts as 2."""
     rows, tokens, width3 = qkv_shape
     return 6 * 2 * rows * tokens * tokens * (width3 // 3)

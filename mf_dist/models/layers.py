@@ -1,9 +1,8 @@
-"""Layers that carry a tangent beside the value: forward-mode differentiation by ordinary operations.
+"""Layers that propagate a tangent with the value: forward-mode differentiation by ordinary operations.
 
-Every layer takes (x, dx) and returns (y, dy) with dy = J(x) dx. dx = None asks for the value alone, and
-then dy is None. Ordinary operations run under every ZeRO stage, compile into one graph with the value, and
-cost no backward graph under no_grad; torch.func.jvp does none of the three. Tests hold each rule against
-torch.func.jvp in float64.
+Every layer takes (x, dx) and returns (y, dy) with dy = J(x) dx. With dx = None it computes the value only, and dy
+is None. Ordinary operations run under every ZeRO stage, compile into one graph with the value, and keep no backward
+graph under no_grad; torch.func.jvp does none of the three. Tests compare each rule with torch.func.jvp in float64.
 
 Shapes: B rows, N tokens, D width.
 """
@@ -15,25 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Dual = tuple[Tensor, Tensor | None]
-"""A value and its tangent, or None where no tangent was asked for."""
+"""A value and its tangent, which is None if the input had none."""
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, dy = dx W^T. Computes in the type of x, whatever its weights are stored in."""
+    """y = x W^T + b, dy = dx W^T. Computes in the dtype of x, whatever the dtype of the weights."""
 
     def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:  # type: ignore[override]
         weight = self.weight.to(x.dtype)
         y = F.linear(x, weight, self.bias.to(x.dtype))
-        # matmul, not F.linear: ZeRO-3 replaces F.linear by a function that keeps a graph of its own
+        # matmul, not F.linear: ZeRO-3 replaces F.linear by a function that keeps its own graph
         return y, None if dx is None else dx @ weight.t()
 
 
-# The Jacobians of silu, gelu and layer_norm are symmetric (two are diagonal), so J dx is what torch's backward kernel
-# computes, in one pass and rounded once.
+# The Jacobians of silu, gelu and layer_norm are symmetric (two are diagonal), so torch's backward kernel computes J dx,
+# in one pass and rounded once.
 
 
 def silu(x: Tensor, dx: Tensor | None = None) -> Dual:
-    """y = x s(x) with the logistic s; y' = s (1 + x (1 - s))."""
+    """y = x s(x) with the logistic function s; y' = s (1 + x (1 - s))."""
     return F.silu(x), None if dx is None else torch.ops.aten.silu_backward(dx, x)
 
 
@@ -50,7 +49,7 @@ def layer_norm(x: Tensor, dx: Tensor | None = None, eps: float = 1e-6) -> Dual:
     if dx is None:
         return F.layer_norm(x, shape, eps=eps), None
     y, mean, inverse = torch.native_layer_norm(x, shape, None, None, eps)
-    needed = [True, False, False]  # of the gradients to x, weight, bias
+    needed = [True, False, False]  # gradients of x, weight, bias
     return y, torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, inverse, None, None, needed)[0]
 
 
@@ -70,7 +69,7 @@ def gated_add(x: Tensor, gate: Tensor, h: Tensor, dx: Tensor | None, dgate: Tens
     y = x + gate.unsqueeze(1) * h
     if dx is None or dgate is None or dh is None:
         return y, None
-    # the small terms first: each sum onto the large dx rounds it once more
+    # small terms first: every addition to the large dx rounds it once more
     return y, dx + (dgate.unsqueeze(1) * h + gate.unsqueeze(1) * dh)
 
 
@@ -98,7 +97,7 @@ class TimeEmbedding(nn.Module):
         self.fc2 = Linear(width, width)
 
     def forward(self, t: Tensor, dt: Tensor | None, dtype: torch.dtype) -> Dual:
-        """t, dt (B,) -> (B, D) of `dtype`, in which the linears compute."""
+        """t, dt (B,) -> (B, D) in `dtype`, in which the linears compute."""
         half = self.num_sinusoids // 2
         wide = t.dtype if t.dtype == torch.float64 else torch.float32
         frequency = torch.exp(-math.log(self.max_period) / half * torch.arange(half, dtype=wide, device=t.device))

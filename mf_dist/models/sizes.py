@@ -1,7 +1,7 @@
-"""Named DiT shapes (no torch: for command lines and arithmetic).
+"""Named DiT shapes. No torch, for command lines and cost estimates.
 
 B to XL: the paper's Table 4. XXL and G: width, depth and heads of Large-DiT 2B and 3B (Alpha-VLLM/LLaMA2-Accessory);
-our blocks have full modulations, hence 2.3 and 5.5 billion parameters.
+with full modulations in every block they have 2.3 and 5.5 billion parameters here.
 """
 
 from mf_dist.config.schema import ModelConfig

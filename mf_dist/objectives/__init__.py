@@ -1,1 +1,1 @@
-"""The method of arXiv 2505.13447: pure functions of tensors, no device, no rank."""
+"""The method of arXiv 2505.13447 as pure functions of tensors, independent of device and rank."""

@@ -10,8 +10,8 @@ from mf_dist.objectives.path import per_row
 def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, null_label: int) -> Tensor:
     """Replaces the label of `share` of all rows by the null label: y (B,), uniforms (B,) in [0, 1).
 
-    The dropped rows are taken among the r = t rows (the first num_r_equals_t), as in the authors' code, so
-    each of those is dropped with probability share / (num_r_equals_t / B). If they are too few, on any row."""
+    As in the authors' code, only r = t rows (the first num_r_equals_t) are dropped, each with probability
+    share / (num_r_equals_t / B). If there are too few of them, every row is dropped with probability share."""
     if share > num_r_equals_t / len(y):
         return torch.where(uniforms < share, null_label, y)
     is_equal = torch.arange(len(y), device=y.device) < num_r_equals_t
@@ -25,7 +25,7 @@ def guided_velocity(
     """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null), like v (B, C, S, S).
 
     Rows whose t lies outside [guidance_start, guidance_end], and rows with the null label, keep v.
-    u_cond may be None where kappa = 0."""
+    u_cond may be None if kappa = 0."""
     omega, kappa = recipe.omega, recipe.kappa
     v_g = omega * v + (1 - omega - kappa) * u_null
     if u_cond is not None:

@@ -26,7 +26,8 @@ Net = Callable[..., Tensor]
 
 
 class Draws(NamedTuple):
-    """What one micro-batch draws, all per row: noise e (B, C, S, S), times' normals (B, 2), drop's uniforms (B,)."""
+    """Random draws of one micro-batch: noise e (B, C, S, S), normals of the times (B, 2), uniforms of the label drop
+    (B,)."""
 
     e: Tensor
     time_normals: Tensor
@@ -36,8 +37,8 @@ class Draws(NamedTuple):
 def meanflow_target(
     net: Net, z: Tensor, v: Tensor, r: Tensor, t: Tensor, y: Tensor, n_eq: int, null_label: int, recipe: MeanFlowConfig
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The parts of the target that need no regression: u_null on all rows (None without guidance), and on the
-    r < t rows (the last B - n_eq) the guided velocity v_g and du/dt. No graph is kept."""
+    """The parts of the target that do not depend on the regression: u_null on all rows (None without guidance), and on
+    the r < t rows (the last B - n_eq) the guided velocity v_g and du/dt. Call under torch.no_grad()."""
     b, z_lt, v_lt, t_lt, y_lt = len(z), z[n_eq:], v[n_eq:], t[n_eq:], y[n_eq:]
     u_null, u_cond_lt = None, None
     if recipe.guided:
@@ -76,7 +77,7 @@ def meanflow_loss(
 
 @torch.no_grad()
 def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n_eq: int) -> dict[str, Tensor]:
-    """Sums over rows, with the count of the rows behind each, so that ranks and steps add up exactly.
+    """(sum over rows, number of rows) of each logged quantity, so that means over ranks and steps are exact.
 
     raw_loss: s on r = t and on r < t rows; v_loss: sum of (u - v)^2 on all rows, as the authors log it;
     du_dt_norm: the root of sum (du/dt)^2 on r < t rows."""
@@ -93,7 +94,7 @@ def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n
 
 
 class MeanFlowLoss(nn.Module):
-    """The loss of one micro-batch as a module, so that one engine call runs the whole step."""
+    """The loss of one micro-batch as a module: one engine call runs target and regression."""
 
     def __init__(self, net: DiT, null_label: int, recipe: MeanFlowConfig) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class MeanFlowLoss(nn.Module):
         self.share_numerator, self.share_denominator = recipe.share_r_equals_t.as_integer_ratio()
 
     def forward(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, C, S, S) latents as the network sees them, y (B,) labels before the drop."""
+        """x (B, C, S, S) latents as the network sees them, y (B,) labels before the label drop."""
         recipe = self.recipe
         n_eq = len(x) * self.share_numerator // self.share_denominator
         r, t = sample_times(draws.time_normals, n_eq, recipe.time_mean, recipe.time_std)

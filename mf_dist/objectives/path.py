@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def per_row(a: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to multiply images."""
+    """(B,) -> (B, 1, 1, 1), to broadcast over images."""
     return a[:, None, None, None]
 
 

@@ -25,7 +25,7 @@ def sample_meanflow(net: Net, z: Tensor, y: Tensor, times: list[float]) -> Tenso
 
 def sample_euler(net: Net, z: Tensor, y: Tensor, times: list[float]) -> Tensor:
     """Euler steps of the instantaneous velocity, z_r = z_t - (t - r) u(z_t, t, t | y): for plain flow matching,
-    whose network was trained at r = t only."""
+    trained at r = t only."""
     for t, r in pairwise(times):
         z = z - (t - r) * net(z, _rows(z, t), _rows(z, t), y)
     return z

@@ -1,1 +1,1 @@
-"""A run as one HTML file that a person can look at: report.html."""
+"""The report of a run, or a comparison of runs, as one HTML file: report.html."""

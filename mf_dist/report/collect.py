@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, read as far as it can be; the report says what is damaged or absent."""
+"""Reads a run's folder as far as possible; what is damaged is listed for the report."""
 
 import json
 import math
@@ -11,12 +11,12 @@ from mf_dist.runtime.errors import UserError
 
 Table = dict[str, Any]
 RUN_MARKERS = ("metrics.jsonl", "status.json", "checkpoints", "eval")
-"""A folder with any of these is a run's."""
+"""A folder with any of these is a run folder."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of eval/metrics.json, and under which protocol it was measured."""
+    """One value of eval/metrics.json, with the protocol under which it was measured."""
 
     name: str
     value: float
@@ -30,19 +30,19 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Gap:
-    """Lines of metrics.jsonl that have a key, and no finite number for it."""
+    """Lines of metrics.jsonl in which the value of a key is not finite."""
 
     count: int
-    of: int
+    total: int
     """All lines with that key."""
     first_step: float
 
     def __str__(self) -> str:
-        return f"not finite in {self.count:,} of {self.of:,} lines, first at step {self.first_step:,.0f}"
+        return f"not finite in {self.count:,} of {self.total:,} lines, first at step {self.first_step:,.0f}"
 
 
 def describe_gaps(gaps: dict[str, Gap]) -> list[str]:
-    """A sentence for all keys with the same gap."""
+    """One sentence for all keys with the same gap."""
     alike: dict[Gap, list[str]] = {}
     for key, gap in gaps.items():
         alike.setdefault(gap, []).append(key)
@@ -54,18 +54,18 @@ class Run:
     folder: Path
     name: str
     lines: list[Table] = field(default_factory=list)
-    """Of metrics.jsonl, each with a step and samples_seen; every other value is a finite number too, or left out."""
+    """Lines of metrics.jsonl, each with a step and samples_seen; values that are not finite numbers are removed."""
     gaps: dict[str, Gap] = field(default_factory=dict)
-    """Key of the lines -> where it was left out."""
+    """Key -> the lines in which its value is not finite."""
     measurements: list[Measurement] = field(default_factory=list)
     status: Table = field(default_factory=dict)
     history: list[Table] = field(default_factory=list)
-    """Of history.jsonl: starts, ends and warnings in order."""
+    """Entries of history.jsonl: starts, ends and warnings in order."""
     state: Table = field(default_factory=dict)
     """state.json of the newest checkpoint: config, versions, data."""
     checkpoints: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What could not be read, a sentence each."""
+    """A sentence for each part that could not be read."""
 
     @property
     def config(self) -> Table:
@@ -73,11 +73,11 @@ class Run:
 
     @property
     def training(self) -> list[Table]:
-        """The lines of training, without those of measurements."""
+        """The lines of training steps, without those of measurements."""
         return [line for line in self.lines if "seconds_per_step" in line]
 
     def images(self, step: float) -> float | None:
-        """Images trained on at a step; None where nothing tells the batch."""
+        """Images seen by a step; None if the batch size is unknown."""
         batch = table(self.config.get("train")).get("batch_size")
         if isinstance(batch, int):
             return step * batch
@@ -86,31 +86,33 @@ class Run:
 
 
 def table(value: Any) -> Table:
-    """The value where it is a dict, else an empty one."""
+    """`value` if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """UserError for one that is no run's folder. Names are as short as they can be told apart."""
+    """Raises UserError if a folder is not a run folder. Runs are named by folder name, or by path if names coincide."""
     for folder in folders:
         if not any((folder / name).exists() for name in RUN_MARKERS):
-            raise UserError(f"{str(folder)!r} is no run: expected a folder with {', '.join(RUN_MARKERS[:-1])} or eval")
+            raise UserError(
+                f"{str(folder)!r} is not a run: expected a folder with {', '.join(RUN_MARKERS[:-1])} or eval"
+            )
     short = [folder.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def newest_run(root: Path) -> Path:
-    """The run under `root` of which anything that marks a run was written last; UserError where there is none."""
-    found: dict[Path, float] = {}
-    for mark in (path for name in RUN_MARKERS for path in root.glob(f"**/{name}")):
+    """The run under `root` whose RUN_MARKERS were modified last. Raises UserError if there is no run."""
+    modified: dict[Path, float] = {}
+    for marker in (path for name in RUN_MARKERS for path in root.glob(f"**/{name}")):
         try:
-            found[mark.parent] = max(found.get(mark.parent, 0.0), mark.stat().st_mtime)
-        except OSError:  # it has just been replaced
+            modified[marker.parent] = max(modified.get(marker.parent, 0.0), marker.stat().st_mtime)
+        except OSError:  # replaced meanwhile
             continue
-    if not found:
+    if not modified:
         raise UserError(f"no run under {str(root)!r}: train one, or name a run's folder")
-    return max(found, key=lambda folder: found[folder])
+    return max(modified, key=lambda folder: modified[folder])
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -127,10 +129,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _text(path: Path, problems: list[str]) -> str:
-    """Empty where there is nothing to read. A device or pipe in a file's place has no end, and is not read."""
+    """Empty if the file is missing. A device or pipe, which may have no end, is not read."""
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")
+            raise OSError("not a regular file")
         return path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
@@ -140,36 +142,36 @@ def _text(path: Path, problems: list[str]) -> str:
 
 
 def _json(path: Path, problems: list[str], kind: type) -> Any:
-    """A `kind`, dict or list; None where it is absent, damaged or something else."""
+    """A value of type `kind`, dict or list; None if missing, damaged or of another type."""
     text = _text(path, problems)
     try:
-        found = json.loads(text) if text else None
-        if text and not isinstance(found, kind):
-            raise ValueError(f"it holds no JSON {'object' if kind is dict else 'list'}")
-        return found
+        value = json.loads(text) if text else None
+        if text and not isinstance(value, kind):
+            raise ValueError(f"not a JSON {'object' if kind is dict else 'list'}")
+        return value
     except (ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error}).")
         return None
 
 
 def _json_lines(path: Path, problems: list[str]) -> list[Table]:
-    """The lines that are JSON tables; the others are counted."""
+    """The lines that are JSON objects; others are counted in `problems`."""
     texts = _text(path, problems).splitlines()
-    found = []
+    lines = []
     for text in texts:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
-            found.append(line)
-    if len(found) < len(texts):
-        problems.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} are damaged and left out.")
-    return found
+            lines.append(line)
+    if len(lines) < len(texts):
+        problems.append(f"{len(texts) - len(lines)} of {len(texts)} lines of {path.name} are damaged and left out.")
+    return lines
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """`value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -178,10 +180,10 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _read_metrics(run: Run, found: list[Table]) -> None:
-    lines = [line for line in found if None not in (number(line.get("step")), number(line.get("samples_seen")))]
-    if len(lines) < len(found):
-        count = len(found) - len(lines)
+def _read_metrics(run: Run, entries: list[Table]) -> None:
+    lines = [line for line in entries if None not in (number(line.get("step")), number(line.get("samples_seen")))]
+    if len(lines) < len(entries):
+        count = len(entries) - len(lines)
         run.problems.append(f"{count} lines of metrics.jsonl have no step or samples_seen and are left out.")
     lines.sort(key=lambda line: line["step"])
     run.lines = [{key: value for key, value in line.items() if number(value) is not None} for line in lines]
@@ -190,26 +192,26 @@ def _read_metrics(run: Run, found: list[Table]) -> None:
 
 
 def _gaps(lines: list[Table]) -> dict[str, Gap]:
-    """Training writes null where a loss has no rows, which is no gap, but also for a gradient that is not finite."""
+    """Null is a gap only for grad_norm, where it means not finite; a loss is null if it has no rows."""
     steps: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
             if number(value) is None and (value is not None or key == "grad_norm"):
                 steps.setdefault(key, []).append(line["step"])
-    return {key: Gap(len(found), sum(key in line for line in lines), found[0]) for key, found in steps.items()}
+    return {key: Gap(len(where), sum(key in line for line in lines), where[0]) for key, where in steps.items()}
 
 
 def _measurements(entries: list[Any], problems: list[str]) -> list[Measurement]:
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     damaged = 0
     for entry in entries:
-        known = table(entry)
-        numbers = table(known.get("metrics")) or {str(known.get("metric")): known.get("value")}
-        before = len(found)
+        protocol = table(entry)
+        numbers = table(protocol.get("metrics")) or {str(protocol.get("metric")): protocol.get("value")}
+        before = len(measurements)
         for name, value in numbers.items():
             if (finite := number(value)) is not None:
-                found.append(Measurement(name, finite, known))
-        damaged += len(found) == before
+                measurements.append(Measurement(name, finite, protocol))
+        damaged += len(measurements) == before
     if damaged:
         problems.append(f"{damaged} entries of eval/metrics.json have no number and are left out.")
-    return found
+    return measurements

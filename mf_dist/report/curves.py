@@ -1,4 +1,4 @@
-"""The curves of runs, as plain tables for the page's plots."""
+"""The curves of runs, as plain data for the page's plots."""
 
 import re
 import statistics
@@ -13,9 +13,9 @@ from mf_dist.report.collect import Run, describe_gaps, table
 from mf_dist.runtime.errors import UserError
 
 POINTS, STRETCHES = 600, 300
-"""A curve of more points than a screen can tell apart is drawn as so many stretches."""
+"""A curve of more than POINTS points is drawn as at most STRETCHES stretches."""
 DISTANCE = re.compile(r"(?P<name>(fid|fd_)[^/]*)/nfe(?P<nfe>\d+)/ema(?P<ema>.+)")
-"""A Frechet distance that was measured during training, in metrics.jsonl."""
+"""Key in metrics.jsonl of a Frechet distance measured during training."""
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -23,7 +23,7 @@ PEAKS = {
     "H200": 989e12,
     "A100": 312e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, the first that fits (NVIDIA's data sheets)."""
+"""Dense bf16 FLOP/s by a part of the device's name; the first match counts (NVIDIA's data sheets)."""
 
 Point = tuple[float, float, float]
 """Images seen, value, step."""
@@ -34,7 +34,7 @@ class Chart:
     title: str
     unit: str
     keys: dict[str, str]
-    """Key of a line of metrics.jsonl -> what it is called; several are several curves."""
+    """Key in metrics.jsonl -> label of its curve."""
     is_log: bool = False
 
 
@@ -51,14 +51,14 @@ SPEED = (
     Chart("Throughput", "images / s, all ranks", {"images_per_second": ""}),
     Chart("Waiting for data", "share of a step", {"data_wait_share": ""}),
     Chart("Memory", "GiB, peak of rank 0", {"memory_gib": ""}),
-    Chart("Model FLOP/s", "TFLOP/s a rank", {"tflops_per_rank": ""}),
+    Chart("Model FLOP/s", "TFLOP/s per rank", {"tflops_per_rank": ""}),
     Chart("MFU", "share of the device's bf16 peak", {"mfu": ""}),
 )
 
 
 def charts(runs: list[Run], chosen: tuple[Chart, ...]) -> list[dict[str, Any]]:
-    """For the page: of each chart its title and curves. One without a curve is left out."""
-    found = []
+    """The charts that have a curve, as data for the page."""
+    drawn = []
     for chart in chosen:
         traces = [
             trace
@@ -67,7 +67,7 @@ def charts(runs: list[Run], chosen: tuple[Chart, ...]) -> list[dict[str, Any]]:
             for trace in _traces(_points(run, key), run, index, label, dash, len(runs))
         ]
         if traces:
-            found.append(
+            drawn.append(
                 {
                     "title": chart.title,
                     "unit": chart.unit,
@@ -76,49 +76,49 @@ def charts(runs: list[Run], chosen: tuple[Chart, ...]) -> list[dict[str, Any]]:
                     "gaps": [gap for run in runs for gap in _gaps(run, chart)],
                 }
             )
-    return found
+    return drawn
 
 
 def missing(runs: list[Run], drawn: list[dict[str, Any]], chosen: tuple[Chart, ...]) -> list[str]:
-    """Titles of the charts that no run has numbers for, with the reason where one is known."""
-    shown = {chart["title"] for chart in drawn}
-    found = []
-    for chart in (chart for chart in chosen if chart.title not in shown):
-        reasons = [reason for run in runs for reason in [*_gaps(run, chart), *_no_share_of_peak(run, chart)]]
-        found.append(chart.title + (f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""))
-    return found
+    """Titles of the charts for which no run has numbers, with the reason if known."""
+    titles_drawn = {chart["title"] for chart in drawn}
+    titles = []
+    for chart in (chart for chart in chosen if chart.title not in titles_drawn):
+        reasons = [reason for run in runs for reason in [*_gaps(run, chart), *_why_no_mfu(run, chart)]]
+        titles.append(chart.title + (f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""))
+    return titles
 
 
 def _gaps(run: Run, chart: Chart) -> list[str]:
-    """Where the chart's numbers are not finite."""
+    """Sentences on the chart's values that are not finite."""
     return describe_gaps({key: run.gaps[key] for key in chart.keys if key in run.gaps})
 
 
-def _no_share_of_peak(run: Run, chart: Chart) -> list[str]:
-    """Why a run has no MFU, which needs a device whose peak is known, and bf16."""
+def _why_no_mfu(run: Run, chart: Chart) -> list[str]:
+    """Why a run has no MFU, which requires bf16 and a device whose peak is known."""
     if "mfu" not in chart.keys or device_peak(run) is not None:
         return []
     versions, engine = table(run.state.get("versions")), table(run.config.get("engine"))
     if not versions:
-        return ["the device is in the first checkpoint, and there is none yet"]
+        return ["the device is recorded in the first checkpoint, and there is none yet"]
     if not any(part in str(versions.get("device")) for part in PEAKS):
         return [f"no known peak of {versions.get('device')}"]
-    return [f"the peak is bf16's, the run's precision {engine.get('precision', 'unknown')}"]
+    return [f"the known peak is for bf16, the run's precision is {engine.get('precision', 'unknown')}"]
 
 
 def distances(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart for every kind of Frechet distance: those during training as curves; those of tools/fid_eval.py as points
-    that nothing joins, since their protocols may differ."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    """A chart for each Frechet distance by name: those measured during training as curves, those of tools/fid_eval.py
+    as unconnected points, since their protocols may differ."""
+    traces: dict[str, list[dict[str, Any]]] = {}
     for index, run in enumerate(runs):
         for (name, nfe, ema, are_points), points in _distance_points(run).items():
             label = f"{steps(nfe)}, EMA {ema}" + (", evaluated" if are_points else "")
             dash = max(0, int(nfe).bit_length() - 1)
             for trace in _traces(points, run, index, label, dash, len(runs)):
-                kinds.setdefault(name, []).append({**trace, "points": are_points})
+                traces.setdefault(name, []).append({**trace, "points": are_points})
     return [
-        {"title": name, "unit": "lower is better", "log": True, "traces": found, "gaps": []}
-        for name, found in kinds.items()
+        {"title": name, "unit": "lower is better", "log": True, "traces": of_name, "gaps": []}
+        for name, of_name in traces.items()
     ]
 
 
@@ -127,22 +127,22 @@ def steps(nfe: Any) -> str:
 
 
 def _distance_points(run: Run) -> dict[tuple[str, str, str, bool], list[Point]]:
-    """(metric, network calls, EMA, whether it is of tools/fid_eval.py) -> points. What was measured during training is
-    in the lines, and again in eval/metrics.json."""
-    found: dict[tuple[str, str, str, bool], list[Point]] = {}
+    """(metric, network calls, EMA, whether from tools/fid_eval.py) -> points. Distances measured during training are
+    read from metrics.jsonl; eval/metrics.json repeats them."""
+    series: dict[tuple[str, str, str, bool], list[Point]] = {}
     for line in run.lines:
         for key, value in line.items():
             if match := DISTANCE.fullmatch(key):
-                place = found.setdefault((match["name"], match["nfe"], match["ema"], False), [])
-                place.append((line["samples_seen"], value, line["step"]))
+                points = series.setdefault((match["name"], match["nfe"], match["ema"], False), [])
+                points.append((line["samples_seen"], value, line["step"]))
     for measured in run.measurements:
         entry = measured.protocol
         step, nfe, ema = entry.get("step"), entry.get("nfe"), str(entry.get("ema"))
         if measured.is_distance and not entry.get("in_training") and isinstance(step, int) and isinstance(nfe, int):
             seen = run.images(step)
             if seen is not None:
-                found.setdefault((measured.name, str(nfe), ema, True), []).append((seen, measured.value, step))
-    return {key: sorted(points) for key, points in sorted(found.items())}
+                series.setdefault((measured.name, str(nfe), ema, True), []).append((seen, measured.value, step))
+    return {key: sorted(points) for key, points in sorted(series.items())}
 
 
 def _points(run: Run, key: str) -> list[Point]:
@@ -157,7 +157,7 @@ def _points(run: Run, key: str) -> list[Point]:
 
 
 def tflops_per_image(run: Run) -> float | None:
-    """TFLOP of training on an image (cost.py), shared by the ranks; None where config or ranks are not known."""
+    """TFLOP of training on an image (cost.py) per rank; None if the config or the number of ranks is unknown."""
     try:
         config = from_tree(Config, run.config, "config")
         ranks = int(run.state["versions"]["ranks"])
@@ -167,7 +167,7 @@ def tflops_per_image(run: Run) -> float | None:
 
 
 def device_peak(run: Run) -> float | None:
-    """bf16 FLOP/s of the run's device; None where it is not known or the run is not in bf16."""
+    """bf16 FLOP/s of the run's device; None if unknown or if the run is not in bf16."""
     versions, engine = run.state.get("versions"), run.config.get("engine")
     if not isinstance(versions, dict) or not isinstance(engine, dict) or engine.get("precision") != "bf16":
         return None
@@ -182,7 +182,7 @@ def _traces(points: list[Point], run: Run, index: int, label: str, dash: int, co
 
 
 def thin(points: list[Point]) -> dict[str, list[float]]:
-    """x, y, step; of more than POINTS the median of each stretch at the stretch's end, and its lowest and highest."""
+    """x, y and step of all points; above POINTS the median of each stretch at its end, with its minimum and maximum."""
     if len(points) <= POINTS:
         x, y, step = zip(*points, strict=True)
         return {"x": list(x), "y": _rounded(y), "step": list(step)}

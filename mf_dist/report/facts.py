@@ -1,4 +1,4 @@
-"""A run in words and numbers, for the tables of its report."""
+"""Facts about a run, for the tables of its report."""
 
 import json
 import statistics
@@ -8,28 +8,33 @@ from typing import Any
 from mf_dist.fault_tolerance.status import NO_REASON
 from mf_dist.report.collect import Run, Table, number, table
 from mf_dist.report.curves import POINTS, tflops_per_image
-from mf_dist.report.standing import ago, ends, is_alive, last_sign, standing
+from mf_dist.report.standing import ago, current_entry, ends, is_alive, last_activity
 
 MAX_ROWS = 200
-"""Of a table that grows with a run: the newest."""
-MOODS = {
-    "starting": "calm",
-    "running": "calm",
+"""Rows of a table that grows with a run; the newest are kept."""
+STATUS_CLASSES = {
+    "starting": "neutral",
+    "running": "neutral",
     "finished": "good",
-    "stopped": "calm",
+    "stopped": "neutral",
     "failed": "bad",
     "crash_loop": "bad",
     "broke_off": "bad",
-    "unknown": "calm",
+    "unknown": "neutral",
 }
-"""Word of a run's status -> its colour."""
-ENDS = {"finished": "finished", "stopped": "stopped", "failed": "failed", "crash_loop": "crash loop: not started again"}
+"""Status of a run -> CSS class, which sets the colour."""
+END_NAMES = {
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+    "crash_loop": "crash loop: not started again",
+}
 
 Row = list[Any]
 
 
-def short(value: Any) -> str:
-    """A number for people; nothing for None; any other value as it is."""
+def format_value(value: Any) -> str:
+    """A number in readable form; empty for None; any other value as text."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -39,8 +44,8 @@ def short(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def moment(seconds: Any) -> str:
-    """UTC; empty where it is no time."""
+def format_time(seconds: Any) -> str:
+    """UTC time; empty if `seconds` is not a valid time."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (TypeError, ValueError, OverflowError, OSError):
@@ -48,34 +53,35 @@ def moment(seconds: Any) -> str:
 
 
 def status(run: Run) -> Table:
-    """How the run stands, as a word, a sentence, a time and a mood for the colour; and a call that was refused since,
-    or nothing."""
-    said = standing(run)
-    word = str(said.get("status"))
-    reason, when, refused = str(said.get("reason") or ""), said.get("time"), ""
+    """The run's status as a word, its reason, time and CSS class; and a sentence on a call refused since, or an empty
+    one."""
+    entry = current_entry(run)
+    word = str(entry.get("status"))
+    reason, when, refused = str(entry.get("reason") or ""), entry.get("time"), ""
     if run.status.get("refused"):
-        refused = f"The last call was refused, {moment(run.status.get('time'))} UTC: {run.status.get('reason')}"
+        refused = f"The last call was refused, {format_time(run.status.get('time'))} UTC: {run.status.get('reason')}"
     if word == "running":
-        when = last_sign(run, said)
-        reason = f"last sign of life {ago(when)}"
-        if not is_alive(run, said):
+        when = last_activity(run, entry)
+        reason = f"last activity {ago(when)}"
+        if not is_alive(run, entry):
             word, reason = "broke_off", f"{reason}; {NO_REASON}"
-    if word not in MOODS:
-        word, reason = "unknown", "nothing is known from before that call" if refused else "no status.json tells it"
+    if word not in STATUS_CLASSES:
+        word = "unknown"
+        reason = "no status is recorded before that call" if refused else "status.json is missing or damaged"
     return {
         "word": word.replace("_", " "),
         "reason": reason,
-        "mood": MOODS[word],
-        "time": moment(when),
+        "css_class": STATUS_CLASSES[word],
+        "time": format_time(when),
         "refused": refused,
     }
 
 
 def overview(runs: list[Run]) -> list[Row]:
-    """What one asks first: a name, and a value for each run."""
-    found = [dict(_overview(run)) for run in runs]
-    names = dict.fromkeys(name for one in found for name in one)
-    return [[name, *(one.get(name, "") for one in found)] for name in names]
+    """Rows of the main facts: a name, and a value for each run."""
+    columns = [dict(_overview(run)) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [[name, *(column.get(name, "") for column in columns)] for name in names]
 
 
 def _overview(run: Run) -> list[Row]:
@@ -86,9 +92,9 @@ def _overview(run: Run) -> list[Row]:
         batch, total = number(train.get("batch_size")), number(train.get("total_images"))
         of = f" of {int(total // batch):,}" if batch and total else ""
         rows.append(["Steps", f"{int(last['step']):,}{of}"])
-        rows.append(["Images seen", short(last["samples_seen"])])
+        rows.append(["Images seen", format_value(last["samples_seen"])])
         rows.append(["Time in training steps", _duration(training_seconds(lines))])
-        rows += _medians(run, lines)
+        rows += _speed_and_memory(run, lines)
     if model := table(run.config.get("model")):
         rows.append(
             [
@@ -104,7 +110,7 @@ def _overview(run: Run) -> list[Row]:
     return rows
 
 
-def _medians(run: Run, lines: list[Table]) -> list[Row]:
+def _speed_and_memory(run: Run, lines: list[Table]) -> list[Row]:
     names = {
         "images_per_second": ("Throughput, median", "{:,.0f} images/s"),
         "data_wait_share": ("Waiting for data, median", "{:.1%}"),
@@ -118,12 +124,13 @@ def _medians(run: Run, lines: list[Table]) -> list[Row]:
         rows.append(["Memory, peak of rank 0", f"{max(memory):.2f} GiB"])
     rate, speeds = tflops_per_image(run), [line["images_per_second"] for line in lines if "images_per_second" in line]
     if rate is not None and speeds:
-        rows.append(["Model FLOP/s, median", f"{rate * statistics.median(speeds):.3g} TFLOP/s a rank, by arithmetic"])
+        tflops = rate * statistics.median(speeds)
+        rows.append(["Model FLOP/s, median", f"{tflops:.3g} TFLOP/s per rank, from config and throughput"])
     return rows
 
 
 def training_seconds(lines: list[Table]) -> float:
-    """Of the steps alone: sampling, saving and pauses between starts are left out."""
+    """Time in training steps, without sampling, saving and pauses between starts."""
     before = [0, *(line["step"] for line in lines)]
     return sum((line["step"] - first) * line["seconds_per_step"] for first, line in zip(before, lines, strict=False))
 
@@ -134,12 +141,12 @@ def _duration(seconds: float) -> str:
 
 
 def history(run: Run) -> list[Row]:
-    """Time, what, step, reason of every start, end and warning."""
+    """Time, event, step and reason of every start, end and warning."""
     rows: list[Row] = []
     broke_off = ["", "broke off", "", NO_REASON]
     start: Table | None = None
     for entry in run.history:
-        word, step, when = entry.get("status"), entry.get("step"), moment(entry.get("time"))
+        word, step, when = entry.get("status"), entry.get("step"), format_time(entry.get("time"))
         if "note" in entry:
             rows.append([when, "warning", step, entry["note"]])
         elif word == "running":
@@ -148,8 +155,8 @@ def history(run: Run) -> list[Row]:
             rows.append([when, "resumed" if step else "started", step, f"on {entry.get('host')}"])
             start = entry
         else:
-            said = "refused" if entry.get("refused") else ENDS.get(str(word), str(word))
-            rows.append([when, said, step, entry.get("reason") or ""])
+            event = "refused" if entry.get("refused") else END_NAMES.get(str(word), str(word))
+            rows.append([when, event, step, entry.get("reason") or ""])
             start = None if start is None or ends(entry, start) else start
     if start and not is_alive(run, start):
         rows.append(broke_off)
@@ -157,34 +164,34 @@ def history(run: Run) -> list[Row]:
 
 
 def faults(run: Run) -> list[str]:
-    """Steps left out or clipped, between which lines of metrics.jsonl."""
-    found = []
+    """Steps left out or clipped, located between two lines of metrics.jsonl."""
+    sentences = []
     for key, what in {"skipped_steps": "left out", "clipped_steps": "clipped"}.items():
         before, last_step = 0.0, 0.0
         for line in run.training:
             count = line.get(key, before)
             if count > before:
-                where = f"after step {short(last_step)}, up to step {short(line['step'])}"
-                found.append(f"{short(count - before)} step(s) {what} {where}")
+                where = f"after step {format_value(last_step)}, up to step {format_value(line['step'])}"
+                sentences.append(f"{format_value(count - before)} step(s) {what} {where}")
             before, last_step = count, line["step"]
-    return found[-MAX_ROWS:]
+    return sentences[-MAX_ROWS:]
 
 
 def flat(tree: Table, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
 def sections(run: Run) -> dict[str, list[Row]]:
-    """The config: section -> keys and values; what stands outside a section is under 'run'."""
-    found: dict[str, list[Row]] = {}
+    """The config: section -> keys and values; keys outside a section are under 'run'."""
+    rows: dict[str, list[Row]] = {}
     for key, value in flat(run.config).items():
         section, _, name = key.rpartition(".")
-        found.setdefault(section or "run", []).append([name, plain(value)])
-    return found
+        rows.setdefault(section or "run", []).append([name, plain(value)])
+    return rows
 
 
 def plain(value: Any) -> str:
@@ -204,7 +211,7 @@ def environment(run: Run) -> list[Row]:
 
 
 def differing(runs: list[Run]) -> list[Row]:
-    """Key and a value per run of what is not the same in all runs: config, dataset, versions."""
+    """Rows of the keys that differ between runs, in config, dataset, VAE and versions: key, and a value per run."""
     trees = [
         flat(
             {
@@ -216,15 +223,15 @@ def differing(runs: list[Run]) -> list[Row]:
     ]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
     values = {key: [plain(tree[key]) if key in tree else "absent" for tree in trees] for key in keys}
-    return [[key, *found] for key, found in values.items() if len(set(found)) > 1]
+    return [[key, *of_key] for key, of_key in values.items() if len(set(of_key)) > 1]
 
 
 def thinned(charts: list[Table]) -> str:
-    """What is drawn of the curves that have too many points, in a sentence; empty where every point is drawn."""
+    """A sentence on how curves of too many points are drawn; empty if every point is drawn."""
     most = max((trace["of"] for chart in charts for trace in chart["traces"] if "low" in trace), default=0)
     if not most:
         return ""
     return (
-        f"Of a curve of more than {POINTS:,} points (up to {most:,} here) the line is the median of each stretch, and "
-        "the shade spans its lowest to its highest value."
+        f"For a curve of more than {POINTS:,} points (up to {most:,} here) the line is the median of each stretch, and "
+        "the shade spans its minimum to its maximum."
     )

@@ -46,15 +46,15 @@ function layoutOf(chart, isLog) {
   };
 }
 
-// A finger scrolls the page until it is told to move the chart or to draw a box; the same button gives it back.
-const finger = (name, title, icon) => ({
+// A finger scrolls the page unless one of these buttons is active: it then moves the chart or draws a box.
+const touchButton = (name, title, icon) => ({
   name, title, icon, attr: "dragmode", val: name,
   click: (place) => Plotly.relayout(place, { dragmode: place._fullLayout.dragmode === name ? false : name }),
 });
 
 function buttons() {
-  const fingers = [["pan", "Move the chart", Plotly.Icons.pan], ["zoom", "Zoom to a box", Plotly.Icons.zoombox]];
-  const dragging = isTouched ? fingers.map((one) => finger(...one)) : ["zoom2d", "pan2d", "toImage"];
+  const touchModes = [["pan", "Move the chart", Plotly.Icons.pan], ["zoom", "Zoom to a box", Plotly.Icons.zoombox]];
+  const dragging = isTouched ? touchModes.map((mode) => touchButton(...mode)) : ["zoom2d", "pan2d", "toImage"];
   return [["zoomIn2d", "zoomOut2d", "resetScale2d", ...dragging]];
 }
 
@@ -76,16 +76,16 @@ function drawPlots() {
   document.querySelectorAll(".plot").forEach(drawPlot);
 }
 
-function image(one, alt, minimum) {
+function image(picture, alt, minimum) {
   const figure = document.createElement("figure");
   const img = document.createElement("img");
-  Object.assign(img, { src: one.src, alt, width: one.w, height: one.h });
-  if (minimum && one.w < minimum) {
-    img.width = one.w * Math.ceil(minimum / one.w);
-    img.height = one.h * Math.ceil(minimum / one.w);
+  Object.assign(img, { src: picture.src, alt, width: picture.w, height: picture.h });
+  if (minimum && picture.w < minimum) {
+    img.width = picture.w * Math.ceil(minimum / picture.w);
+    img.height = picture.h * Math.ceil(minimum / picture.w);
   }
   const caption = document.createElement("figcaption");
-  caption.textContent = one.caption;
+  caption.textContent = picture.caption;
   figure.append(caption, img);
   return figure;
 }
@@ -97,7 +97,7 @@ document.querySelectorAll(".frames").forEach((place) => {
     const frame = frames[slider.value];
     const seen = frame.images === null ? "" : `, ${compact.format(frame.images)} images`;
     place.querySelector("output").textContent = `step ${whole.format(frame.step)}${seen}`;
-    const figures = frame.pictures.map((one) => image(one, `samples at step ${frame.step}`, 0));
+    const figures = frame.pictures.map((picture) => image(picture, `samples at step ${frame.step}`, 0));
     place.querySelector(".pictures").replaceChildren(...figures);
   };
   slider.addEventListener("input", show);
@@ -109,7 +109,7 @@ document.querySelectorAll(".browser").forEach((place) => {
   const select = place.querySelector("select");
   const show = () => {
     const chosen = classes[select.value];
-    const figures = chosen.pictures.map((one) => image(one, `samples of ${chosen.name}`, 500));
+    const figures = chosen.pictures.map((picture) => image(picture, `samples of ${chosen.name}`, 500));
     place.querySelector(".pictures").replaceChildren(...figures);
   };
   const move = (by) => {

@@ -1,4 +1,4 @@
-"""Runs -> one self-contained HTML file: the plots' library, pictures and numbers are inside, nothing is loaded."""
+"""Renders runs as one self-contained HTML file: plot library, pictures and numbers are embedded, nothing is loaded."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,64 +10,64 @@ from markupsafe import Markup
 from mf_dist.report import facts
 from mf_dist.report.collect import Run, read_runs
 from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
-from mf_dist.report.pictures import Shown, classes, grids, last_grids, neighbours
+from mf_dist.report.pictures import Selection, classes, grids, last_grids, neighbours
 from mf_dist.report.results import compared, headline, measured
 from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 LIMIT = 9_900_000
-"""Bytes of a report."""
+"""Maximum size of a report in bytes."""
 SHARES = {"grids": 0.45, "classes": 0.3, "last": 0.1, "neighbours": 0.1}
-"""Of the room for a run's pictures."""
+"""Shares of the bytes available for a run's pictures."""
 
 
 def write_report(folders: list[Path], out: Path) -> None:
-    """Writes `out`, whole or not at all. UserError where a folder is no run, or so many runs do not fit."""
+    """Writes `out` atomically. Raises UserError if a folder is not a run or the report exceeds LIMIT."""
     runs = read_runs(folders)
-    empty = {name: Shown([]) for name in SHARES}
-    room = (LIMIT - len(_render(runs, [empty] * len(runs)).encode())) // len(runs)
-    page = _render(runs, [_pictures(run, room) for run in runs]).encode()
+    empty = {name: Selection([]) for name in SHARES}
+    budget = (LIMIT - len(_render(runs, [empty] * len(runs)).encode())) // len(runs)
+    page = _render(runs, [_pictures(run, budget) for run in runs]).encode()
     if len(page) > LIMIT:
         raise UserError(f"a report of these {len(runs)} runs has {len(page) / 1e6:.1f} MB: give fewer runs")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda file: file.write(page))
 
 
-def _pictures(run: Run, room: int) -> dict[str, Shown]:
-    rooms = {name: max(0, int(share * room)) for name, share in SHARES.items()}
-    drawn = grids(run, rooms["grids"])
+def _pictures(run: Run, budget: int) -> dict[str, Selection]:
+    budgets = {name: max(0, int(share * budget)) for name, share in SHARES.items()}
+    frames = grids(run, budgets["grids"])
     return {
-        "grids": drawn,
-        "last": last_grids(run, drawn, rooms["last"]),
-        "neighbours": neighbours(run, rooms["neighbours"]),
-        "classes": classes(run, rooms["classes"]),
+        "grids": frames,
+        "last": last_grids(run, frames, budgets["last"]),
+        "neighbours": neighbours(run, budgets["neighbours"]),
+        "classes": classes(run, budgets["classes"]),
     }
 
 
-def _render(runs: list[Run], pictures: list[dict[str, Shown]]) -> str:
+def _render(runs: list[Run], pictures: list[dict[str, Selection]]) -> str:
     plots = {"curves": distances(runs) + charts(runs, LOSSES), "speed": charts(runs, SPEED)}
-    shown = [{"frames": found["grids"].items, "classes": found["classes"].items} for found in pictures]
+    run_data = [{"frames": of_run["grids"].items, "classes": of_run["classes"].items} for of_run in pictures]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = facts.short
+    environment.filters["number"] = facts.format_value
     return environment.get_template("page.html").render(
-        runs=[_run(number, run, found) for number, (run, found) in enumerate(zip(runs, pictures, strict=True))],
+        runs=[_run(number, run, of_run) for number, (run, of_run) in enumerate(zip(runs, pictures, strict=True))],
         overview=[*(compared(runs) if len(runs) > 1 else []), *facts.overview(runs)],
         plots=plots,
         missing={"curves": missing(runs, plots["curves"], LOSSES), "speed": missing(runs, plots["speed"], SPEED)},
         thinned={section: facts.thinned(drawn) for section, drawn in plots.items()},
         differences=facts.differing(runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        data={"plots": plots, "runs": shown},
-        style=_own("page.css"),
-        script=_own("page.js"),
+        data={"plots": plots, "runs": run_data},
+        style=_package_file("page.css"),
+        script=_package_file("page.js"),
         plotly=_plotly(),
     )
 
 
-def _run(number: int, run: Run, pictures: dict[str, Shown]) -> dict[str, Any]:
+def _run(number: int, run: Run, pictures: dict[str, Selection]) -> dict[str, Any]:
     return {
         "number": number,
         "name": run.name,
@@ -84,8 +84,8 @@ def _run(number: int, run: Run, pictures: dict[str, Shown]) -> dict[str, Any]:
     }
 
 
-def _own(name: str) -> Markup:
-    """A file of this package, which is trusted; everything else is escaped."""
+def _package_file(name: str) -> Markup:
+    """A file of this package, which is trusted and not escaped, unlike everything else."""
     return Markup((HERE / name).read_text(encoding="utf-8"))
 
 

@@ -1,14 +1,14 @@
-"""What was measured of a run, in words and numbers, for its report."""
+"""Measurements of a run, for its report."""
 
 import json
 from typing import Any
 
 from mf_dist.report.collect import Measurement, Run, Table, number
 from mf_dist.report.curves import steps
-from mf_dist.report.facts import plain, short
+from mf_dist.report.facts import format_value, plain
 
 MAX_ROWS = 200
-"""Of the table of measurements: the newest."""
+"""Rows of the table of measurements; the newest are kept."""
 COLUMNS = {
     "sampler": "sampler",
     "step": "step",
@@ -21,8 +21,8 @@ COLUMNS = {
     "reference_images": "real images",
     "precision": "precision",
 }
-"""Of a measurement's protocol, in the table; the whole is behind a click."""
-SAME = {
+"""Fields of a protocol in the table -> heading; a click shows the whole protocol."""
+MUST_MATCH = {
     "num_samples": "samples",
     "labels": "labels",
     "seed": "seed",
@@ -31,15 +31,15 @@ SAME = {
     "reference_sha256": "real images",
     "reference_images": "number of real images",
     "precision": "precision",
-    "in_training": "being of training",
+    "in_training": "time of measurement (during or after training)",
 }
-"""Of a protocol, what must be the same for two distances to be compared."""
+"""Fields of a protocol that must be equal for two distances to be comparable -> name."""
 
 Row = list[Any]
 
 
 def headline(run: Run) -> list[Table]:
-    """The newest Frechet distance at each number of network calls, with what it was measured on."""
+    """The newest Frechet distance at each number of network calls, with its protocol."""
     ranked = sorted(
         _newest(run).values(), key=lambda m: (bool(m.protocol.get("in_training")), number(m.protocol.get("nfe")) or 0)
     )
@@ -56,15 +56,17 @@ def headline(run: Run) -> list[Table]:
 
 
 def compared(runs: list[Run]) -> list[Row]:
-    """Of each Frechet distance at each number of network calls: its name, with what is not the same in the protocols,
-    and the newest value of each run."""
-    found = [_newest(run) for run in runs]
+    """Rows for each Frechet distance at each number of network calls: its name, with the fields in which the protocols
+    differ, and the newest value of each run."""
+    columns = [_newest(run) for run in runs]
     rows: list[Row] = []
-    for key in sorted({key for one in found for key in one}, key=lambda key: (key[0], len(key[1]), key[1])):
-        protocols = [one[key].protocol for one in found if key in one]
-        apart = [text for part, text in SAME.items() if len({plain(entry.get(part)) for entry in protocols}) > 1]
-        mark = f"; protocols differ in {', '.join(apart)}" if apart else ""
-        values = [f"{one[key].value:.4g}" if key in one else "" for one in found]
+    for key in sorted({key for column in columns for key in column}, key=lambda key: (key[0], len(key[1]), key[1])):
+        protocols = [column[key].protocol for column in columns if key in column]
+        different = [
+            text for field, text in MUST_MATCH.items() if len({plain(entry.get(field)) for entry in protocols}) > 1
+        ]
+        mark = f"; protocols differ in {', '.join(different)}" if different else ""
+        values = [f"{column[key].value:.4g}" if key in column else "" for column in columns]
         rows.append([f"{key[0]}, {steps(key[1])}{mark}", *values])
     return rows
 
@@ -75,24 +77,24 @@ def _newest(run: Run) -> dict[tuple[str, str], Measurement]:
     for measured in filter(lambda m: m.is_distance, run.measurements):
         key = (measured.name, str(measured.protocol.get("nfe")))
         before = newest.get(key)
-        if before is None or _age(measured) >= _age(before):
+        if before is None or _recency(measured) >= _recency(before):
             newest[key] = measured
     return newest
 
 
-def _age(measured: Measurement) -> tuple[float, bool]:
-    """What is newer is larger; of the same step, an evaluation counts more than a measurement during training."""
+def _recency(measured: Measurement) -> tuple[float, bool]:
+    """Sort key, larger for newer; at equal steps an evaluation ranks above a measurement during training."""
     return number(measured.protocol.get("step")) or 0, not measured.protocol.get("in_training")
 
 
 def _warnings(entry: Table) -> list[str]:
-    said = entry.get("warnings")
-    return [str(one) for one in said] if isinstance(said, list) else []
+    warnings = entry.get("warnings")
+    return [str(warning) for warning in warnings] if isinstance(warnings, list) else []
 
 
 def _protocol(entry: Table) -> str:
-    """A measurement's conditions, in a sentence."""
-    words = {
+    """A protocol as a sentence."""
+    templates = {
         "num_samples": "{} samples",
         "labels": "{} labels",
         "seed": "seed {}",
@@ -102,16 +104,16 @@ def _protocol(entry: Table) -> str:
         "reference": "against {}",
         "reference_images": "({} real images)",
     }
-    said = [text.format(short(entry[key])) for key, text in words.items() if entry.get(key) is not None]
-    return ", ".join(said).replace(", (", " (") + (", measured during training" if entry.get("in_training") else "")
+    parts = [text.format(format_value(entry[key])) for key, text in templates.items() if entry.get(key) is not None]
+    return ", ".join(parts).replace(", (", " (") + (", measured during training" if entry.get("in_training") else "")
 
 
 def measured(run: Run) -> Table:
-    """The table of all measurements but those during training, which are curves; newest last."""
+    """The table of all measurements except those during training, which are curves; newest last."""
     entries: list[Table] = []
-    for one in run.measurements:
-        if not one.protocol.get("in_training") and one.protocol not in entries:
-            entries.append(one.protocol)
+    for measurement in run.measurements:
+        if not measurement.protocol.get("in_training") and measurement.protocol not in entries:
+            entries.append(measurement.protocol)
     entries = entries[-MAX_ROWS:]
     numbers = {id(entry): {m.name: m.value for m in run.measurements if m.protocol == entry} for entry in entries}
     names = list(dict.fromkeys(name for entry in entries for name in numbers[id(entry)]))

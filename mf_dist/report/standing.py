@@ -1,4 +1,4 @@
-"""How a run stands at this moment: status.json alone does not tell, since a killed run and a refused call leave it."""
+"""The current status of a run. status.json alone is not enough: a killed run leaves it, a refused call replaces it."""
 
 import fcntl
 import os
@@ -10,28 +10,28 @@ from typing import Any
 from mf_dist.report.collect import Run, Table, number
 
 RECENT = 3600.0
-"""Seconds since the last sign of life in which a run of another machine counts as alive, where no lock tells."""
+"""Seconds since its last activity within which a run counts as alive if its lock is not visible."""
 
 
-def standing(run: Run) -> Table:
-    """The entry that tells how the run stands: status.json, but where that tells of a refused call, the newest entry of
-    history.jsonl that is not that call's; empty where there is none."""
+def current_entry(run: Run) -> Table:
+    """The entry with the run's status: status.json, or, if that records a refused call, the newest entry of
+    history.jsonl that does not belong to a refused call. Empty if there is none."""
     if not run.status.get("refused"):
         return run.status
-    left: list[Table] = []
+    entries: list[Table] = []
     for entry in run.history:
         if "status" not in entry:
             continue
         if not entry.get("refused"):
-            left.append(entry)
-        elif left and left[-1]["status"] == "running" and ends(entry, left[-1]):
-            left.pop()
-    return left[-1] if left else {}
+            entries.append(entry)
+        elif entries and entries[-1]["status"] == "running" and ends(entry, entries[-1]):
+            entries.pop()
+    return entries[-1] if entries else {}
 
 
 def ends(entry: Table, start: Table) -> bool:
-    """Whether this end is of that start. A call may be refused while another trains: only one that had begun takes the
-    count of its own start back (Status.refuse)."""
+    """Whether this end belongs to that start. A call may be refused while another trains; only a call that had begun
+    subtracts its own start from the count (Status.refuse)."""
     if not entry.get("refused"):
         return True
     starts = number(start.get("starts_without_progress")) or 0
@@ -40,15 +40,15 @@ def ends(entry: Table, start: Table) -> bool:
 
 
 def is_alive(run: Run, start: Table) -> bool:
-    """Whether the run that began so still trains. Its lock tells (Status.hold); where none does, or the run is of
-    another machine whose locks are not seen here, a recent sign of life."""
+    """Whether the run with this start still trains: whether its lock is held (Status.lock_run) or, without locks or if
+    the run is on another machine, whose locks may not be visible, whether it was active within RECENT."""
     held = _is_held(run.folder / "run.lock")
     if held or (held is False and start.get("host") == socket.gethostname()):
         return bool(held)
-    return time.time() - last_sign(run, start) < RECENT
+    return time.time() - last_activity(run, start) < RECENT
 
 
-def last_sign(run: Run, start: Table) -> float:
+def last_activity(run: Run, start: Table) -> float:
     """When the run last wrote, seconds since the epoch: its newest line, or its start."""
     try:
         written = (run.folder / "metrics.jsonl").stat().st_mtime
@@ -58,16 +58,17 @@ def last_sign(run: Run, start: Table) -> float:
 
 
 def ago(seconds: Any) -> str:
-    """Of a time since the epoch: "5 min ago"."""
-    past = max(0.0, time.time() - seconds)
+    """Age of a time since the epoch, such as "5 min ago"."""
+    age = max(0.0, time.time() - seconds)
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if past >= 2 * length:
-            return f"{past / length:.0f} {unit} ago"
-    return f"{past:.0f} s ago"
+        if age >= 2 * length:
+            return f"{age / length:.0f} {unit} ago"
+    return f"{age:.0f} s ago"
 
 
 def _is_held(lock: Path) -> bool | None:
-    """None where the disk has no locks. A shared lock, for no time at all: other readers have theirs beside it."""
+    """Whether a process holds the lock; None if the file system has no locks. Takes a shared lock, which does not block
+    other readers, and releases it at once."""
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:

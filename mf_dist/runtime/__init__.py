@@ -1,1 +1,1 @@
-"""What every other room stands on: processes, files, errors, randomness, precision."""
+"""The base of all other packages: process group, launch, files, errors, randomness, precision."""

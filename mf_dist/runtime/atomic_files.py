@@ -1,4 +1,4 @@
-"""Files that are there, whole, after a power cut. No torch."""
+"""Atomic and durable file writes. Does not import torch."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ import numpy as np
 
 
 def partial_path(path: Path) -> Path:
-    """Where to write what will be renamed to `path`: a name that nobody else has, on any machine."""
+    """Where to write what will be renamed to `path`: a name unique across processes and machines."""
     return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic: the file is the old one or the new one, whatever happens."""
+    """Atomic: even after a power cut the file is either the old or the new one, complete."""
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Atomic, as write_json; `write` is given the file."""
+    """Atomic, as write_json; `write` is called with the open binary file."""
     partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
@@ -42,7 +42,7 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes created and renamed entries of a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

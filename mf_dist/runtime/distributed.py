@@ -1,4 +1,4 @@
-"""The process group and who we are in it."""
+"""The process group, this process's rank in it, and collectives that check or share results."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
     a rank may wait for the others in one operation."""
     rank, world_size, local_rank = rank_from_environment()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
@@ -48,13 +48,13 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield Ranks(rank, world_size, device, local_rank)
-    # only at a good end: after an error the others would wait here for a rank that is gone
-    dist.barrier()  # the first to leave would break the connections of those still at work
+    # not after an error: the other ranks would wait here for one that has exited
+    dist.barrier()  # a rank that leaves early would break the connections of the others
     dist.destroy_process_group()
 
 
 def broadcast_int(number: int, device: torch.device) -> int:
-    """The whole number that rank 0 passed in, on every rank."""
+    """Rank 0's integer, on every rank."""
     tensor = torch.tensor(number, device=device)
     dist.broadcast(tensor, src=0)
     return int(tensor)
@@ -62,13 +62,13 @@ def broadcast_int(number: int, device: torch.device) -> int:
 
 @contextmanager
 def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
-    """For work in which one rank alone may fail, and which has no operation among ranks within: at its end every rank
-    waits for the others and raises what the first that failed has found, as SharedError; a failure that is no mistake
-    of the user's is raised as it is where it was. Without this the others would wait for one that is gone."""
+    """For work that may fail on a single rank and contains no collective. At its end every rank waits for the others;
+    if any failed, all raise the error of the lowest failing rank as SharedError. An unexpected exception (neither
+    UserError nor OSError) is raised unchanged on its own rank. Otherwise ranks would wait for one that has exited."""
     if ranks.world_size == 1:
         yield
         return
-    text, unforeseen = None, None
+    text, unexpected = None, None
     try:
         yield
     except UserError as error:
@@ -76,19 +76,19 @@ def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except Exception as error:
-        text, unforeseen = f"{type(error).__name__}: {error}", error
+        text, unexpected = f"{type(error).__name__}: {error}", error
     failed = torch.tensor(ranks.world_size if text is None else ranks.rank, device=ranks.device)
     dist.all_reduce(failed, dist.ReduceOp.MIN)
     first = int(failed)
-    if unforeseen is not None:
+    if unexpected is not None:
         _broadcast_text(first, text or "", ranks)
-        raise unforeseen
+        raise unexpected
     if first < ranks.world_size:
         raise SharedError(_broadcast_text(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
 
 
 def _broadcast_text(rank: int, text: str, ranks: Ranks) -> str:
-    """What `rank` passed in, on every rank."""
+    """The text of `rank`, on every rank."""
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=ranks.device)
     length = torch.tensor(len(raw), device=ranks.device)
     dist.broadcast(length, src=rank)
@@ -105,18 +105,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def local_peers(device: torch.device) -> list[int]:
-    """Process numbers of the other ranks on this machine."""
-    machine = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
-    own = torch.tensor([machine, os.getpid()], device=device)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
-    return [pid for place, pid in (a.tolist() for a in everyone) if place == machine and pid != os.getpid()]
+    """Process ids of the other ranks on this machine."""
+    host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
+    own = torch.tensor([host, os.getpid()], device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return [pid for other, pid in (a.tolist() for a in gathered) if other == host and pid != os.getpid()]
 
 
 def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
-    """UserError on every rank, naming the first tensor whose bits are not the same on all of them."""
-    names, prints = zip(*((name, _fingerprint(tensor)) for name, tensor in tensors), strict=True)
-    low = torch.stack(prints)
+    """Raises UserError on every rank, naming the first tensor whose bits differ between ranks."""
+    names, fingerprints = zip(*((name, _fingerprint(tensor)) for name, tensor in tensors), strict=True)
+    low = torch.stack(fingerprints)
     high = low.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
@@ -129,6 +129,6 @@ def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], what: s
 
 
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the numbers' bit patterns as integers."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)
+    """The int64 sum of the elements' bit patterns."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)

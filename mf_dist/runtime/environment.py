@@ -10,12 +10,12 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides a run's numbers."""
+    """Versions of everything that affects a run's numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def environment(world_size: int) -> dict[str, str]:
-    """Versions, code and machine, recorded with a checkpoint."""
+    """Versions, commit of the code, device and number of ranks, recorded with a checkpoint."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
     return {**versions(), "code": _git_commit(), "device": device, "ranks": str(world_size)}
 

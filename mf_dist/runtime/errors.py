@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line."""
+"""Errors that the user can fix, reported in one line, and exit codes of programs."""
 
 import errno
 import functools
@@ -8,27 +8,27 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the text says what, where, what was expected and how to fix it."""
+    """A mistake the user can fix: the text says what, where, what was expected and how to fix it."""
 
 
 class SharedError(UserError):
-    """The same on every rank, wherever it was found (distributed.together): the first speaks for all."""
+    """Raised with the same text on every rank (distributed.raise_on_all_ranks); only rank 0 prints it."""
 
 
 class CrashLoopError(UserError):
-    """Too many starts without progress: a person must look."""
+    """Too many starts without progress: the cause must be fixed by hand."""
 
 
 class UnrecordedError(UserError):
-    """A refusal that leaves status.json as it is: rank 0 has written why, or the run is another process's."""
+    """A refusal that leaves status.json unchanged: rank 0 has recorded why, or another process holds the run."""
 
 
 USER_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""What is wrong with a path when the caller is; any other trouble is the disk's, which may be well again next time."""
+"""Errors of a path that are the caller's mistake; any other is a disk fault, which may not occur again."""
 
 
 def is_disk_fault(error: BaseException | None) -> bool:
-    """Whether a disk is behind an error, and not its caller."""
+    """Whether a disk fault is the error or in its chain of contexts."""
     while error is not None:
         if isinstance(error, OSError) and error.errno and error.errno not in USER_ERRNOS:
             return True
@@ -37,8 +37,8 @@ def is_disk_fault(error: BaseException | None) -> bool:
 
 
 def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Makes `main` a program whose exit code is what main returns, or 0: a UserError, or a file that cannot be used, is
-    one line on stderr and exit code 2."""
+    """Makes `main` a program whose exit code is what main returns, or 0. A UserError, or an OSError of a file, prints
+    one line on stderr and gives exit code 2."""
 
     @functools.wraps(main)
     def run() -> int:
@@ -47,7 +47,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
         except UserError as error:
             _print_error(str(error), is_shared=isinstance(error, SharedError))
             return 2
-        except BrokenPipeError:  # the reader, such as head, has seen enough
+        except BrokenPipeError:  # the reader, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
@@ -56,14 +56,15 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
             _print_error(f"{error.filename}: {error.strerror}")
             return 2
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+            print("interrupted; run the same command again to continue", file=sys.stderr)
             return 130
 
     return run
 
 
 def _print_error(text: str, is_shared: bool = False) -> None:
-    """Before torch is loaded all ranks find the same mistakes, and the first speaks for all."""
+    """Rank 0 prints. Other ranks only print errors of their own: not shared ones, and none before torch is imported,
+    since all ranks then find the same mistakes."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {text}", file=sys.stderr)

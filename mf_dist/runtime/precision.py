@@ -1,4 +1,4 @@
-"""In what precision a network computes, for the length of a `with` block."""
+"""Context managers for the precision and the number of threads of a network's computation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "tf32", "bf16"]
-"""fp32: products and convolutions in full. tf32: their inputs have 10 bits, on a GPU that knows it. bf16: 8 bits."""
+"""fp32: full products and convolutions. tf32: their inputs have 10 mantissa bits, on GPUs with TF32. bf16: 8 bits."""
 
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """torch's own default lets convolutions use TF32, but not products; here both or none."""
+    """torch's default allows TF32 in convolutions but not in matrix products; here in both or in neither."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
@@ -24,8 +24,8 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU: the last bits of a convolution depend on the number of threads, and results must not on who computes
-    them. Use more processes instead."""
+    """On a CPU: the last bits of a convolution depend on the number of threads, and results must not depend on the
+    machine. Use more processes instead."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

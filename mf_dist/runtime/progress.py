@@ -1,4 +1,4 @@
-"""A progress bar with throughput and ETA; in a log file a line every half minute instead."""
+"""A progress bar with throughput and ETA; in a log file one line every 30 s."""
 
 import sys
 from typing import Never
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def progress(total: int, unit: str, what: str, shown: bool = True) -> "tqdm[Never]":
-    """Call update(n) on it; use it in a `with` block. shown=False: counts in silence, for ranks beside the first."""
+    """Call update(n) on it; use it in a `with` block. shown=False: no output, for ranks other than 0."""
     on_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -9,7 +9,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Purpose(IntEnum):
-    """Keeps streams of one seed apart. Values are part of every run: never renumber."""
+    """Separates the streams of one seed. The values determine every run's numbers: never renumber."""
 
     ORDER = 0
     TRAIN = 1
@@ -17,7 +17,7 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:
-    """The generator of one index: 2^64 indices, each with 2^64 blocks of numbers to itself."""
+    """The generator of one index: 2^64 indices, each with 2^64 blocks of its own."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, index, 0, 0]))
 
 
@@ -27,7 +27,7 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int32]:
 
 
 def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32, bool]:
-    """What the training row in global slot `slot` draws: posterior noise and path noise e (each of `shape`),
+    """The draws of the training row in global slot `slot`: posterior noise and path noise e (each of `shape`),
     two normals for the times, a uniform for the label drop, and whether to mirror the image."""
     g = generator(seed, Purpose.TRAIN, slot)
     times = g.standard_normal(2, dtype=np.float32)
@@ -37,7 +37,7 @@ def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floa
 
 
 def sample_draw(seed: int, index: int, shape: tuple[int, int, int], num_classes: int) -> tuple[Floats, int]:
-    """Noise and uniformly random label of generated sample `index` (label 0 where there are no classes)."""
+    """Noise and uniformly random label of generated sample `index` (label 0 without classes)."""
     g = generator(seed, Purpose.SAMPLE, index)
     label = int(g.integers(max(1, num_classes)))
     return g.standard_normal(shape, dtype=np.float32), label

@@ -1,4 +1,4 @@
-"""torchvision beside a CPU build of torch, so that diffusers can be imported."""
+"""Makes PyPI's torchvision importable with a CPU build of torch, so that diffusers can be imported."""
 
 import importlib
 import sys
@@ -9,9 +9,9 @@ _libraries: list[torch.library.Library] = []
 
 
 def repair_torchvision() -> None:
-    """PyPI's torchvision is built for CUDA. Beside a CPU torch its extension does not load, and its import fails
-    for want of two operator schemas; diffusers, which imports torchvision wherever it is installed, then fails
-    too. Defining the schemas is all it takes: nobody here calls the operators. Does nothing anywhere else."""
+    """PyPI's torchvision is built for CUDA. With a CPU torch its extension does not load, and its import fails because
+    two operator schemas are missing; diffusers, which imports torchvision if it is installed, then fails too.
+    Defining the schemas is sufficient: this package never calls the operators. Does nothing in other cases."""
     if torch.version.cuda is not None or _libraries or importlib.util.find_spec("torchvision") is None:
         return
     try:

@@ -1,1 +1,1 @@
-"""From a checkpoint to images."""
+"""Sampling images from a checkpoint."""

@@ -1,8 +1,8 @@
-"""From a checkpoint to samples and pictures.
+"""Samples and grids of samples from a checkpoint.
 
-Sample i depends on (seed, i) alone: its noise and label come from rng.sample_draw, and images are computed in
-fixed blocks (evaluation/blocks.py), each whole even where fewer are wanted, so that their bits never depend on how
-many were asked for.
+Sample i depends on (seed, i) only: its noise and label come from rng.sample_draw, and images are computed in fixed
+blocks (evaluation/blocks.py). A block is always computed in full, so the bits of an image do not depend on the number
+of samples.
 """
 
 import time
@@ -28,14 +28,14 @@ from mf_dist.runtime.precision import Precision, computing_in, one_thread
 from mf_dist.vae import Vae
 
 GRID_BATCH = 50
-"""Images of a picture computed together."""
+"""Batch size of the images in a grid."""
 GRID_COLUMNS = 8
 IMAGENET_GRID = (207, 360, 387, 974, 88, 979, 417, 279)
-"""The classes that iMF's and DiT's figures show."""
+"""The classes shown in the figures of iMF and DiT."""
 
 
 def build_network(model: ModelConfig, seed: int) -> DiT:
-    """A DiT at its initial weights, which follow from the seed."""
+    """A DiT with its initial weights, which depend on the seed only."""
     assert model.latent_size is not None and model.latent_channels is not None and model.num_classes is not None
     return DiT(
         latent_size=model.latent_size,
@@ -49,8 +49,8 @@ def build_network(model: ModelConfig, seed: int) -> DiT:
     )
 
 
-class Generator:
-    """A network, its VAE and its way of sampling: (noise, labels) to pixels."""
+class ImageGenerator:
+    """Network, sampler and VAE decoder: (noise, labels) -> pixels."""
 
     def __init__(
         self,
@@ -70,11 +70,11 @@ class Generator:
         self.resolution = model.latent_size * vae.reduction
         """Side of an image."""
         self.num_classes = model.num_classes
-        # a network trained at r = t alone knows velocities, not averages
+        # a network trained at r = t only has learned velocities, not averages
         self.is_flow = config.meanflow.share_r_equals_t == 1
         self._sample = sample_euler if self.is_flow else sample_meanflow
         self.seconds: dict[str, float] = defaultdict(float)
-        """Spent in sampling and in decoding."""
+        """Time spent in sampling and in decoding."""
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
@@ -82,16 +82,16 @@ class Generator:
         start = time.perf_counter()
         with computing_in(self.precision, self.device):
             x = self._sample(self.net, noise.to(self.device), labels.to(self.device), times)
-        if not x.isfinite().all():  # which also waits for a GPU
-            raise UserError("the model's samples are not finite: its training diverged; use an older checkpoint")
-        middle = time.perf_counter()
+        if not x.isfinite().all():  # also synchronises with the GPU
+            raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
+        sampled = time.perf_counter()
         pixels: Pixels = self.vae.decode(x.float()).cpu().numpy()
-        self.seconds["sample"] += middle - start
-        self.seconds["decode"] += time.perf_counter() - middle
+        self.seconds["sample"] += sampled - start
+        self.seconds["decode"] += time.perf_counter() - sampled
         return pixels
 
     def draw(self, indices: range, labels: str, seed: int) -> tuple[Tensor, Tensor]:
-        """Noise (B, C, S, S) and labels (B,) of samples `indices`; labels 'random' or 'balanced'."""
+        """Noise (B, C, S, S) and labels (B,) of the samples `indices`; `labels` is 'random' or 'balanced'."""
         draws = [rng.sample_draw(seed, i, self.shape, self.num_classes) for i in indices]
         y = [label for _, label in draws] if labels == "random" else [i % max(1, self.num_classes) for i in indices]
         return torch.from_numpy(np.stack([noise for noise, _ in draws])), torch.tensor(y)
@@ -105,8 +105,8 @@ class Generator:
         classes: list[int] | None = None,
         times: list[float] | None = None,
     ) -> None:
-        """Writes a labelled PNG: a row per class (at most ten), the numbers of steps side by side; the same noise and
-        classes every time. times: a grid of times instead of equal steps."""
+        """Writes a labelled PNG: one row per class (at most ten by default), the numbers of steps side by side, always
+        with the same noise and classes. `times`: a grid of times instead of equal steps."""
         classes = self._grid_classes() if classes is None else classes
         columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
         noise, _ = self.draw(range(len(classes) * columns), "random", seed)
@@ -117,10 +117,11 @@ class Generator:
                 np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
             ]
         side_by_side = np.stack([group.reshape(len(classes), columns, *group.shape[1:]) for group in groups], axis=1)
-        texts = [names[c] if c < len(names) else str(c) if self.num_classes else "any" for c in classes]
-        heads = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in nfes]
+        row_labels = [names[c] if c < len(names) else str(c) if self.num_classes else "any" for c in classes]
+        column_labels = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in nfes]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(side_by_side.reshape(-1, *groups[0].shape[1:]), texts, heads if len(nfes) > 1 else []).save(path)
+        column_labels = column_labels if len(nfes) > 1 else []
+        image_grid(side_by_side.reshape(-1, *groups[0].shape[1:]), row_labels, column_labels).save(path)
 
     def _grid_classes(self) -> list[int]:
         if self.num_classes == 1000:
@@ -129,10 +130,10 @@ class Generator:
 
 
 class Samples:
-    """`count` samples as a Source (evaluation/sources.py). `made_by`: what decides the weights."""
+    """`count` samples as a Source (evaluation/sources.py). `made_by`: identifies the weights."""
 
     def __init__(
-        self, generator: Generator, count: int, times: list[float], labels: str, seed: int, made_by: dict[str, Any]
+        self, generator: ImageGenerator, count: int, times: list[float], labels: str, seed: int, made_by: dict[str, Any]
     ) -> None:
         self.generator, self.count, self.seconds = generator, count, generator.seconds
         self._draw = labels, seed
@@ -155,9 +156,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint holds, ready to sample."""
+    """A checkpoint's model, ready to sample."""
 
-    generator: Generator
+    generator: ImageGenerator
     config: Config
     checkpoint: Checkpoint
     ema_decay: str
@@ -172,7 +173,7 @@ def load_trained_model(
     precision: Precision = "fp32",
     compiles: bool = False,
 ) -> TrainedModel:
-    """The EMA network of a checkpoint with the VAE its latents were made with; UserError if one is missing."""
+    """The EMA network of a checkpoint and the VAE of its latents. Raises UserError if one is missing."""
     state = checkpoint.state
     for key in ("config", "vae", "classes"):
         if key not in state:
@@ -185,6 +186,6 @@ def load_trained_model(
     net = build_network(config.model, seed=0)
     net.load_state_dict(checkpoint.load(f"ema-{wanted}"))
     source = vae or config.eval.vae or state["vae"]["source"]
-    loaded = Vae(source, device, state["vae"], precision, compiles)
-    generator = Generator(net, loaded, config, device, precision, compiles)
+    decoder = Vae(source, device, state["vae"], precision, compiles)
+    generator = ImageGenerator(net, decoder, config, device, precision, compiles)
     return TrainedModel(generator, config, checkpoint, wanted, state["classes"])

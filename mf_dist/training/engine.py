@@ -1,7 +1,7 @@
-"""DeepSpeed around the loss: the only module that imports it.
+"""DeepSpeed engine around the loss. The only module that imports DeepSpeed.
 
-State leaves and enters as full fp32 tensors by parameter name, so it belongs to no world size and no ZeRO stage.
-What is used of DeepSpeed's insides for that (0.19.8) stands in `_create_states` and `load_state` alone.
+State is exchanged as full fp32 tensors by parameter name, independent of world size and ZeRO stage. Only
+`_create_states` and `load_state` use DeepSpeed's internals (0.19.8) for this.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from mf_dist.training.gradient_guard import GradientGuard
 from mf_dist.training.optimizer import AdamWEma, ema_name
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
@@ -39,12 +39,12 @@ from deepspeed.utils import (  # noqa: E402
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 MASTER = "master"
-"""Beside the optimizer's states: the fp32 weights."""
+"""Kind of the fp32 weights, in addition to the optimizer's states."""
 
 
 def _forbid_shared_memory_build() -> None:
-    """On a CPU DeepSpeed compiles an all-reduce of its own at start. Gloo does without, and a build that was
-    killed leaves a lock on which every later run waits for ever, in silence."""
+    """On a CPU DeepSpeed compiles its own all-reduce at startup. Gloo does not need it, and a killed build leaves a
+    lock file on which every later run waits forever without a message."""
     from deepspeed.ops import __compatible_ops__
 
     if not torch.cuda.is_available():
@@ -52,44 +52,44 @@ def _forbid_shared_memory_build() -> None:
 
 
 def _compile(loss: MeanFlowLoss, stage: int) -> None:
-    """In place. Shapes never change, so nothing is compiled twice; what is compiled waits for the first step."""
+    """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step."""
     compilers = [os.environ.get("CXX", "g++"), "g++", "clang++"]
     if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
         raise UserError("engine.compile=true needs a C++ compiler on a CPU: install g++, or set engine.compile=false")
-    if stage < 3:  # forward alone: DeepSpeed hangs hooks on the module, which no graph can hold
+    if stage < 3:  # only forward: DeepSpeed registers hooks on the module, which a graph cannot contain
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         return
-    for block in loss.net.blocks:  # ZeRO-3 gathers weights in hooks around each module, which no graph can span
+    for block in loss.net.blocks:  # ZeRO-3 gathers weights in hooks around each module, which break graphs
         block.compile(dynamic=False)
 
 
-class FirstGradient:
-    """Holds the first step's reduced gradient of one weight against the mean of what the ranks computed themselves.
-    The last linear's is the one that is not 0 at the initial weights."""
+class FirstGradientCheck:
+    """Compares the first step's reduced gradient of one weight with the mean of the ranks' local gradients. The weight
+    is that of the last linear, whose gradient is not 0 at the initial weights."""
 
     def __init__(self, p: Tensor, is_bf16: bool) -> None:
-        self._p, self._own, self._tolerance = p, torch.zeros((), device=p.device), 2e-2 if is_bf16 else 1e-4
+        self._p, self._local, self._tolerance = p, torch.zeros((), device=p.device), 2e-2 if is_bf16 else 1e-4
         self._hook = p.register_hook(self._add)
 
     def _add(self, gradient: Tensor) -> None:
-        self._own = self._own + gradient.detach().float()
+        self._local = self._local + gradient.detach().float()
 
     def check(self) -> None:
-        """After the last backward of the step (DeepSpeed has divided each loss by their number), before the step.
-        UserError where they differ."""
+        """Call between the step's last backward and the optimizer step (DeepSpeed has divided each loss by the number
+        of micro-batches). Raises UserError if the gradients differ."""
         self._hook.remove()
-        mean = sum_over_ranks(self._own.contiguous()) / torch.distributed.get_world_size()
+        mean = sum_over_ranks(self._local.contiguous()) / torch.distributed.get_world_size()
         reduced = safe_get_full_grad(self._p).float()
         difference = ((reduced - mean).norm() / mean.norm().clamp(min=1e-30)).item()
         if not difference <= self._tolerance and mean.isfinite().all():
             raise UserError(
-                f"the reduced gradient is not the mean of the ranks' gradients: they differ by {difference:.1e} of its "
-                f"norm, {self._tolerance:.0e} is expected; check the network between the nodes and the NCCL settings"
+                f"the reduced gradient is not the mean of the ranks' gradients: relative difference {difference:.1e}, "
+                f"tolerance {self._tolerance:.0e}; check the network between the nodes and the NCCL settings"
             )
 
 
 class Engine:
-    """One optimizer step is `accumulation` calls of train_micro_batch."""
+    """An optimizer step is `accumulation` calls of train_micro_batch."""
 
     def __init__(self, loss: MeanFlowLoss, config: Config, ranks: Ranks) -> None:
         assert config.train.micro_batch is not None
@@ -98,18 +98,18 @@ class Engine:
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
         self.guard = GradientGuard(config.optim)
         self.steps = 0
-        """Optimizer steps begun since this engine was made."""
-        self._judged, self._factor = -1, 1.0
+        """Optimizer steps completed since this engine was created, skipped ones included."""
+        self._judged_step, self._factor = -1, 1.0
         self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor)
         self.kinds = (MASTER, *self._optimizer.states)
-        """What a checkpoint holds of each parameter."""
+        """Kinds of tensors that a checkpoint holds for each parameter."""
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
             _compile(loss, self.stage)
         check_same_on_all_ranks(loss.net.named_parameters(), "initial weights")
-        self._first_gradient: FirstGradient | None = FirstGradient(loss.net.patch_out.weight, self.is_bf16)
-        with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory, which say nothing here
+        self._first_gradient: FirstGradientCheck | None = FirstGradientCheck(loss.net.patch_out.weight, self.is_bf16)
+        with contextlib.redirect_stdout(io.StringIO()):  # discards its memory tables
             self._engine, *_ = deepspeed.initialize(
                 model=loss,
                 optimizer=self._optimizer,
@@ -130,7 +130,7 @@ class Engine:
         self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Forward and backward; the last of a batch's calls also steps. Returns the loss's log sums."""
+        """Forward and backward; the last call of a batch also steps the optimizer. Returns the loss's log sums."""
         loss, sums = self._engine(x, y, draws)
         self._engine.backward(loss)
         is_last = self._engine.is_gradient_accumulation_boundary()
@@ -139,62 +139,64 @@ class Engine:
             self._first_gradient = None
         self._engine.step()
         if is_last:
-            if self._engine.optimizer.overflow:  # DeepSpeed left the step out before our optimizer was asked
+            if self._engine.optimizer.overflow:  # DeepSpeed skipped the step without calling our optimizer
                 self.guard.judge(math.nan)
             self.steps += 1
         return sums  # type: ignore[no-any-return]
 
     def _gradient_factor(self) -> float:
-        """Of this step. DeepSpeed asks once for each partition; the norm over all ranks is known before the first."""
-        if self._judged != self.steps:
-            self._judged, self._factor = self.steps, self.guard.judge(float(self._engine.optimizer._global_grad_norm))
+        """Factor for this step's gradient. DeepSpeed calls the optimizer once per partition, after the global norm is
+        known."""
+        if self._judged_step != self.steps:
+            norm = float(self._engine.optimizer._global_grad_norm)
+            self._judged_step, self._factor = self.steps, self.guard.judge(norm)
         return self._factor
 
     def grad_norm(self) -> float:
-        """Of the last optimizer step's whole gradient."""
+        """Norm of the whole gradient of the last optimizer step."""
         return float(self._engine.get_global_grad_norm())
 
     def compiled(self) -> str:
-        """What torch.compile made of the step so far, for the log."""
+        """Counts of compiled graphs and graph breaks so far, for the log."""
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
         return f"{graphs} compiled graphs, {breaks} graph breaks" if graphs else "not compiled"
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, parameter name, full fp32 tensor on the CPU) for all of `kinds`. Every rank must run through it: the
-        tensors are gathered."""
+        """(kind, parameter name, full fp32 tensor on the CPU) for all of `kinds`. Collective: every rank must consume
+        it."""
         for name, p in self._parameters():
             yield MASTER, name, safe_get_full_fp32_param(p).float().cpu()
             for kind in self._optimizer.states:
                 yield kind, name, safe_get_full_optimizer_state(p, kind).float().cpu()
 
     def ema(self, decay: float) -> dict[str, Tensor]:
-        """Full EMA weights on the CPU; every rank must call it."""
+        """Full EMA weights on the CPU. Collective: every rank must call it."""
         kind = ema_name(decay)
         return {name: safe_get_full_optimizer_state(p, kind).float().cpu() for name, p in self._parameters()}
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]. `step`: how many
-        steps the optimizer has made, those left out not counted."""
+        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]. `step`: number
+        of optimizer steps made, without skipped ones."""
         for name, p in self._parameters():
             safe_set_full_fp32_param(p, tensors[MASTER][name])
             for kind in self._optimizer.states:
                 safe_set_full_optimizer_state(p, tensors[kind][name], kind)
-            # the network computes with low-precision copies: without this one step would run on fresh weights
+            # the network computes with low-precision copies: without this, the first step would use the initial weights
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
                 if self.stage < 3 or torch.distributed.get_rank() == 0:
                     p.data.copy_(tensors[MASTER][name])
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(step))
-        if self.stage < 3:  # there each weight exists once
+        if self.stage < 3:  # at stage 3 each weight exists only once
             check_same_on_all_ranks(self._parameters(), "resumed weights")
 
     def _create_states(self) -> None:
-        """Creates the optimizer states on the flat partitions, as the first step would: memory that a run needs it
-        takes at once, and a checkpoint can be written and read at any time."""
+        """Creates the optimizer states on the flat partitions, as the first step would: their memory is allocated at
+        startup, and a checkpoint can be written and loaded at any time."""
         zero = self._engine.optimizer
         if self.stage == 3:
             partitions = zero.fp32_partitioned_groups_flat
-        elif self.stage == 1 and self.is_bf16:  # with fp32 accumulation DeepSpeed takes another optimizer class here
+        elif self.stage == 1 and self.is_bf16:  # with fp32 accumulation DeepSpeed uses another optimizer class here
             partitions = zero.fp32_groups_flat_partition
         else:
             partitions = zero.single_partition_of_fp32_groups

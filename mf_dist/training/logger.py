@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, a status line or progress bar, W&B when asked. Rank 0 only."""
+"""Logging of a run on rank 0: metrics.jsonl, a status line, a progress bar, and W&B if enabled."""
 
 import json
 import secrets
@@ -22,8 +22,8 @@ SHOWN = {
 
 class Logger:
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        """`step`: where the run goes on. Lines of later steps, from before a fault, are removed; those of a run
-        that starts from scratch in a used folder are moved to metrics.jsonl.old."""
+        """`step`: the step the run resumes from. Lines of later steps in metrics.jsonl are removed; at step 0 an
+        existing file is moved to metrics.jsonl.old."""
         self.total_steps = config.total_steps
         self._path = run_dir / "metrics.jsonl"
         if step:
@@ -38,10 +38,10 @@ class Logger:
             disable=not sys.stderr.isatty(),
             desc="train",
         )
-        self._wandb = None if config.log.wandb == "off" else _start_wandb(config, run_dir, self.say)
+        self._wandb = None if config.log.wandb == "off" else _start_wandb(config, run_dir, self.info)
 
-    def say(self, text: str) -> None:
-        """One line on stdout, above the bar."""
+    def info(self, text: str) -> None:
+        """Prints a line on stdout, above the progress bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -49,17 +49,16 @@ class Logger:
         self._bar.update(images)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, one status line; `metrics` has step and samples_seen."""
+        """Writes a line of metrics.jsonl and prints a status line; `metrics` has step and samples_seen."""
         self._write(metrics)
-        self.say(_status_line(metrics, self.total_steps))
+        self.info(_status_line(metrics, self.total_steps))
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
-        """The same for what was measured at a step: a line of its own, with step, samples_seen and
-        evaluation_seconds."""
+        """The same for a measurement, as a separate line; `metrics` has step, samples_seen and evaluation_seconds."""
         self._write(metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" in name)
-        waited = f"training waited {metrics['evaluation_seconds']:.1f} s for it"
-        self.say(f"step {metrics['step']}/{self.total_steps} measured: {values}; {waited}")
+        pause = f"training waited {metrics['evaluation_seconds']:.1f} s for it"
+        self.info(f"step {metrics['step']}/{self.total_steps} measured: {values}; {pause}")
 
     def _write(self, metrics: dict[str, Any]) -> None:
         line = json.dumps(metrics, allow_nan=False) + "\n"
@@ -67,7 +66,7 @@ class Logger:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            self.say(f"warning: cannot write {self._path}: {error}; training goes on, this line is lost")
+            self.info(f"warning: cannot write {self._path}: {error}; training continues, this line is lost")
         self._to_wandb(lambda run: run.log(metrics, step=metrics["step"]))
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
@@ -83,9 +82,9 @@ class Logger:
             return
         try:
             send(self._wandb)
-        except Exception as error:  # W&B must never end a run; metrics.jsonl has everything
+        except Exception as error:  # W&B must never end a run; metrics.jsonl is complete
             self._wandb = None
-            self.say(f"warning: W&B stopped working ({error!r}); going on without, see {self._path}")
+            self.info(f"warning: W&B stopped working ({error!r}); continuing without it, see {self._path}")
 
     def close(self) -> None:
         self._bar.close()
@@ -101,7 +100,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a fault cut short
+            continue  # truncated by a crash
     path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
@@ -116,8 +115,9 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
     )
 
 
-def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> Any:
-    """A W&B run with the same id after every restart; offline where the server cannot be reached."""
+def _start_wandb(config: Config, run_dir: Path, info: Callable[[str], None]) -> Any:
+    """A W&B run, with the same id after every restart. Falls back to offline mode if the server is unreachable; None
+    if that fails too."""
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -136,9 +136,9 @@ def _start_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> A
         try:
             settings = wandb.Settings(init_timeout=30, login_timeout=60, silent=True)
             return wandb.init(**options, mode=mode, settings=settings)
-        except Exception as error:  # no network, no key, no disk: none may end a training run
+        except Exception as error:  # no network, no key, no disk: must not end the training run
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            then = "logging W&B offline" if mode == "online" else "going on without W&B"
-            say(f"warning: W&B {mode} does not start ({reason}); {then}")
-            wandb.teardown()  # its service still holds the id of the run that did not start
+            fallback = "logging W&B offline" if mode == "online" else "continuing without W&B"
+            info(f"warning: W&B {mode} does not start ({reason}); {fallback}")
+            wandb.teardown()  # its service still holds the id of the failed run
     return None

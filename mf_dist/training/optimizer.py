@@ -1,4 +1,4 @@
-"""AdamW that keeps the EMAs of the weights as further optimizer states, so that ZeRO shards them like any other."""
+"""AdamW with the EMAs of the weights as additional optimizer states, which ZeRO shards like the others."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,7 +11,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def ema_name(decay: float) -> str:
-    """Of the state, and of its file in a checkpoint."""
+    """Name of the optimizer state and of its file in a checkpoint."""
     return f"ema-{decay}"
 
 
@@ -26,11 +26,11 @@ class AdamWEma(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[nn.Parameter], config: OptimConfig, gradient_factor: Callable[[], float] = lambda: 1.0
     ) -> None:
-        """`gradient_factor` is asked in each step what to multiply gradients by; 0 leaves the step out."""
+        """`gradient_factor` returns the factor for the gradients of the current step; 0 skips the step."""
         super().__init__(params, {"lr": config.lr})
         self.config, self.gradient_factor = config, gradient_factor
         self.states = (*MOMENTS, *map(ema_name, config.ema_decay))
-        """Names of the states shaped like their parameter; `step` counts beside them."""
+        """Names of the states that have the shape of their parameter; the state also has `step`."""
 
     def init_state(self, p: Tensor) -> None:
         """Zero moments and EMAs equal to the weights."""

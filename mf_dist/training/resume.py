@@ -1,5 +1,4 @@
-"""Where a run's state comes from: its newest valid checkpoint, else init_from, else nothing; and whether what is asked
-now fits what was saved."""
+"""Compatibility of a run's config with its checkpoint, and initial weights from train.init_from."""
 
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,22 @@ from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
 
 TRAINING_SECTIONS = ("model", "meanflow", "optim", "dataset")
-"""Sections of which every key changes what is trained."""
+"""Sections in which every key affects training."""
 TRAINING_KEYS = ("data.flip", "train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
 FIXED_SECTIONS = ("model",)
-"""Sections that no flag can change: the weights would not fit."""
+"""Sections that can never change, since the weights would not fit."""
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (before, now) of every value that differs between two nested dicts."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*before, *now}):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{key}.")
+            changed |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found[prefix + key] = (a, b)
-    return found
+            changed[prefix + key] = (a, b)
+    return changed
 
 
 def changes_training(key: str) -> bool:
@@ -35,19 +34,19 @@ def changes_training(key: str) -> bool:
 
 
 def check_config_changes(checkpoint: Checkpoint, now: dict[str, Any], allowed: bool) -> list[str]:
-    """A line for every difference between the checkpoint's config, dataset and surroundings and those of `now`.
-    UserError where one changes the mathematics and is not allowed, or can never be."""
+    """A line for every difference in config, dataset and versions between the checkpoint and `now`. Raises UserError
+    for a change that affects training, unless allowed, and for one in FIXED_SECTIONS."""
     state, lines = checkpoint.state, []
     saved = to_tree(from_tree(Config, state["config"], f"{checkpoint.folder}/state.json"))
     before = {**saved, "dataset": {"sha256": state.get("dataset", {}).get("sha256")}}
-    asked = {**now["config"], "dataset": {"sha256": now["dataset"]["sha256"]}}
-    for key, (old, new) in differences(before, asked).items():
+    after = {**now["config"], "dataset": {"sha256": now["dataset"]["sha256"]}}
+    for key, (old, new) in differences(before, after).items():
         if key.split(".")[0] in FIXED_SECTIONS:
             raise UserError(f"{checkpoint.folder} has {key}={old}, now it is {new}: choose another run_dir")
         if changes_training(key) and not allowed:
             raise UserError(
-                f"this run was trained with {key}={old}, now it is {new}; go back to that, choose another run_dir, or "
-                "go on with the change by --allow-config-change"
+                f"this run was trained with {key}={old}, now it is {new}; restore it, choose another run_dir, or "
+                "accept the change with --allow-config-change"
             )
         lines.append(f"config changed: {key} {old} -> {new}")
     for key, (old, new) in differences(state.get("versions", {}), now["versions"]).items():
@@ -56,8 +55,8 @@ def check_config_changes(checkpoint: Checkpoint, now: dict[str, Any], allowed: b
 
 
 def load_initial_weights(net: nn.Module, source: str) -> str:
-    """Puts the weights that `train.init_from` names into `net`; returns what they are. UserError where they do not
-    fit."""
+    """Loads the weights that `train.init_from` names into `net` and returns a description of them. Raises UserError if
+    they do not fit."""
     path = Path(source)
     if path.suffix == ".safetensors":
         tensors, name = load_tensors(path), str(path)
@@ -71,12 +70,12 @@ def load_initial_weights(net: nn.Module, source: str) -> str:
 
 
 def measured_ema_decays(config: Config) -> tuple[float, ...]:
-    """Of the EMAs that are measured during training; the first decides which checkpoint is the best."""
+    """Decays of the EMAs measured during training; the first one selects the best checkpoint."""
     return config.eval.training_emas or config.optim.ema_decay[:1]
 
 
 def first_ema_decay(checkpoint: Checkpoint) -> str:
-    """Of the EMA that a run draws its samples from."""
+    """Decay of the EMA from which samples are drawn."""
     decays = checkpoint.ema_decays()
     if not decays:
         raise UserError(f"{checkpoint.folder} holds no EMA")
@@ -85,15 +84,15 @@ def first_ema_decay(checkpoint: Checkpoint) -> str:
     return first if first in decays else decays[0]
 
 
-def _check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], name: str) -> None:
-    for key in sorted({*wanted, *found}):
-        if key not in found or key not in wanted:
+def _check_fit(expected: dict[str, Tensor], loaded: dict[str, Tensor], name: str) -> None:
+    for key in sorted({*expected, *loaded}):
+        if key not in loaded or key not in expected:
             raise UserError(
-                f"train.init_from {name}: {key} is {'missing' if key in wanted else 'too much'}; "
+                f"train.init_from {name}: {key} is {'missing' if key in expected else 'unexpected'}; "
                 "it is a model of another shape"
             )
-        if wanted[key].shape != found[key].shape:
+        if expected[key].shape != loaded[key].shape:
             raise UserError(
-                f"train.init_from {name}: {key} has shape {tuple(found[key].shape)}, "
-                f"this model needs {tuple(wanted[key].shape)}"
+                f"train.init_from {name}: {key} has shape {tuple(loaded[key].shape)}, "
+                f"this model needs {tuple(expected[key].shape)}"
             )

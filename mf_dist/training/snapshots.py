@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: grids of samples, and distances to real images, both of its EMAs."""
+"""Outputs of the EMAs during training: grids of samples, and distances to real images."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from mf_dist.config.schema import Config
 from mf_dist.models.dit import DiT
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
-from mf_dist.sampling.generator import Generator, build_network
+from mf_dist.sampling.generator import ImageGenerator, build_network
 from mf_dist.training.engine import Engine
 from mf_dist.training.logger import Logger
 from mf_dist.training.resume import measured_ema_decays
@@ -15,7 +15,7 @@ from mf_dist.vae import Vae
 
 
 class Snapshots:
-    """All that drawing and measuring need is loaded before training, so that what is missing is known at once."""
+    """Loads everything that drawing and measuring need before training, so that missing files are found early."""
 
     def __init__(self, config: Config, manifest: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.classes = config, manifest["classes"]
@@ -32,7 +32,8 @@ class Snapshots:
         self.ranks = ranks
 
     def draw(self, engine: Engine, step: int, logger: Logger | None) -> None:
-        """A grid of the first EMA's samples in RUN/samples. Rank 0 draws, but every rank must call: it gathers."""
+        """Draws a grid of samples of the first EMA into RUN/samples. Rank 0 draws, but every rank must call: the EMA is
+        gathered."""
         ema = engine.ema(self.config.optim.ema_decay[0])
         if logger is None:
             return
@@ -42,19 +43,18 @@ class Snapshots:
         self._draw_grid(net, self.vae, step, logger)
 
     def _draw_grid(self, net: DiT, vae: Vae, step: int, logger: Logger) -> None:
-        generator = Generator(net, vae, self.config, self.ranks.device)
+        generator = ImageGenerator(net, vae, self.config, self.ranks.device)
         path = Path(self.config.run_dir) / "samples" / f"step{step:08d}.png"
-        chosen = self.config.eval
+        options = self.config.eval
         try:
-            generator.grid(list(chosen.grid_nfe), chosen.seed, path, self.classes)
+            generator.grid(list(options.grid_nfe), options.seed, path, self.classes)
         except OSError as error:
-            logger.say(f"warning: cannot write {path}: {error}; training goes on")
+            logger.info(f"warning: cannot write {path}: {error}; training continues")
             return
         logger.log_picture("samples", path, step)
 
     def measure(self, engine: Engine, step: int, logger: Logger | None) -> None:
-        """The distances of the chosen EMAs, and the seconds that training waited: a line of metrics.jsonl. All ranks
-        share the work."""
+        """Logs the distances of the measured EMAs and the seconds that training waited. All ranks share the work."""
         assert self.evaluation is not None
         start = time.perf_counter()
         values: dict[str, Any] = {"step": step, "samples_seen": step * self.config.train.batch_size}
@@ -62,7 +62,7 @@ class Snapshots:
             values |= self.evaluation.measure(engine.ema(decay), decay, step)
             if logger is not None:
                 for problem in self.evaluation.problems:
-                    logger.say(problem)
+                    logger.info(problem)
         values["evaluation_seconds"] = round(time.perf_counter() - start, 3)
         if logger is not None:
             logger.log_evaluation(values)

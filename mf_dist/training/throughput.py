@@ -1,4 +1,4 @@
-"""Sums between two log lines: of the loss's parts, and of the time spent where."""
+"""Metrics accumulated between two log lines: means of the loss's parts, speed, waiting time and memory."""
 
 import math
 import resource
@@ -11,7 +11,7 @@ from mf_dist.runtime.distributed import sum_over_ranks
 
 
 class Throughput:
-    """Sums between two log lines: of the loss's parts, and of the time spent where."""
+    """Accumulates the loss's log sums and the time spent waiting and paused since the last reset()."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,12 +25,13 @@ class Throughput:
         self.sums = {name: self.sums[name] + pair if name in self.sums else pair for name, pair in sums.items()}
 
     def means(self) -> dict[str, float | None]:
-        """Per row over all ranks and steps; None where no row counts (no r < t rows in flow matching)."""
+        """Means per row over all ranks and steps; None if no row counts (no r < t rows in flow matching)."""
         table = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
         return {name: total / n if n else None for name, (total, n) in zip(self.sums, table, strict=True)}
 
     def speed(self, batch_size: int) -> dict[str, float]:
-        """Training alone: sampling and saving are left out."""
+        """Speed of training without sampling and saving; data_wait_share in [0, 1]; memory_gib: peak of the GPU, or of
+        the process on a CPU."""
         seconds = time.perf_counter() - self.since - self.paused
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
@@ -51,7 +52,7 @@ class Throughput:
 
 
 class _Stopwatch:
-    """Adds the time of a `with` block to one of the meter's fields."""
+    """Adds the duration of a `with` block to a field of Throughput."""
 
     def __init__(self, throughput: Throughput, field: str) -> None:
         self.throughput, self.field, self.started = throughput, field, math.nan

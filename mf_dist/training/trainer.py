@@ -1,7 +1,7 @@
-"""The training loop. Progress counts in optimizer steps of batch_size images; everything else follows from it.
+"""The training loop. Progress is counted in optimizer steps of batch_size images.
 
-Order within a step: micro-batches through the engine, then log, samples, checkpoint, each when its turn has come, then
-the border, where all ranks agree whether to stop.
+Order within a step: micro-batches through the engine; all ranks agree whether to stop; then whichever is due of log,
+checkpoint, sample grid and measurement.
 """
 
 import math
@@ -38,16 +38,17 @@ from mf_dist.vae import sample_posterior
 
 
 class Trainer:
-    """One run on this rank: builds, resumes from the newest checkpoint, trains to the end or to a request to stop."""
+    """A run on this rank: builds the model, resumes from the newest checkpoint, trains until the end or a request to
+    stop."""
 
     def __init__(self, config: Config, ranks: Ranks, allow_config_change: bool = False) -> None:
         self.config, self.ranks, self.run_dir = config, ranks, Path(config.run_dir)
         self.checkpoints, self.status = self.run_dir / "checkpoints", Status(self.run_dir)
         self.allow_config_change, self.step = allow_config_change, 0
-        self.supervisor = Supervisor(config, ranks, self.status, self._say)
+        self.supervisor = Supervisor(config, ranks, self.status, self._info)
 
     def run(self) -> None:
-        """Builds and trains; ends with status finished or stopped. An exception is recorded as failed."""
+        """Builds and trains. The status becomes finished or stopped; an exception is recorded as failed."""
         try:
             self._build_or_refuse()
             self._train()
@@ -72,7 +73,8 @@ class Trainer:
         self._report()
 
     def _build_or_refuse(self) -> None:
-        """A mistake of the user's found here is no crash; a disk's fault is one, and may be over at the next start."""
+        """Builds the run. A UserError is recorded as a refused start, not as a crash, unless a disk fault caused it,
+        which may be gone at the next start."""
         try:
             self._build()
         except UnrecordedError:
@@ -91,47 +93,47 @@ class Trainer:
             self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
-        self._load()
+        self._load_checkpoint()
         self.supervisor.committed_step = self.supervisor.saved_step = self.supervisor.step = self.step
         self.throughput = Throughput(ranks.device)
         self._open_log()
 
     def _find_checkpoint(self) -> tuple[int, list[str]]:
-        """Step of the newest valid checkpoint, 0 for none, and what there is to say. Counts the start, and refuses one
-        too many or a disk without room."""
-        found: Checkpoint | None = None
+        """Step of the newest valid checkpoint, 0 if there is none, and messages for the log. Counts the start. Raises
+        UserError for a crash loop or a lack of disk space."""
+        newest: Checkpoint | None = None
         error: UserError | OSError | None = None
         messages: list[str] = []
         if self.ranks.is_rank_zero:
             try:
                 self.status.lock_run()
-                found, messages = newest_checkpoint(self.checkpoints)
-                self.status.begin(found.step if found else 0)
-                if not found or found.step < self.config.total_steps:
+                newest, messages = newest_checkpoint(self.checkpoints)
+                self.status.begin(newest.step if newest else 0)
+                if not newest or newest.step < self.config.total_steps:
                     check_free_space(self.checkpoints, checkpoint_bytes(self.config))
-            except UserError as refused:
-                error = refused
-            except OSError as refused:
-                error = refused if is_disk_fault(refused) else UserError(f"{refused.filename}: {refused.strerror}")
-        step = broadcast_int(-1 if error else found.step if found else 0, self.ranks.device)
+            except UserError as caught:
+                error = caught
+            except OSError as caught:
+                error = caught if is_disk_fault(caught) else UserError(f"{caught.filename}: {caught.strerror}")
+        step = broadcast_int(-1 if error else newest.step if newest else 0, self.ranks.device)
         if step < 0:
-            raise error or UnrecordedError("rank 0 refuses to start, see there")
-        if found:
-            return step, [*messages, f"resuming {self.run_dir} from {found.folder.name}"]
-        why = "none of its checkpoints is whole" if messages else "it has no checkpoint"
-        return step, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {why}"]
+            raise error or UnrecordedError("rank 0 refuses to start, see its message")
+        if newest:
+            return step, [*messages, f"resuming {self.run_dir} from {newest.folder.name}"]
+        reason = "none of its checkpoints is valid" if messages else "it has no checkpoint"
+        return step, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {reason}"]
 
-    def _load(self) -> None:
-        """The state of the checkpoint of step self.step into the engine."""
+    def _load_checkpoint(self) -> None:
+        """Loads the checkpoint of step self.step into the engine; nothing at step 0."""
         if not self.step:
             return
         checkpoint = open_checkpoint(step_folder(self.checkpoints, self.step), verify=False)  # rank 0 has verified it
         self.messages += check_config_changes(checkpoint, self._state(), self.allow_config_change)
         tensors = {}
         for kind in self.engine.kinds:
-            has_it = kind in checkpoint.kinds() or not kind.startswith("ema-")
-            tensors[kind] = checkpoint.load(kind if has_it else MASTER)
-            if not has_it:
+            is_new = kind.startswith("ema-") and kind not in checkpoint.kinds()
+            tensors[kind] = checkpoint.load(MASTER if is_new else kind)
+            if is_new:
                 self.messages.append(f"{kind} is new: it starts from the weights of step {self.step}")
         self.engine.guard.load_state(checkpoint.state["guard"])
         self.engine.load_state(tensors, self.step - self.engine.guard.skipped)
@@ -141,7 +143,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.logger = Logger(self.config, self.run_dir, self.step)
         for line in self.messages:
-            self._say(line)
+            self._info(line)
 
     def _train(self) -> None:
         config, ranks = self.config, self.ranks
@@ -149,13 +151,13 @@ class Trainer:
         batches = training_batches(self.shards, config, seen, ranks.rank, ranks.world_size, on_gpu)
         if config.data.stage != "off" and ranks.is_local_rank_zero:
             stage_dir = Path(config.data.stage_dir) if config.data.stage_dir else None
-            Staging(self.shards.folder, self.shards.manifest, stage_dir, self._say)
+            Staging(self.shards.folder, self.shards.manifest, stage_dir, self._info)
         first_step, stop = self.step + 1, self.supervisor.agree_at_step_boundary()
         while self.step < config.total_steps and not stop:
             self._one_step(batches)
             if self.step == first_step:
                 seconds = time.perf_counter() - self.throughput.since
-                self._say(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
+                self._info(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
                 self.supervisor.watchdog.begin_regular_steps()
             stop = self.supervisor.agree_at_step_boundary()
             is_last = self.step == config.total_steps
@@ -164,7 +166,7 @@ class Trainer:
             saves = saves or (measures and config.checkpoint.keep_best is not None)
             if saves or self.step % config.log.every_steps == 0:
                 self._log()
-            if saves:  # before anything that could fail
+            if saves:  # before drawing and measuring, which may fail
                 with self.throughput.pausing():
                     self.supervisor.begin_save(self.engine, self._state())
             if not stop and self._is_due_or_last(config.log.sample_every_images):
@@ -186,16 +188,18 @@ class Trainer:
         self.step += 1
         self.supervisor.step = self.step
         guard = self.engine.guard
-        if guard.last:
-            self._say(f"warning: step {self.step}: {guard.last} ({guard.skipped_in_row} left out in a row)")
+        if guard.last_event:
+            self._info(f"warning: step {self.step}: {guard.last_event} ({guard.skipped_in_row} left out in a row)")
         if guard.skipped_in_row >= self.config.train.max_skipped:
             raise UserError(
                 f"training diverged: {guard.skipped_in_row} steps in a row were left out, the last at step {self.step} "
-                f"({guard.last}). The newest checkpoint in {self.checkpoints} is from before; lower optim.lr or set "
+                f"({guard.last_event}). The newest checkpoint in {self.checkpoints} is older; lower optim.lr or set "
                 "optim.grad_clip, in another run_dir"
             )
-        for part in sums:  # of a step left out the numbers may not be finite: it counts for nothing
-            self.throughput.add({k: torch.zeros_like(v) for k, v in part.items()} if guard.skipped_in_row else part)
+        for part in sums:
+            if guard.skipped_in_row:  # the sums of a skipped step may not be finite: count them as 0
+                part = {name: torch.zeros_like(pair) for name, pair in part.items()}
+            self.throughput.add(part)
         self.throughput.steps += 1
         if self.ranks.is_rank_zero:
             self.logger.advance(self.config.train.batch_size)
@@ -209,12 +213,12 @@ class Trainer:
         return self.engine.train_micro_batch(x, on_device.labels, draws)
 
     def _is_due(self, every_images: int) -> bool:
-        """Whether this step crossed a multiple of `every_images`."""
+        """Whether this step reached or passed a multiple of `every_images`."""
         seen, batch = self.step * self.config.train.batch_size, self.config.train.batch_size
         return seen // every_images > (seen - batch) // every_images
 
     def _is_due_or_last(self, every_images: int) -> bool:
-        """Never where every_images is 0."""
+        """Whether it is due, or this is the last step; never if every_images is 0."""
         return every_images > 0 and (self.step == self.config.total_steps or self._is_due(every_images))
 
     def _log(self) -> None:
@@ -232,23 +236,24 @@ class Trainer:
         }
         self.throughput.reset()
         for name, value in entry.items():
-            if value is not None and not math.isfinite(value):  # the gradient may be finite where the loss overflows
+            if value is not None and not math.isfinite(value):  # the loss may overflow although the gradient is finite
                 raise UserError(
                     f"{name} is {value} at step {self.step}: training diverged. The newest checkpoint in "
-                    f"{self.checkpoints} is from before; lower optim.lr or set optim.grad_clip, in another run_dir"
+                    f"{self.checkpoints} is older; lower optim.lr or set optim.grad_clip, in another run_dir"
                 )
         if self.ranks.is_rank_zero:
             self.logger.log(entry)
 
     def _show(self, show: Callable[[Engine, int, Logger | None], None]) -> None:
-        """Draws or measures with the EMA: every rank takes part, and training waits."""
+        """Draws or measures with the EMA. Every rank takes part; training waits."""
         with self.throughput.pausing(), self.supervisor.watchdog.extended_limit():
             show(self.engine, self.step, self.logger if self.ranks.is_rank_zero else None)
-            broadcast_int(0, self.ranks.device)  # all leave together: the others have waited for rank 0
+            broadcast_int(0, self.ranks.device)  # all ranks leave extended_limit together, after rank 0
 
     def _report(self) -> None:
-        """report.html, after all is saved: nothing that goes wrong here harms the run, or hides why it failed."""
-        if not hasattr(self, "logger"):  # another rank than the first, or a call refused before training
+        """Writes report.html after everything is saved. An error here is only a warning: it must not hide why a run
+        failed."""
+        if not hasattr(self, "logger"):  # not rank 0, or the start was refused
             return
         try:
             from mf_dist.report.page import write_report
@@ -256,7 +261,7 @@ class Trainer:
             write_report([self.run_dir], self.run_dir / "report.html")
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.logger.say(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
+            self.logger.info(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
 
     def _state(self) -> dict[str, Any]:
         batch = self.config.train.batch_size
@@ -272,11 +277,11 @@ class Trainer:
             "versions": environment(self.ranks.world_size),
         }
 
-    def _say(self, line: str) -> None:
+    def _info(self, line: str) -> None:
         if self.ranks.is_rank_zero:
             if line.startswith(("warning", "config changed", "passed over")):
                 self.status.note(self.step, line.removeprefix("warning: "))
-            self.logger.say(line)
+            self.logger.info(line)
 
     def _out_of_memory(self) -> UserError:
         train, engine = self.config.train, self.config.engine

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mf_dist.checkpoint.reader import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
 from mf_dist.checkpoint.writer import CheckpointWriter, Retention, WriterRank, check_free_space, write_tensors
@@ -25,21 +25,21 @@ def random_tensors(step):
     return {kind: {name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for kind in KINDS}
 
 
-def begin(saver, tensors, step, **state):
-    assert saver.share.rank or saver.prepare(step) is None
+def begin(writer, tensors, step, **state):
+    assert writer.writer_rank.rank or writer.prepare(step) is None
     gathered = ((kind, name, a) for kind, by_name in tensors.items() for name, a in by_name.items())
-    saver.begin(gathered, KINDS, {"step": step, "samples_seen": step, "config": {}, "guard": {}, **state})
+    writer.begin(gathered, KINDS, {"step": step, "samples_seen": step, "config": {}, "guard": {}, **state})
 
 
 def save(root, step, keep=2, **state):
-    tensors, saver = random_tensors(step), CheckpointWriter(root, WriterRank(0, 1), Retention(keep))
-    begin(saver, tensors, step, **state)
-    saver.wait()
-    assert saver.error is None
-    return saver.committed, tensors
+    tensors, writer = random_tensors(step), CheckpointWriter(root, WriterRank(0, 1), Retention(keep))
+    begin(writer, tensors, step, **state)
+    writer.wait()
+    assert writer.error is None
+    return writer.committed, tensors
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_a_checkpoint_loads_as_saved(tmp_path):
     folder, tensors = save(tmp_path, 7)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.step == 7 and checkpoint.ema_decays() == ["0.9"]
@@ -55,7 +55,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
-def test_what_was_just_saved_stays_beside_damaged_later_ones(tmp_path):
+def test_a_new_checkpoint_stays_beside_damaged_later_ones(tmp_path):
     for step in (75, 100):
         (save(tmp_path, step)[0] / "state.json").write_text("{}")
     for step in (20, 25, 30):
@@ -66,7 +66,7 @@ def test_what_was_just_saved_stays_beside_damaged_later_ones(tmp_path):
 
 @pytest.mark.parametrize("name", ["master.safetensors", "ema-0.9.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_seen_before_use_and_the_older_one_taken(tmp_path, name, damage):
+def test_damage_is_detected_before_use_and_the_older_one_taken(tmp_path, name, damage):
     save(tmp_path, 1)
     folder, _ = save(tmp_path, 2)
     path = folder / name
@@ -81,8 +81,8 @@ def test_damage_is_seen_before_use_and_the_older_one_taken(tmp_path, name, damag
     assert len(warnings) == 1 and "damaged" in warnings[0]
 
 
-def test_what_a_disks_fault_hides_is_no_reason_to_start_from_scratch(tmp_path, monkeypatch):
-    """An older one is, while the fault lasts; none at all is not."""
+def test_a_disk_fault_is_no_reason_to_start_from_scratch(tmp_path, monkeypatch):
+    """While the fault lasts, an older readable checkpoint is used; without one it is an error."""
     for step in (1, 2):
         save(tmp_path, step)
     hidden = {"step-00000002"}
@@ -104,7 +104,7 @@ def test_what_a_disks_fault_hides_is_no_reason_to_start_from_scratch(tmp_path, m
     assert newest_checkpoint(tmp_path)[0] is None
 
 
-def test_a_half_written_folder_does_not_exist(tmp_path):
+def test_a_partially_written_folder_is_ignored(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002.tmp")
     checkpoint, warnings = newest_checkpoint(tmp_path)
@@ -121,7 +121,7 @@ def test_manifest_names_cannot_leave_the_folder(tmp_path):
         open_checkpoint(folder)
 
 
-def test_finding(tmp_path):
+def test_finding_runs_and_checkpoints(tmp_path):
     with pytest.raises(UserError, match="no trained run"):
         newest_run(tmp_path)
     folder, _ = save(tmp_path / "runs/a/checkpoints", 1)
@@ -135,37 +135,31 @@ def test_finding(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_files_are_those_of_the_library(tmp_path):
+def test_files_hold_the_same_as_the_librarys(tmp_path):
     tensors = random_tensors(1)["master"]
     entry = write_tensors(tmp_path / "ours.safetensors", tensors)
     save_file(tensors, tmp_path / "theirs.safetensors")
-    ours = open_and_read(tmp_path / "ours.safetensors")
-    theirs = open_and_read(tmp_path / "theirs.safetensors")
+    ours = load_file(tmp_path / "ours.safetensors")
+    theirs = load_file(tmp_path / "theirs.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert entry["bytes"] == (tmp_path / "ours.safetensors").stat().st_size
 
 
-def open_and_read(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def test_two_ranks_write_shares_of_one_checkpoint(tmp_path):
-    """Whoever is first: rank 0 commits when the files of both are on the disk. The bytes are those of one writer."""
+    """Rank 0 commits once the files of both are on the disk. The bytes are those of a single writer."""
     alone, tensors = save(tmp_path / "alone", 5)
-    savers = [CheckpointWriter(tmp_path / "both", WriterRank(rank, 2), Retention(2)) for rank in (0, 1)]
-    for saver in savers:
-        begin(saver, tensors, 5)
-    for saver in savers:
-        saver.wait()
-    both = savers[0].committed
-    assert savers[1].committed is None and all(saver.error is None for saver in savers)
+    writers = [CheckpointWriter(tmp_path / "both", WriterRank(rank, 2), Retention(2)) for rank in (0, 1)]
+    for writer in writers:
+        begin(writer, tensors, 5)
+    for writer in writers:
+        writer.wait()
+    both = writers[0].committed
+    assert writers[1].committed is None and all(writer.error is None for writer in writers)
     assert sorted(p.name for p in both.iterdir()) == sorted(p.name for p in alone.iterdir())
     assert all((both / p.name).read_bytes() == p.read_bytes() for p in alone.iterdir())
 
 
-def test_a_rank_that_fails_leaves_no_checkpoint_and_nobody_waiting(tmp_path):
+def test_a_rank_that_fails_leaves_no_checkpoint_and_no_rank_waiting(tmp_path):
     first, second = (CheckpointWriter(tmp_path, WriterRank(rank, 2), Retention(2)) for rank in (0, 1))
     begin(first, random_tensors(1), 1)
     (tmp_path / "step-00000001.tmp/ema-0.9.safetensors").mkdir()  # in the way of rank 1, which has every second file
@@ -177,35 +171,35 @@ def test_a_rank_that_fails_leaves_no_checkpoint_and_nobody_waiting(tmp_path):
     assert first.committed is None and first.error is None and list(tmp_path.iterdir()) == []
 
 
-def test_saving_does_not_hold_up_the_caller(tmp_path, monkeypatch):
-    """begin returns while the writer is still held up by the disk; later changes of the weights do not reach it."""
+def test_saving_does_not_block_the_caller(tmp_path, monkeypatch):
+    """begin returns while the writer still waits for the disk; later changes of the weights do not reach it."""
     gate = threading.Event()
     fsync = os.fsync
     monkeypatch.setattr("mf_dist.checkpoint.writer.os.fsync", lambda number: (gate.wait(20), fsync(number)))
-    tensors, saver = random_tensors(3), CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
-    begin(saver, {kind: {n: a.clone() for n, a in by_name.items()} for kind, by_name in tensors.items()}, 3)
-    assert saver.is_running and saver.committed is None
+    tensors, writer = random_tensors(3), CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
+    begin(writer, {kind: {n: a.clone() for n, a in by_name.items()} for kind, by_name in tensors.items()}, 3)
+    assert writer.is_running and writer.committed is None
     gate.set()
-    saver.wait()
-    loaded = open_checkpoint(saver.committed).load("master")
+    writer.wait()
+    loaded = open_checkpoint(writer.committed).load("master")
     assert all(torch.equal(loaded[name], a) for name, a in tensors["master"].items())
 
 
-def test_a_disk_that_refuses_is_one_line_and_harms_nothing(tmp_path):
+def test_a_disk_that_refuses_is_a_message_and_harms_nothing(tmp_path):
     save(tmp_path / "run", 1)
     (tmp_path / "file").write_text("")
     assert "cannot write a checkpoint" in CheckpointWriter(
         tmp_path / "file" / "run", WriterRank(0, 1), Retention(2)
     ).prepare(2)
-    saver = CheckpointWriter(tmp_path / "run", WriterRank(0, 1), Retention(2))
+    writer = CheckpointWriter(tmp_path / "run", WriterRank(0, 1), Retention(2))
     (tmp_path / "run" / "step-00000002.tmp").write_text("in the way")
-    assert "MiB free" in saver.prepare(2)
+    assert "MiB free" in writer.prepare(2)
     assert newest_checkpoint(tmp_path / "run")[0].step == 1
     with pytest.raises(UserError, match="MiB free, checkpoints need"):
         check_free_space(tmp_path / "new" / "run", 2**60)
 
 
-def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
+def test_two_hundred_flipped_bits_are_all_detected_before_use(tmp_path):
     save(tmp_path, 1)
     folder, _ = save(tmp_path, 2)
     names = sorted(path.name for path in folder.iterdir())
@@ -223,7 +217,7 @@ def test_two_hundred_flipped_bytes_are_all_seen_before_use(tmp_path):
 
 
 def test_retention_over_a_thousand_saves(tmp_path):
-    """The newest 3, every 100th by images, the best by a metric of one EMA in one step; the newest always stays."""
+    """The newest 3, every 100th by images, the best by a metric of one EMA at nfe 1; the newest always stays."""
     (tmp_path / "metrics.json").write_text(
         json.dumps(
             [
@@ -250,7 +244,7 @@ def test_retention_over_a_thousand_saves(tmp_path):
 
 
 def edit(folder, name, change):
-    """Changes a JSON file, and the manifest to agree."""
+    """Changes a JSON file, and its entry in the manifest to match."""
     import hashlib
 
     value = change(json.loads((folder / name).read_text()))
@@ -273,28 +267,28 @@ def edit(folder, name, change):
     ],
     ids=["nothing", "no EMA", "no moment", "no state", "another step"],
 )
-def test_what_cannot_be_resumed_is_no_checkpoint(tmp_path, name, change):
+def test_what_cannot_be_resumed_is_not_a_valid_checkpoint(tmp_path, name, change):
     save(tmp_path, 1)
     edit(save(tmp_path, 2)[0], name, change)
     checkpoint, warnings = newest_checkpoint(tmp_path)
-    assert checkpoint.step == 1 and "is no checkpoint" in warnings[0]
+    assert checkpoint.step == 1 and "is not a valid checkpoint" in warnings[0]
 
 
-def test_a_disk_that_does_not_even_answer_is_a_failed_save(tmp_path, monkeypatch):
-    """As a network disk that has gone: the explanation of the error must not hide it."""
-    saver = CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
+def test_a_disk_that_does_not_answer_is_a_failed_save(tmp_path, monkeypatch):
+    """Such as a network disk that has disconnected: the explanation of the error must not hide it."""
+    writer = CheckpointWriter(tmp_path, WriterRank(0, 1), Retention(2))
 
-    def gone(*_):
+    def disconnected(*_):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr("mf_dist.checkpoint.writer.write_tensors", gone)
-    monkeypatch.setattr("mf_dist.checkpoint.writer.shutil.disk_usage", gone)
-    begin(saver, random_tensors(1), 1)
-    saver.wait()
-    assert saver.has_failed and "Stale file handle" in saver.error and "does not answer" in saver.error
+    monkeypatch.setattr("mf_dist.checkpoint.writer.write_tensors", disconnected)
+    monkeypatch.setattr("mf_dist.checkpoint.writer.shutil.disk_usage", disconnected)
+    begin(writer, random_tensors(1), 1)
+    writer.wait()
+    assert writer.has_failed and "Stale file handle" in writer.error and "does not answer" in writer.error
 
 
-def test_what_dead_saves_left_makes_room(tmp_path):
+def test_leftovers_of_interrupted_saves_are_removed(tmp_path):
     (tmp_path / "step-00000009.tmp").mkdir()
     check_free_space(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

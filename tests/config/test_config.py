@@ -1,4 +1,4 @@
-"""Configs: every mistake is one line, at once, before torch is imported."""
+"""Configs: every mistake gives a one-line error before torch is imported."""
 
 import dataclasses
 import os
@@ -48,21 +48,21 @@ WRONG = [
     (["meanflow.share_r_equals_t=1.2"], r"share_r_equals_t: expected a fraction"),
     (["meanflow.label_drop=2"], r"label_drop: expected a number in \[0, 1\]"),
     (["meanflow.kappa=1"], "kappa 1.0 must be below 1"),
-    (["meanflow.guidance_start=0.9", "meanflow.guidance_end=0.1"], "guidance_start 0.9 lies above"),
-    (["meanflow.share_r_equals_t=2/3"], "is no whole number of rows; use a micro-batch that is a multiple of 3"),
+    (["meanflow.guidance_start=0.9", "meanflow.guidance_end=0.1"], "guidance_start 0.9 is above"),
+    (["meanflow.share_r_equals_t=2/3"], "is not a whole number of rows; choose a multiple of 3"),
     (["train.micro_batch=3"], "train.batch_size 64 is not a multiple of 1 ranks x train.micro_batch 3"),
     (["train.total_images=10"], "less than one batch of 64"),
-    (["model.patch_size=3"], "model.patch_size 3 does not divide the latent's side 8"),
+    (["model.patch_size=3"], "model.patch_size 3 does not divide model.latent_size 8"),
     (["model.num_heads=3"], "model.num_heads 3 does not divide model.hidden_size 128"),
     (["model.hidden_size=126", "model.num_heads=3"], "not a multiple of 4"),
     (["model.num_classes=0"], "guidance needs classes"),
     (["meanflow.label_drop=0"], "guidance needs the null class"),
     (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
     (["train.seed=18446744073709551616"], r"train\.seed"),
-    (["run_dir=2026-02-03"], r"run_dir: expected a text"),
+    (["run_dir=2026-02-03"], r"run_dir: expected a non-empty string"),
     (["eval.nfe=0"], r"eval\.nfe: expected whole numbers >= 1"),
     (["eval.nfe=[1, x]"], r"eval\.nfe"),
-    (["eval.every_images=64", "eval.reference="], r"set eval\.reference too"),
+    (["eval.every_images=64", "eval.reference="], r"eval\.every_images needs eval\.reference"),
     (["eval.every_images=64", "eval.training_emas=0.5"], r"eval\.training_emas has 0\.5, which is not among"),
     (["run_dir="], "run_dir"),
     (["train"], "expected section.key=value"),
@@ -71,7 +71,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG)
-def test_a_mistake_is_named(overrides, message):
+def test_mistake_is_named(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         load(*overrides)
     assert "\n" not in str(error.value)
@@ -82,14 +82,14 @@ def test_a_mistake_is_named(overrides, message):
     [
         ("- a\n- b\n", "expected sections"),
         ("run_dir: [", "not valid YAML, line 1"),
-        ("run_dir: a\nrun_dir: b\n", "'run_dir' stands twice"),
+        ("run_dir: a\nrun_dir: b\n", "duplicate key 'run_dir', line 1"),
         ("run_dir: a\n", "data is missing"),
         ("\x00", "not valid YAML"),
         ("", "expected sections"),
         ("run_dir: 2026-02-31", "not valid YAML"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, text, message):
+def test_invalid_file_is_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
@@ -105,19 +105,19 @@ def test_ranks_must_divide_the_batch():
         load(world_size=128)
 
 
-def test_values_mean_what_yaml_users_write(tmp_path):
+def test_number_list_and_off_notations():
     config = load("optim.lr=1e-4", "meanflow.share_r_equals_t=0.75", "train.total_images=1_000", "eval.nfe=[1, 4]")
     assert config.optim.lr == 1e-4 and config.meanflow.share_r_equals_t == Fraction(3, 4)
     assert config.train.total_images == 1000 and config.eval.nfe == (1, 4)
     assert load("log.wandb=off").log.wandb == "off"
 
 
-def test_a_config_survives_its_tree():
+def test_from_tree_inverts_to_tree():
     config = load()
     assert from_tree(Config, to_tree(config), "tree") == config
 
 
-def test_the_manifest_decides_and_must_agree(latents):
+def test_manifest_completes_the_config_and_must_match(latents):
     manifest = read_manifest(latents)
     config = load_config(DIGITS, [f"data.path={latents}"])
     assert resolve(config, manifest, 1).model.num_classes == 10
@@ -128,7 +128,7 @@ def test_the_manifest_decides_and_must_agree(latents):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_resolve_and_say_what_they_are(path):
+def test_shipped_configs_resolve_and_have_a_header(path):
     shape = [] if path.stem.startswith("imagenet") else LATENT
     resolve(load_config(str(path), shape), None, 8 if path.stem.startswith("imagenet") else 1)
     header = path.read_text().split("run_dir:")[0]
@@ -147,7 +147,7 @@ TABLE = {  # depth, width, heads, patch, omega, kappa, interval, epochs: the pap
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_presets_are_the_papers(name):
+def test_presets_match_the_paper(name):
     config = load_config(str(ROOT / f"configs/imagenet256_{name}.yaml"), [])
     m, g, o = config.model, config.meanflow, config.optim
     epochs = config.total_steps / 5004
@@ -162,8 +162,8 @@ def test_presets_are_the_papers(name):
         epochs,
     )
     rest = {field.name: getattr(g, field.name) for field in dataclasses.fields(MeanFlowConfig)}
-    for own in ("omega", "kappa", "guidance_start", "guidance_end"):
-        del rest[own]
+    for varied in ("omega", "kappa", "guidance_start", "guidance_end"):
+        del rest[varied]
     assert rest == {
         "share_r_equals_t": Fraction(3, 4),
         "time_mean": -0.4,
@@ -185,7 +185,7 @@ def test_presets_are_the_papers(name):
     assert (m.latent_size, m.latent_channels, m.num_classes) == (32, 4, 1000)
 
 
-def test_a_wrong_command_line_ends_in_two_seconds_without_torch(tmp_path):
+def test_wrong_command_line_fails_within_two_seconds_without_torch():
     program = (
         "import sys; from mf_dist.train import main; code = main(); "
         "assert not {'torch', 'deepspeed', 'diffusers'} & set(sys.modules), 'heavy import'; sys.exit(code)"
@@ -208,7 +208,7 @@ def test_a_wrong_command_line_ends_in_two_seconds_without_torch(tmp_path):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
     ],
 )
-def test_a_wrong_launcher_environment_is_named(monkeypatch, variables, message):
+def test_invalid_launcher_environment_is_named(monkeypatch, variables, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -222,9 +222,9 @@ def test_a_wrong_launcher_environment_is_named(monkeypatch, variables, message):
 )
 def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # which the end of the test takes back
+        monkeypatch.setenv(name, "")  # monkeypatch restores it after the test
         monkeypatch.delenv(name)
-    said = {
+    variables = {
         "STEP_NUM_TASKS": "4",
         "STEP_NODELIST": nodes,
         "STEP_ID": "2",
@@ -232,20 +232,20 @@ def test_tasks_of_srun_are_ranks(monkeypatch, nodes, first):
         "LOCALID": "1",
         "JOB_ID": "70123",
     }
-    for name, value in said.items():
+    for name, value in variables.items():
         monkeypatch.setenv("SLURM_" + name, value)
     assert rank_from_environment() == (3, 4, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "31970")
-    monkeypatch.setenv("RANK", "0")  # torchrun's word is the stronger
+    monkeypatch.setenv("RANK", "0")  # torchrun takes precedence
     assert rank_from_environment().rank == 0
 
 
-def test_a_list_of_nodes_that_cannot_be_read_is_said(monkeypatch):
+def test_unparsable_node_list_is_an_error(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    said = {"STEP_NUM_TASKS": "4", "STEP_NODELIST": "rack[1-2]n[3-4]", "STEP_ID": "2", "PROCID": "3", "LOCALID": "1"}
-    for name, value in (said | {"JOB_ID": "7"}).items():
+    variables = {"STEP_NUM_TASKS": "4", "STEP_NODELIST": "rack[1-2]n[3-4]", "STEP_ID": "2", "PROCID": "3"}
+    for name, value in (variables | {"LOCALID": "1", "JOB_ID": "7"}).items():
         monkeypatch.setenv("SLURM_" + name, value)
     with pytest.raises(UserError, match=r"first node of 'rack\[1-2\]n\[3-4\]'; set MASTER_ADDR"):
         rank_from_environment()
@@ -256,7 +256,7 @@ def test_a_list_of_nodes_that_cannot_be_read_is_said(monkeypatch):
 @pytest.mark.parametrize(
     "step", [{"STEP_NUM_TASKS": "1"}, {}, {"STEP_NUM_TASKS": "8", "STEP_ID": "0", "LOCALID": "0", "PTY_PORT": "40001"}]
 )
-def test_a_task_alone_is_alone(monkeypatch, step):
+def test_single_task_is_rank_0_of_1(monkeypatch, step):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"PROCID": "0", "JOB_ID": "7", "STEP_NODELIST": "n1", **step}.items():

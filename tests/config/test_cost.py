@@ -1,4 +1,4 @@
-"""The arithmetic of --dry-run against the network itself."""
+"""The cost model of --dry-run compared with the network."""
 
 import dataclasses
 from fractions import Fraction
@@ -21,7 +21,7 @@ def test_parameters():
     assert cost.parameters(MODEL) == sum(p.numel() for p in build_network(MODEL, 0).parameters())
 
 
-def test_memory_is_split_as_zero_splits_it():
+def test_memory_per_rank_at_each_zero_stage():
     config = resolve(load_config("configs/imagenet256_xl2.yaml", []), None, 8)
     count = cost.parameters(config.model)
     per_stage = []
@@ -42,10 +42,8 @@ def test_memory_is_split_as_zero_splits_it():
 @torch.no_grad()
 def test_forward_flops():
     net, z = build_network(MODEL, 0), torch.randn(2, 4, 8, 8)
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # it does not know the CPU's fused one
+    # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
     assert counter.get_total_flops() == 2 * cost.forward_flops(MODEL)
 
@@ -59,19 +57,17 @@ def test_forward_flops():
         (MeanFlowConfig(share_r_equals_t=Fraction(1)), 3.0),
     ],
 )
-def test_a_steps_flops(recipe, forwards):
-    """Counted by torch on a real step. The backward of a linear whose input needs no gradient is cheaper, and the
-    tangent's attention dearer, than 'a forward': hence 4 %."""
+def test_step_flops(recipe, forwards):
+    """Counted by torch on a real step, within 4 %: the backward of a linear whose input needs no gradient costs less
+    than assumed, the tangent's attention more."""
     base = load_config("configs/digits_cpu.yaml", [])
     assert cost.forwards_per_image(dataclasses.replace(base, meanflow=recipe)) == forwards
     net = build_network(MODEL, 0)
     g = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
     draws = Draws(e, torch.randn(8, 2, generator=g), torch.rand(8, generator=g))
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # it does not know the CPU's fused one
+    # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss, _ = MeanFlowLoss(net, net.null_label, recipe)(x, torch.zeros(8, dtype=torch.int64), draws)
         loss.backward()
     assert counter.get_total_flops() / 8 / cost.forward_flops(MODEL) == pytest.approx(forwards, rel=0.04)
@@ -81,8 +77,8 @@ def xl2(world_size, *overrides):
     return resolve(load_config("configs/imagenet256_xl2.yaml", [*overrides]), None, world_size)
 
 
-def test_a_ring_sends_what_the_formulas_say():
-    """Walked through: in each of n - 1 rounds every rank passes on one chunk of n; an all-reduce does so twice."""
+def test_wire_seconds_of_a_ring():
+    """In each of n - 1 rounds a rank sends one of n chunks; an all-reduce does this twice."""
     for ranks in (8, 64):
         config = xl2(8, "train.micro_batch=32")
         sent = {kind: sum(size / ranks for _ in range(ranks - 1)) for kind, size in cost.payload(config, 1).items()}
@@ -92,17 +88,16 @@ def test_a_ring_sends_what_the_formulas_say():
             assert seconds == pytest.approx(sent[kind] / speed)
 
 
-def test_the_tables_on_paper_are_those_of_the_cost_model():
-    """docs/cluster.md, and the lines of --dry-run."""
+def test_tables_in_docs_match_the_cost_model():
+    """docs/cluster.md against the lines of --dry-run."""
     text = Path("docs/cluster.md").read_text()
     for size in ([], ["model.depth=40", "model.hidden_size=2048"]):
         for nodes in (1, 2, 4, 8, 16, 32, 64):
             cells = [str(nodes), str(8 * nodes)]
             for rows in (16, 32):
                 config = xl2(1, *size, f"train.micro_batch={rows}")
-                (line,) = [
-                    one for one in cost.describe(config, 1).splitlines() if one.strip().startswith(f"| {nodes} |")
-                ]
+                rows_of_table = map(str.strip, cost.describe(config, 1).splitlines())
+                (line,) = [row for row in rows_of_table if row.startswith(f"| {nodes} |")]
                 _, _, batch, reduce_ms, gather_ms, share = line.strip(" |").split(" | ")
                 cells += [reduce_ms, gather_ms] if rows == 16 else []
                 cells += [batch, share]

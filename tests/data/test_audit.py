@@ -1,4 +1,4 @@
-"""The corruption matrix: verify finds everything, the loader what would change a batch."""
+"""Corrupted datasets: verify finds all damage, the loader all that would change a batch."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from mf_dist.vae import WEIGHTS, Vae
 TAR = "shard-00001.tar"
 
 
-def found(folder):
+def problem_lines(folder):
     try:
         return list(problems(folder, lambda n: None))
     except UserError as error:
@@ -34,8 +34,8 @@ def copy(latents, tmp_path):
 
 
 def rewrite(folder, change):
-    """The shard with its members changed, and manifest and index made to agree with the new bytes: what only
-    reading every sample can find."""
+    """Changes the shard's members, and updates manifest and index to the new bytes, so that only reading every sample
+    finds the change."""
     tar, members = folder / TAR, []
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -70,7 +70,7 @@ def edit(members, g, change):
 
 
 def huge(raw):
-    """A header that promises an array of 10^11 numbers."""
+    """A header that declares an array of 10^11 numbers."""
     return (
         raw[:10] + raw[10:128].replace(b"(8, 8, 8)", b"(10**11,)".replace(b"10**11", b"99999999999"))[:118] + raw[128:]
     )
@@ -109,7 +109,7 @@ def flip(raw, g):
 
 
 def read_all(folder):
-    """What training would read, None where the loader refuses."""
+    """The bytes that training would read, or None if the loader refuses."""
     try:
         shards = LatentShards(folder)
         moments, labels = shards.batch(list(range(shards.count)), [False] * shards.count)
@@ -125,14 +125,14 @@ def read_all(folder):
 def test_damaged_bytes(latents, copy, name, kind, trial):
     path, g = copy / name, np.random.default_rng(trial)
     path.write_bytes(BYTES[kind](path.read_bytes(), g))
-    lines = found(copy)
+    lines = problem_lines(copy)
     assert lines and all("shard-00001" in line or "manifest.json" in line for line in lines)
     assert read_all(copy) in (None, read_all(latents))
-    if kind != "bit-flipped":  # one bit may be in what no batch needs, such as a name in the tar
+    if kind != "bit-flipped":  # the bit may be in bytes that no batch needs, such as a name in the tar
         assert read_all(copy) is None
 
 
-def test_any_bit_of_an_index_is_seen_without_a_crash(copy):
+def test_any_flipped_bit_of_an_index_is_found_without_a_crash(copy):
     path, g = index_path(copy / TAR), np.random.default_rng(0)
     whole = path.read_bytes()
     for bit in g.choice(8 * len(whole), 200, replace=False):
@@ -141,10 +141,10 @@ def test_any_bit_of_an_index_is_seen_without_a_crash(copy):
         path.write_bytes(raw)
         with pytest.raises(UserError, match=path.name):
             LatentShards(copy)
-        assert any(path.name in line for line in found(copy))
+        assert any(path.name in line for line in problem_lines(copy))
 
 
-def test_any_bit_of_a_sample_stops_the_loader(copy):
+def test_any_flipped_bit_of_a_sample_stops_the_loader(copy):
     index, g = LatentShards(copy)._indices[1], np.random.default_rng(0)
     whole = (copy / TAR).read_bytes()
     for row, offset in enumerate(index.offsets):
@@ -156,7 +156,7 @@ def test_any_bit_of_a_sample_stops_the_loader(copy):
 
 
 def test_a_shard_of_another_vae(images, copy, tmp_path):
-    """As where a folder was half encoded, copied and gone on with elsewhere."""
+    """As when a partly encoded folder is copied and continued elsewhere."""
     from safetensors.torch import load_file, save_file
 
     other = shutil.copytree(VAE, tmp_path / "vae")
@@ -168,7 +168,7 @@ def test_a_shard_of_another_vae(images, copy, tmp_path):
         mixed = shutil.copytree(tmp_path / "whole", tmp_path / f"mixed{number}")
         for name in (shard_name(number), index_path(Path(shard_name(number))).name):
             shutil.copy(tmp_path / "other" / name, mixed / name)
-        assert all(shard_name(number)[:-4] in line for line in found(mixed)) and found(mixed)
+        assert all(shard_name(number)[:-4] in line for line in problem_lines(mixed)) and problem_lines(mixed)
         with pytest.raises(UserError, match=shard_name(number)[:-4]):
             LatentShards(mixed)
     with pytest.raises(UserError, match="the latents were made with"):
@@ -179,9 +179,9 @@ def test_a_shard_of_another_vae(images, copy, tmp_path):
 
 @pytest.mark.parametrize("trial", range(10))
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_damaged_samples_behind_right_hashes(latents, copy, kind, trial):
+def test_damaged_samples_with_matching_hashes(latents, copy, kind, trial):
     rewrite(copy, SAMPLES[kind](np.random.default_rng(trial)))
-    assert any(TAR in line for line in found(copy)), kind
+    assert any(TAR in line for line in problem_lines(copy)), kind
     assert read_all(copy) in (None, read_all(latents))
 
 
@@ -200,33 +200,33 @@ def test_a_wrong_index_is_refused_by_loader_and_verify(copy, trial):
     else:
         entries[name] = entries[name] * 2
     np.savez(path, **entries)
-    assert found(copy)
+    assert problem_lines(copy)
     with pytest.raises(UserError, match=r"shard-00001.index.npz"):
         LatentShards(copy)
 
 
-def test_a_manifest_makes_no_paths(copy):
+def test_names_in_a_manifest_cannot_be_paths(copy):
     for key, value in (("sha256", "../victim"), ("name", "../other.tar")):
         manifest = json.loads((copy / "manifest.json").read_text())
         manifest["shards"][1][key] = value
         write_manifest(copy / "..", manifest)
-        with pytest.raises(UserError, match="strange name or hash"):
+        with pytest.raises(UserError, match="invalid name or hash"):
             LatentShards(copy / "..")
 
 
-@pytest.mark.parametrize("what", ["tar missing", "index missing", "index of another shard", "extra tar"])
-def test_whole_files(copy, what):
-    if what == "tar missing":
+@pytest.mark.parametrize("case", ["tar missing", "index missing", "index of another shard", "extra tar"])
+def test_missing_swapped_and_extra_files(copy, case):
+    if case == "tar missing":
         (copy / TAR).unlink()
-    elif what == "index missing":
+    elif case == "index missing":
         index_path(copy / TAR).unlink()
-    elif what == "index of another shard":
+    elif case == "index of another shard":
         shutil.copy(index_path(copy / "shard-00000.tar"), index_path(copy / TAR))
     else:
         shutil.copy(copy / TAR, copy / "shard-00099.tar")
-        assert found(copy) == ["shard-00099.tar: not in the manifest"]
+        assert problem_lines(copy) == ["shard-00099.tar: not in the manifest"]
         return
-    assert found(copy)
+    assert problem_lines(copy)
     with pytest.raises(UserError, match=r"shard-00001"):
         LatentShards(copy)
 
@@ -248,8 +248,8 @@ def test_verify_exits_1_and_names_the_sample(copy):
     (copy / TAR).write_bytes(raw)
     text = run_python("tools/latents.py", "verify", copy, expect=1).stdout
     assert (
-        "shard-00001.tar: other bytes than the manifest's sha256 says" in text
-        and "sample 000000067: moments.npy has other numbers" in text
+        "shard-00001.tar: its sha256 is not the manifest's" in text
+        and "sample 000000067: moments.npy differs from what was written" in text
     )
 
 

@@ -1,8 +1,9 @@
-"""Encoding by many tasks, mirrored images, images that cannot be read."""
+"""Encoding with many tasks, mirrored images, unreadable images."""
 
 import hashlib
 import json
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -43,10 +44,10 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(UserError, match="2 of 60 images"):  # counted over all shards, not in each
         encode(images, tmp_path / "out", shard_size=10, max_bad_share=0.02)
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 4  # and it stopped there
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 4  # it stopped at the second
     shutil.rmtree(tmp_path / "out")
     encode(images, tmp_path / "out", shard_size=30, max_bad_share=0.05)
-    shown = [
+    show = [
         "tools/latents.py",
         "show",
         tmp_path / "out",
@@ -57,21 +58,21 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
         "--out",
         tmp_path / "a.png",
     ]
-    assert float(run_python(*shown).stdout.split("PSNR ")[1].split()[0]) > 25
+    assert float(run_python(*show).stdout.split("PSNR ")[1].split()[0]) > 25
     (images / folder.paths[3]).write_bytes((images / folder.paths[4]).read_bytes())
-    assert "does not hold what was encoded: image 3 was" in run_python(*shown, expect=2).stderr
+    assert "does not hold what was encoded: image 3 was" in run_python(*show, expect=2).stderr
     write_digits(tmp_path / "images", 60)
     shards = LatentShards(tmp_path / "out")
     assert shards.count == 58 and shards.manifest["source_count"] == 60
     assert [folder.paths[i] in line for i, line in zip((7, 40), shards.manifest["skipped"], strict=True)] == [True] * 2
-    vae, left = Vae(str(VAE), torch.device("cpu")), [i for i in range(60) if i not in (7, 40)]
-    for row in (0, 7, 38, 57):  # no neighbour took the place of one that is missing
-        exact = vae.encode(torch.from_numpy(load_image(images / folder.paths[left[row]], 32))[None])[0]
+    vae, readable = Vae(str(VAE), torch.device("cpu")), [i for i in range(60) if i not in (7, 40)]
+    for row in (0, 7, 38, 57):  # no other image takes the place of a missing one
+        exact = vae.encode(torch.from_numpy(load_image(images / folder.paths[readable[row]], 32))[None])[0]
         np.testing.assert_allclose(shards[row][0], exact, rtol=2e-3, atol=1e-4)
-        assert shards[row][1] == folder.labels[left[row]]
+        assert shards[row][1] == folder.labels[readable[row]]
 
 
-def test_a_shard_of_nothing_is_refused(tmp_path):
+def test_a_shard_without_readable_images_is_refused(tmp_path):
     images = write_digits(tmp_path / "images", 20)
     for path in list_images(images).paths[10:]:
         (images / path).write_bytes(b"?")
@@ -89,19 +90,13 @@ def test_mirrored_images_are_encoded_not_mirrored_latents(images, tmp_path):
         flipped, label = (column[0] for column in shards.batch([i], [True]))
         np.testing.assert_allclose(flipped, exact, rtol=2e-3, atol=1e-4)
         assert label == folder.labels[i] and not np.array_equal(flipped, shards[i][0])
-    plain, mirrored = (LatentStream(shards, 0, 64, folder_share(), flip) for flip in (False, True))
+    plain, mirrored = (LatentStream(shards, 0, 64, Fraction(3, 4), flip) for flip in (False, True))
     same = [np.array_equal(a, b) for a, b in zip(plain[0].moments, mirrored[0].moments, strict=True)]
     assert 15 < sum(same) < 49, "half of them"
     assert torch.equal(plain[0].e, mirrored[0].e) and torch.equal(plain[0].labels, mirrored[0].labels)
 
 
-def folder_share():
-    from fractions import Fraction
-
-    return Fraction(3, 4)
-
-
-def test_a_precision_or_size_the_vae_has_not_is_refused(images):
+def test_unsupported_precision_and_size_are_refused(images):
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="tf32 needs a GPU"):
         Vae(str(VAE), cpu, precision="tf32")
@@ -117,7 +112,7 @@ def test_plain_latents_cannot_be_mirrored(tiny_config):
         resolve(config, read_manifest(config.data.path), 1)
 
 
-def test_bf16_is_close_and_says_how_close(images, tmp_path):
+def test_bf16_is_close_and_its_error_is_printed(images, tmp_path):
     tool = ["tools/encode_latents.py", "--images", images, "--vae", VAE, "--resolution", 32, "--precision", "bf16"]
     text = run_python(*tool, "--verify").stdout
     error = float(text.split("relative error of mean ")[1].split(",")[0])
@@ -132,8 +127,8 @@ def test_bf16_is_close_and_says_how_close(images, tmp_path):
 def test_compiled_is_the_same_function(images, tmp_path):
     plain, compiled = (Vae(str(VAE), torch.device("cpu"), compiled=c) for c in (False, True))
     pixels = torch.from_numpy(np.stack([load_image(p, 32) for p in sorted(images.rglob("*.png"))[:16]]))
-    expected, found = plain.encode(pixels), compiled.encode(pixels)
-    assert 0 < (found - expected).norm() / expected.norm() < 1e-5  # rounding; 0 would mean that nothing was compiled
+    expected, result = plain.encode(pixels), compiled.encode(pixels)
+    assert 0 < (result - expected).norm() / expected.norm() < 1e-5  # rounding; 0 would mean that nothing was compiled
     with pytest.raises(UserError, match="encode_compiled was False, now True"):
         encode(images, tmp_path / "out")
         encode_images(str(images), tmp_path / "out", compiled, Encoding(32, 60, 16), Task())
@@ -141,7 +136,7 @@ def test_compiled_is_the_same_function(images, tmp_path):
 
 @pytest.mark.dist
 def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
-    """Two processes, killed -9 again and again at seeded moments, then torchrun, against one process left alone."""
+    """Two processes, killed by SIGKILL repeatedly at seeded times, then torchrun, against one undisturbed process."""
     import signal
     import subprocess
     import sys

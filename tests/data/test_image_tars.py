@@ -1,4 +1,4 @@
-"""Images inside tars: what is read, and what is refused."""
+"""Images inside tars: reading them, and refusing invalid tars."""
 
 import io
 import tarfile
@@ -29,7 +29,7 @@ def png(value):
     return file.getvalue()
 
 
-def test_tars_give_what_the_folder_gives(images, latents, tmp_path):
+def test_tars_give_the_same_latents_as_the_folder(images, latents, tmp_path):
     """The digits, packed into three tars in the folder's order: the same latents, byte for byte of each sample."""
     folder = list_images(images)
     for part in range(3):
@@ -54,29 +54,29 @@ def test_a_single_tar_without_classes(tmp_path):
     assert tars.classes == [] and tars.labels == [0, 0, 0]
 
 
-WRONG = {
-    "link": (lambda a: add(a, "x.png", b"", tarfile.SYMTYPE), "no plain file"),
-    "device": (lambda a: add(a, "x.png", b"", tarfile.CHRTYPE), "no plain file"),
-    "twice": (lambda a: [add(a, "x.png", png(1)) for _ in range(2)], "stands twice"),
+INVALID = {
+    "link": (lambda a: add(a, "x.png", b"", tarfile.SYMTYPE), "not a regular file"),
+    "device": (lambda a: add(a, "x.png", b"", tarfile.CHRTYPE), "not a regular file"),
+    "twice": (lambda a: [add(a, "x.png", png(1)) for _ in range(2)], "occurs twice"),
     "two images": (lambda a: [add(a, name, png(1)) for name in ("x.png", "x.bmp")], "has two images"),
     "no class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"1"), add(a, "y.png", png(2))], "no .cls"),
     "bad class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"cat")], "expected the number of a class"),
     "huge class": (lambda a: [add(a, "x.png", png(1)), add(a, "x.cls", b"99999999999")], "expected the number"),
-    "huge size": (lambda a: add(a, "x.png", b"", declared=10**12), "cut short|cannot read"),
+    "huge size": (lambda a: add(a, "x.png", b"", declared=10**12), "truncated|cannot read"),
     "nothing": (lambda a: add(a, "x.txt", b"text"), "no images"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_refused(tmp_path, name):
-    fill, message = WRONG[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_tars_are_refused(tmp_path, name):
+    fill, message = INVALID[name]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         fill(archive)
     with pytest.raises(UserError, match=message):
         open_images(str(tmp_path))
 
 
-def test_names_of_members_are_never_paths(tmp_path):
+def test_member_names_are_never_used_as_paths(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
     with tarfile.open(inside / "a.tar", "w") as archive:

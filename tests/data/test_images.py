@@ -47,7 +47,7 @@ def test_no_sub_folders_no_classes(tmp_path):
     assert folder.classes == [] and folder.labels == [0]
 
 
-def test_what_is_wrong_is_named(tmp_path):
+def test_errors_name_the_cause(tmp_path):
     with pytest.raises(UserError, match="no image folder"):
         list_images(tmp_path / "missing")
     with pytest.raises(UserError, match="no images"):
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_named(tmp_path):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    """As Pillow converts it, which ADM and torchvision rely on; 16-bit grey keeps its upper 8 bits; EXIF is ignored."""
+    """As converted by Pillow, like in ADM and torchvision; 16-bit grey keeps its upper 8 bits; EXIF is ignored."""
     g = np.random.default_rng(0)
     colour = Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     for mode, suffix in {
@@ -116,13 +116,13 @@ def test_jpegs_are_decoded_as_pillow_does(options, subsampling):
     assert all(pixels)
 
 
-def test_a_strip_that_would_grow_is_refused(tmp_path):
+def test_an_extreme_aspect_ratio_is_refused(tmp_path):
     Image.new("RGB", (1, 65_500)).save(tmp_path / "strip.jpg")
     with pytest.raises(UserError, match=r"strip\.jpg.*its sides, 1 x 65500, differ too much"):
         load_image(tmp_path / "strip.jpg", 256)
 
 
-def test_hidden_folders_links_back_and_strange_names(tmp_path):
+def test_hidden_folders_recursive_links_and_unprintable_names(tmp_path):
     for name in ("a", ".thumbs"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
@@ -132,11 +132,11 @@ def test_hidden_folders_links_back_and_strange_names(tmp_path):
         list_images(tmp_path / "images")
     (tmp_path / "images/a/up").unlink()
     (tmp_path / "images/a" / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    with pytest.raises(UserError, match="no plain text"):
+    with pytest.raises(UserError, match="not printable text"):
         list_images(tmp_path / "images")
 
 
-def test_a_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match=r"bomb\.png.*exceeds limit"):

@@ -1,4 +1,4 @@
-"""The stream of batches: one global batch for any ranks, workers and accumulation; exact shares; O(1) seeking."""
+"""The stream of batches: the same global batch for any ranks, workers, accumulation; exact shares; O(1) seeking."""
 
 import pickle
 import time
@@ -56,26 +56,26 @@ def test_global_batch_is_the_same_for_any_ranks_accumulation_and_workers(tiny_co
         assert global_rows(tiny_config, overrides, latents, world_size) == reference
 
 
-def test_resumed_stream_is_the_rest_of_the_whole_one(tiny_config, latents):
+def test_resumed_stream_is_the_rest_of_the_full_one(tiny_config, latents):
     reference = global_rows(tiny_config, [], latents, 1)
     assert global_rows(tiny_config, [], latents, 2, samples_seen=48) == reference[3:]
 
 
 def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
-    """With every row at r = t nothing is reordered, so the rows must be the permutations, end to end."""
+    """With r = t on every row nothing is reordered, so the rows must be the concatenated permutations."""
     shards = LatentShards(latents)
     stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(1), flip=False)
-    rows = torch.cat([stream[j].moments for j in range(300 // 8)]).numpy()  # 150 is no multiple of 8
+    rows = torch.cat([stream[j].moments for j in range(300 // 8)]).numpy()  # 150 is not a multiple of 8
     slots = [*rng.order(3, 0, shards.count), *rng.order(3, 1, shards.count)]
     for row, image in zip(rows, slots, strict=False):
         assert np.array_equal(row, shards[int(image)][0])
 
 
-def test_stream_travels_to_loader_processes_by_pickle_too(latents):
-    """As it must where processes are not forked."""
+def test_stream_can_be_pickled_for_loader_processes(latents):
+    """Needed where loader processes are not forked."""
     stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
     expected = stream[5]
-    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301  what a spawned loader process does
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301  as for a spawned loader process
     assert all(torch.equal(a, b) for a, b in zip(copy[5], expected, strict=True))
 
 
@@ -91,7 +91,7 @@ def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, sha
         assert np.array_equal(stream[j].e.numpy(), np.stack([*equal, *below]))
 
 
-def test_seeking_is_instant_wherever_it_goes(latents):
+def test_seeking_takes_constant_time(latents):
     stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
     start = time.perf_counter()
     stream[10**9]

@@ -1,4 +1,4 @@
-"""One folder holds shards of one plan: what is refused, what is made again, and which task makes what."""
+"""A folder holds shards of one plan: refused changes, restored shards, and the division into tasks."""
 
 import hashlib
 import importlib.util
@@ -40,9 +40,9 @@ def other_vae(tmp_path):
 def test_encoding_again_restores_what_the_loader_refuses(images, latents, copy, other_vae, tmp_path, column):
     tar = copy / "shard-00001.tar"
     if column == "other VAE":
-        encode(images, tmp_path / "theirs", vae=other_vae)
+        encode(images, tmp_path / "other", vae=other_vae)
         for path in (tar, index_path(tar)):
-            shutil.copy(tmp_path / "theirs" / path.name, path)
+            shutil.copy(tmp_path / "other" / path.name, path)
     elif column == "missing":
         index_path(tar).unlink()
     elif column == "tar":
@@ -57,7 +57,7 @@ def test_encoding_again_restores_what_the_loader_refuses(images, latents, copy, 
     assert hashes(copy) == hashes(latents)
 
 
-def test_another_vae_is_another_plan_and_the_same_one_elsewhere_is_not(images, copy, latents, other_vae, tmp_path):
+def test_another_vae_is_another_plan_and_a_moved_one_is_not(images, copy, latents, other_vae, tmp_path):
     with pytest.raises(UserError, match="another plan: vae was"):
         encode(images, copy, vae=other_vae)
     shutil.copytree(VAE, tmp_path / "moved")
@@ -73,7 +73,7 @@ def test_another_vae_is_another_plan_and_the_same_one_elsewhere_is_not(images, c
 
 def test_a_lost_or_damaged_plan_is_not_replaced(images, copy):
     (copy / "plan.json").unlink()
-    with pytest.raises(UserError, match=r"its plan.json is gone: choose another --out"):
+    with pytest.raises(UserError, match=r"its plan.json is missing: choose another --out"):
         encode(images, copy)
     (copy / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan.json is damaged .*choose another --out"):
@@ -81,7 +81,7 @@ def test_a_lost_or_damaged_plan_is_not_replaced(images, copy):
 
 
 def test_other_classes_are_another_plan(tmp_path):
-    """In tars, at equal names and sizes."""
+    """In tars with equal names and sizes."""
     images, tar = write_digits(tmp_path / "images", 20, classes=False), tmp_path / "images.tar"
     for digit in "12":
         with tarfile.open(tar, "w") as archive:
@@ -95,13 +95,13 @@ def test_other_classes_are_another_plan(tmp_path):
         encode(tar, tmp_path / "out", shard_size=10)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(images, latents, tmp_path):
+def test_a_full_disk_is_a_user_error_and_the_same_command_continues(images, latents, tmp_path):
     out = tmp_path / "small"
     out.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", out], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     try:
-        with pytest.raises(UserError, match=r"small.*No space left on device; what is finished stays"):
+        with pytest.raises(UserError, match=r"small.*No space left on device; finished shards are kept"):
             encode(images, out)
         assert not list(out.glob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=10m", out], check=True)
@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(images, latents, t
         ({"TASK_ID": "1"}, None),
     ],
 )
-def test_which_task_this_is(monkeypatch, env, expected):
+def test_task_from_the_environment(monkeypatch, env, expected):
     spec = importlib.util.spec_from_file_location("encode_latents", ROOT / "tools/encode_latents.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

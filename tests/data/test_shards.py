@@ -60,14 +60,14 @@ def test_manifest_has_exact_statistics_and_hashes(latents):
     assert manifest["vae"]["sha256"] == Vae(str(VAE), torch.device("cpu")).sha256
 
 
-def test_encoding_twice_gives_the_same_bytes_and_a_missing_shard_comes_back(images, latents, copy):
+def test_encoding_twice_gives_the_same_bytes_and_restores_a_missing_shard(images, latents, copy):
     before = hashes(latents)
     (copy / "shard-00001.tar").unlink()
     (copy / "manifest.json").unlink()
     stamp = (copy / "shard-00000.tar").stat().st_mtime_ns
     encode(images, copy)
     assert hashes(copy) == before
-    assert (copy / "shard-00000.tar").stat().st_mtime_ns == stamp  # finished shards are left alone
+    assert (copy / "shard-00000.tar").stat().st_mtime_ns == stamp  # finished shards are not rewritten
 
 
 @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.index.npz"])

@@ -1,4 +1,4 @@
-"""Shards brought near: the same bytes, verified, and used as soon as they are there."""
+"""Staged shards: the same bytes, verified, and used as soon as they exist."""
 
 import shutil
 
@@ -16,25 +16,25 @@ def copy(latents, tmp_path):
 
 
 def stage(folder, stage_dir):
-    said = []
-    Staging(folder, LatentShards(folder).manifest, stage_dir, said.append).wait()
-    return said
+    messages = []
+    Staging(folder, LatentShards(folder).manifest, stage_dir, messages.append).wait()
+    return messages
 
 
 def test_staged_shards_are_read_and_equal(copy, latents, tmp_path):
     shards, whole = LatentShards(copy, stage_dir=str(tmp_path / "near")), LatentShards(latents)
     assert np.array_equal(shards[70][0], whole[70][0])  # from the shared disk
     assert stage(copy, tmp_path / "near")[-1] == f"staged 3 of 3 shards in {tmp_path / 'near'}"
-    for i in range(1200):  # it looks for the copies now and then
+    for i in range(1200):  # it looks for copies every 1000 reads
         shards[i % 150]
-    assert shards._near == {0, 1, 2}
+    assert shards._staged == {0, 1, 2}
     for tar in copy.glob("*.tar"):
-        tar.write_bytes(b"gone")  # nobody reads here any more
+        tar.write_bytes(b"gone")  # not read any more
     fresh = [shards[i] for i in range(150)]
     assert all(np.array_equal(a[0], whole[i][0]) and a[1] == whole[i][1] for i, a in enumerate(fresh))
 
 
-def test_a_second_process_finds_them_there(copy, tmp_path):
+def test_a_second_process_reuses_staged_shards(copy, tmp_path):
     stage(copy, tmp_path / "near")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "near").iterdir()}
     assert len(stamps) == 3 and stage(copy, tmp_path / "near")
@@ -46,13 +46,13 @@ def test_a_damaged_shard_is_not_staged(copy, tmp_path):
     raw = bytearray((copy / "shard-00001.tar").read_bytes())
     raw[3000] ^= 1
     (copy / "shard-00001.tar").write_bytes(raw)
-    assert "shard-00001.tar is not what the manifest says" in stage(copy, tmp_path / "near")[-1]
+    assert "shard-00001.tar has another sha256 than the manifest" in stage(copy, tmp_path / "near")[-1]
     assert [path.name for path in (tmp_path / "near").iterdir()] == [staged_path(tmp_path, manifest["shards"][0]).name]
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped"])
-def test_a_copy_that_is_not_whole_is_made_again(copy, latents, tmp_path, damage):
-    """As after a power cut. Until then readers take the shared disk, or say which copy is bad."""
+def test_a_damaged_copy_is_staged_again(copy, latents, tmp_path, damage):
+    """As after a power cut. Until then readers use the shared disk, or name the damaged copy."""
     near, shard = tmp_path / "near", LatentShards(copy).manifest["shards"][1]
     stage(copy, near)
     raw = bytearray(staged_path(near, shard).read_bytes())
@@ -68,15 +68,15 @@ def test_a_copy_that_is_not_whole_is_made_again(copy, latents, tmp_path, damage)
 
 
 def test_two_jobs_stage_into_one_folder(copy, tmp_path):
-    manifest, near, said = LatentShards(copy).manifest, tmp_path / "near", []
-    both = [Staging(copy, manifest, near, said.append) for _ in range(2)]
-    for one in both:
-        one.wait()
-    assert said.count(f"staged 3 of 3 shards in {near}") == 2 and not any("warning" in line for line in said)
+    manifest, near, messages = LatentShards(copy).manifest, tmp_path / "near", []
+    jobs = [Staging(copy, manifest, near, messages.append) for _ in range(2)]
+    for job in jobs:
+        job.wait()
+    assert messages.count(f"staged 3 of 3 shards in {near}") == 2 and not any("warning" in line for line in messages)
     assert sorted(p.name for p in near.iterdir()) == sorted(f"{s['sha256']}.tar" for s in manifest["shards"])
 
 
-def test_no_room_and_no_folder_are_warnings(copy, tmp_path, monkeypatch):
+def test_a_full_disk_and_an_invalid_folder_are_warnings(copy, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("mf_dist.data.staging.shutil.disk_usage", lambda path: usage)
     assert "GiB free, the shards need" in stage(copy, tmp_path / "near")[-1]

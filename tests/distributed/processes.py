@@ -1,4 +1,4 @@
-"""Runs of the real training command under faults, started through the zygote; and what they left."""
+"""Runs of the real training command under faults, started through the zygote, and readers of their files."""
 
 import json
 import os
@@ -20,7 +20,6 @@ from mf_dist.runtime.errors import UserError
 
 FULL = os.environ.get("TORTURE") == "1"
 """make torture: all trials; else a seeded sample of them."""
-
 
 STEPS = 30
 FAULTY = """
@@ -57,7 +56,7 @@ class Zygote:
         return json.loads(self.process.stdout.readline())
 
     def start(self, out, argv, ranks=1, faults=(), script=None):
-        """The training command, or a script, on `ranks` processes; a fault with a `rank` holds there, others on rank 0.
+        """The training command, or a script, on `ranks` processes; a fault applies to its `rank`, or else to rank 0.
         Returns the pids."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -66,16 +65,16 @@ class Zygote:
         for rank in range(ranks):
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            mine = [fault for fault in faults if fault.get("rank", 0) == rank]
+            own_faults = [fault for fault in faults if fault.get("rank", 0) == rank]
             pids.append(
                 self.ask(
-                    argv=[str(a) for a in argv], env=env, out=str(out), faults=mine, script=script and str(script)
+                    argv=[str(a) for a in argv], env=env, out=str(out), faults=own_faults, script=script and str(script)
                 )["pid"]
             )
         return pids
 
     def wait(self, pids, seconds=120):
-        """Exit codes. Once one rank is gone badly the others get 5 s, then SIGKILL, as from a launcher."""
+        """Exit codes. Once one rank has failed, the others get 5 s, then SIGKILL, as from a launcher."""
         codes, deadline = {}, time.monotonic() + seconds
         while len(codes) < len(pids):
             for pid in pids:
@@ -104,8 +103,8 @@ class Zygote:
         self.process.wait()
 
 
-def story(run):
-    """What the run's report tells of it: time, what, step, reason."""
+def run_history(run):
+    """The run's history in its report: time, event, step, reason."""
     return history(read_run(run, "run"))
 
 
@@ -114,20 +113,20 @@ def status(run):
 
 
 def valid_steps(run):
-    found = []
+    steps = []
     for folder in step_folders(run / "checkpoints"):
         try:
-            found.append(open_checkpoint(folder).step)
+            steps.append(open_checkpoint(folder).step)
         except UserError:
             continue
-    return found
+    return steps
 
 
 def losses(run):
-    """Per logged step everything but times and memory."""
-    unlike = {"images_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
+    """Everything logged per step but times and memory."""
+    excluded = {"images_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in unlike} for line in lines]
+    return [{key: value for key, value in line.items() if key not in excluded} for line in lines]
 
 
 def tensors(run, step):
@@ -142,7 +141,7 @@ def largest_difference(one, other):
 
 
 def assert_same_end(run, reference):
-    """The same as of an uninterrupted run: every bit of weights, moments and EMAs, and the whole curve."""
+    """The same end as an uninterrupted run: every bit of weights, moments and EMAs, and the whole curve."""
     assert status(run)["status"] == "finished" and status(run)["step"] == STEPS
     assert largest_difference(tensors(run, STEPS), tensors(reference, STEPS)) == 0
     assert losses(run) == losses(reference)

@@ -20,7 +20,7 @@ def test_damage_met_in_training_ends_the_run_in_a_line(zygote, config, latents, 
     (data / "shard-00001.tar").write_bytes(raw)
     argv = [config, f"run_dir={run}", f"data.path={data}", f"data.num_workers={workers}"]
     assert 2 in zygote.run(log, argv, ranks=2)
-    reason = f"{data / 'shard-00001.tar'}: sample 000000067 has other numbers than were written (crc32)"
+    reason = f"{data / 'shard-00001.tar'}: sample 000000067 differs from what was written (crc32)"
     errors = [line for line in log.read_text().splitlines() if line.startswith("error")]
     assert len(errors) == 1 and reason in errors[0] and "latents.py verify" in errors[0]
     assert status(run)["status"] == "failed" and status(run)["reason"].startswith(reason)

@@ -1,4 +1,4 @@
-"""The evaluation by several processes, killed and resumed; in training; and Inception against the peers' own code."""
+"""The evaluation by several processes, killed and resumed; in training; and Inception against other packages' code."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def entries(out):
 
 @pytest.fixture(scope="module")
 def exact(evaluate, tmp_path_factory):
-    """The entry of one process that nothing disturbed, and its samples."""
+    """The entry of one undisturbed process, and its samples."""
     out = tmp_path_factory.mktemp("exact") / "out"
     assert evaluate(out, "--save-npz") == [0], out.with_suffix(".log").read_text()
     return entries(out)[0], np.load(out / "samples_nfe1.npz")
@@ -51,12 +51,12 @@ def test_exact_numbers_are_the_same_to_the_last_bit_on_any_number_of_processes(e
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_streaming_numbers_agree(evaluate, exact, tmp_path, ranks):
     """80 samples, more than features, so that sums are taken and reduced."""
-    found = {}
+    values = {}
     for mode in ("exact", "streaming"):
         options = ["--num-samples", 80, "--statistics", mode, "--metrics", "fid"]
         assert evaluate(tmp_path / mode, *options, ranks=ranks) == [0] * ranks
-        found[mode] = entries(tmp_path / mode)[0]["metrics"]["fd_digits_80"]
-    assert found["streaming"] == pytest.approx(found["exact"], rel=1e-9)
+        values[mode] = entries(tmp_path / mode)[0]["metrics"]["fd_digits_80"]
+    assert values["streaming"] == pytest.approx(values["exact"], rel=1e-9)
 
 
 def test_another_block_size_has_the_same_images_within_one_level(evaluate, exact, tmp_path):
@@ -67,8 +67,8 @@ def test_another_block_size_has_the_same_images_within_one_level(evaluate, exact
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_killed_again_and_again_it_ends_with_the_same_numbers(evaluate, exact, tmp_path):
-    """kill -9 of a process in the midst of a block's file, each time on another number of processes."""
+def test_killed_repeatedly_it_ends_with_the_same_numbers(evaluate, exact, tmp_path):
+    """kill -9 of a process while it writes a block's file, each time on another number of processes."""
     out, draws, made = tmp_path / "out", random.Random(0), []
     kills = 20 if FULL else 2
     for trial in range(kills):
@@ -77,7 +77,7 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(evaluate, exact, t
         fault = {"do": "kill", "block": draws.randrange(1, 9), "rank": draws.randrange(ranks)}
         codes = evaluate(out, ranks=ranks, faults=[fault])
         assert -9 in codes or codes == [0] * ranks, (trial, codes)
-        if codes == [0] * ranks:  # so much was there already that this rank never wrote that block
+        if codes == [0] * ranks:  # so many blocks existed that this rank never wrote that one
             assert entries(out)[0]["metrics"] == exact[0]["metrics"]
             (out / "metrics.json").unlink()
         made.append(len(list(out.glob("work/*/block-*.npz"))))
@@ -87,7 +87,7 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(evaluate, exact, t
     print(f"{kills} kills; whole blocks after each: {made}")
 
 
-def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, images, tmp_path):
+def test_measuring_during_training_agrees_with_measuring_afterwards(zygote, config, images, tmp_path):
     """On two ranks in training against one process on the checkpoint; and the best checkpoint stays."""
     stats = tmp_path / "stats.npz"
     command = ["--images", images, "--features", FEATURES, "--out", stats]
@@ -137,10 +137,10 @@ def test_measured_while_training_is_what_is_measured_afterwards(zygote, config, 
     assert inside[0]["warnings"] == [] and inside[0]["reference_made"]["count"] == 150
 
 
-def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, config, images, tmp_path):
-    """Before the work, in the midst of it and after it: nobody is left waiting, and no trace of stacks."""
+def test_a_mistake_that_one_rank_finds_is_one_line_for_all(evaluate, zygote, config, images, tmp_path):
+    """Before the work, during it and after it: no rank is left waiting, and there is no stack trace."""
     mixed = shutil.copytree(images, tmp_path / "mixed")
-    bad = sorted(mixed.rglob("*.png"))[60]  # of the second block, hence rank 1's
+    bad = sorted(mixed.rglob("*.png"))[60]  # in the second block, hence rank 1's
     bad.write_bytes(bad.read_bytes()[:100])
     (tmp_path / "late").mkdir()
     (tmp_path / "late/metrics.json").write_text("{")
@@ -156,15 +156,15 @@ def test_a_mistake_that_one_rank_finds_is_one_line_of_all(evaluate, zygote, conf
         assert evaluate(tmp_path / name, *options, ranks=2) == [2, 2]
     assert zygote.run(tmp_path / "images.log", [config, "eval.every_images=80"], 2) == [2, 2]
     assert "cannot read reference statistics" in status(tmp_path / "run")["reason"]
-    drawing = [config, "eval.vae=nowhere", "log.sample_every_images=80"]
-    assert zygote.run(tmp_path / "vae.log", drawing, 2) == [2, 2]
+    sampling = [config, "eval.vae=nowhere", "log.sample_every_images=80"]
+    assert zygote.run(tmp_path / "vae.log", sampling, 2) == [2, 2]
     for name, text in {
         "early": f"{bad.name}.*found by rank 1",
         "kind": "no spatial part",
         "late": "late/metrics.json is damaged",
         "wrong": "cannot read reference statistics",
         "vae": "no VAE folder at 'nowhere'",
-        "images": "cannot read .*digits.* as tools/reference_stats.py",
+        "images": "cannot read .*digits.* as written by tools/reference_stats.py",
         "both": "--inception-weights belongs to --features inception",
     }.items():
         log = (tmp_path / f"{name}.log").read_text()

@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, run_python
-from processes import FULL, STEPS, assert_same_end, largest_difference, losses, status, story, tensors, valid_steps
+from processes import (
+    FULL,
+    STEPS,
+    assert_same_end,
+    largest_difference,
+    losses,
+    run_history,
+    status,
+    tensors,
+    valid_steps,
+)
 
 pytestmark = pytest.mark.dist
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -23,7 +33,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.mark.parametrize("trial", range(100 if FULL else 6))
 def test_kill_9_at_a_random_moment(zygote, whole, config, tmp_path, trial):
-    """Even trials anywhere in time, odd ones in the midst of a save: at a write, fsync or rename."""
+    """Even trials at any time, odd ones during a save: at a write, fsync or rename."""
     g = np.random.default_rng(trial)
     ranks, run, log = 1 + trial // 4 % 2, tmp_path / "run", tmp_path / "log"
     reference = whole(ranks)
@@ -38,30 +48,30 @@ def test_kill_9_at_a_random_moment(zygote, whole, config, tmp_path, trial):
     was_saving = bool(list((run / "checkpoints").glob("*.tmp"))) if run.exists() else False
     committed = valid_steps(run)[-1:] or [0]
     claimed = [int(line.split("step-")[1][:8]) for line in log.read_text().splitlines() if line.startswith("saved")]
-    assert committed >= claimed[-1:], "what was said to be saved must be there"
-    before = len(log.read_text())
+    assert committed >= claimed[-1:], "what was reported as saved must exist"
+    log_length = len(log.read_text())
     assert set(zygote.run(log, [config], ranks)) == {0}, log.read_text()
     origin = f"from step-{committed[0]:08d}" if committed[0] else "from scratch"
-    assert origin in log.read_text()[before:]
+    assert origin in log.read_text()[log_length:]
     assert_same_end(run, reference)
     assert not list((run / "checkpoints").glob("*.tmp")) and not list(run.glob("report.html.*"))
-    assert story(run)[-1][1] == "finished" and (run / "report.html").is_file()
+    assert run_history(run)[-1][1] == "finished" and (run / "report.html").is_file()
     print(f"trial {trial}: {moment}, exit codes {codes}, {'in a save' if was_saving else 'between saves'}")
 
 
-BORDERS = {"first step": 1, "next to a save": 5, "after a save": 6, "end of an epoch": 150 // 16, "in an epoch": 22}
+STOPS = {"first step": 1, "next to a save": 5, "after a save": 6, "end of an epoch": 150 // 16, "in an epoch": 22}
 COMBINATIONS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 SAMPLE = {(1, "bf16", "first step"), (2, "fp32", "end of an epoch"), (3, "bf16", "next to a save")}
 
 
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("moment", STOPS)
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
-def test_stopped_at_any_border_and_resumed(zygote, whole, config, tmp_path, stage, precision, border):
-    """Two ranks, accumulation 2; SIGTERM reaches one of them before the border, and both leave with code 0."""
-    if not FULL and (stage, precision, border) not in SAMPLE:
+def test_stopped_at_any_step_boundary_and_resumed(zygote, whole, config, tmp_path, stage, precision, moment):
+    """Two ranks, accumulation 2; SIGTERM reaches one of them before the boundary, and both exit with code 0."""
+    if not FULL and (stage, precision, moment) not in SAMPLE:
         pytest.skip("make torture")
     options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.micro_batch=4"]
-    reference, step = whole(2, *options), BORDERS[border]
+    reference, step = whole(2, *options), STOPS[moment]
     fault = {"do": ["term", "usr1"][step % 2], "step": step, "rank": step % 2}
     assert zygote.run(tmp_path / "log", [config, *options], 2, [fault]) == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "run"
@@ -71,8 +81,8 @@ def test_stopped_at_any_border_and_resumed(zygote, whole, config, tmp_path, stag
     assert_same_end(run, reference)
 
 
-def test_other_worlds_and_stages_go_on_with_the_same_batches(zygote, whole, config, tmp_path):
-    """World 4 -> 2 -> 1 and stage 1 -> 3 -> 2; 3 ranks are refused with the divisors. Rounding alone differs."""
+def test_other_world_sizes_and_stages_continue_with_the_same_batches(zygote, whole, config, tmp_path):
+    """World size 4 -> 2 -> 1 and stage 1 -> 3 -> 2; 3 ranks are refused with the divisors. Only rounding differs."""
     reference, run, log = whole(1), tmp_path / "run", tmp_path / "log"
     for images, ranks, stage in ((160, 4, 1), (320, 2, 3), (480, 1, 2)):
         options = [f"train.total_images={images}", f"engine.zero_stage={stage}"]
@@ -92,7 +102,7 @@ def test_other_worlds_and_stages_go_on_with_the_same_batches(zygote, whole, conf
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "tangent"])
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_numbers_that_are_not_finite_on_one_rank_leave_the_step_out(zygote, config, tmp_path, where, stage, precision):
+def test_non_finite_numbers_on_one_rank_leave_the_step_out(zygote, config, tmp_path, where, stage, precision):
     if not FULL and (stage, where) not in {(1, "loss"), (2, "gradient"), (3, "tangent")}:
         pytest.skip("make torture")
     options = [
@@ -122,7 +132,7 @@ def test_too_many_steps_left_out_in_a_row_end_the_run(zygote, config, tmp_path):
 
 
 @pytest.mark.parametrize("action", ["clip", "skip"])
-def test_a_spike_is_clipped_or_left_out_and_a_resumed_run_judges_alike(zygote, config, tmp_path, action):
+def test_a_spike_is_clipped_or_left_out_also_after_resuming(zygote, config, tmp_path, action):
     """With a factor just above 1 ordinary noise is a spike, from the 21st step on."""
     options = ["optim.spike_factor=1.05", f"optim.spike_action={action}", "train.max_skipped=30"]
     assert zygote.run(tmp_path / "log", [config, *options]) == [0], (tmp_path / "log").read_text()
@@ -145,16 +155,16 @@ DISK_FAULTS = [
 @pytest.mark.parametrize(
     "fault", DISK_FAULTS if FULL else DISK_FAULTS[3::20], ids=lambda f: "-".join(map(str, f.values()))
 )
-def test_a_failed_save_leaves_training_and_the_checkpoint_before(zygote, whole, config, tmp_path, fault):
-    """The disk refuses once, somewhere in the first five saves: that one is lost with a warning, training goes on, the
-    next save holds."""
+def test_a_failed_save_leaves_training_and_the_previous_checkpoint(zygote, whole, config, tmp_path, fault):
+    """The disk fails once, somewhere in the first five saves: that save is lost with a warning, training continues, the
+    next save succeeds."""
     log, run = tmp_path / "log", tmp_path / "run"
     assert zygote.run(log, [config], 1, [fault]) == [0], log.read_text()
     assert_same_end(run, whole(1))
     (warning,) = [line for line in log.read_text().splitlines() if line.startswith("warning: cannot write")]
     assert str(run) in warning and warning.endswith("MiB free there; earlier checkpoints are untouched")
     assert valid_steps(run) in ([25, 30], [20, 30])
-    assert [row[3] for row in story(run) if row[1] == "warning"] == [warning[9:].partition("; earlier")[0]]
+    assert [row[3] for row in run_history(run) if row[1] == "warning"] == [warning[9:].partition("; earlier")[0]]
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
@@ -183,7 +193,7 @@ def test_a_disk_that_stays_full_or_read_only(zygote, config, tmp_path, kind):
         subprocess.run(["umount", mount], check=True)
 
 
-def test_a_crash_loop_stops_and_a_person_starts_again(zygote, config, tmp_path):
+def test_a_crash_loop_stops_and_can_be_restarted_by_hand(zygote, config, tmp_path):
     log, run = tmp_path / "log", tmp_path / "run"
     for start in range(3):
         assert zygote.run(log, [config], 1, [{"do": "raise", "step": 3}]) == [1]
@@ -194,7 +204,7 @@ def test_a_crash_loop_stops_and_a_person_starts_again(zygote, config, tmp_path):
     assert "\nerror: crash loop: 3 starts brought no new checkpoint after step 0" in log.read_text()
     assert zygote.run(log, [config]) == [0] and status(run)["status"] == "finished"
     ends = ["crash loop: not started again", "started", "finished"]
-    assert [row[1] for row in story(run)] == [*["started", "failed"] * 3, *ends]
+    assert [row[1] for row in run_history(run)] == [*["started", "failed"] * 3, *ends]
 
 
 @pytest.mark.parametrize("how", ["file", "clock"])
@@ -203,7 +213,7 @@ def test_a_stop_file_and_the_time_limit_stop_the_run(zygote, whole, config, tmp_
     if how == "file":
         run.mkdir()
         (run / "STOP").touch()
-    options = ["train.max_hours=0.01"] if how == "clock" else []  # less than the margin of two minutes
+    options = ["train.max_hours=0.01"] if how == "clock" else []  # less than stop.MARGIN
     assert zygote.run(log, [config, *options]) == [0]
     assert status(run)["status"] == "stopped" and status(run)["step"] == 0
     assert ("STOP exists; remove it" if how == "file" else "the time limit is near") in status(run)["reason"]
@@ -213,7 +223,7 @@ def test_a_stop_file_and_the_time_limit_stop_the_run(zygote, whole, config, tmp_
 
 
 def torchrun(config, log, faults, *options, launcher=()):
-    """Exit code and seconds of the run under the real launcher, and that nothing of it is left."""
+    """Exit code and seconds of the run under the real launcher; asserts that no process of it is left."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
     command += [Path(__file__).with_name("zygote.py"), json.dumps(faults), config, *options]
     start = time.monotonic()
@@ -237,37 +247,37 @@ def test_a_rank_that_hangs_or_dies_ends_the_job(config, tmp_path, do, launcher):
         pytest.skip("make torture")
     log, fault = tmp_path / "log", {"do": do, "step": 5, "rank": 1}
     code, seconds = torchrun(config, log, [fault], f"train.hang_seconds={HANG:.0f}", launcher=launcher)
-    text, said = log.read_text(), status(tmp_path / "run")
-    assert code != 0 and said["status"] == "failed", text
+    text, entry = log.read_text(), status(tmp_path / "run")
+    assert code != 0 and entry["status"] == "failed", text
     assert seconds < START_UP + HANG + (10 if launcher else 40)
     if do in ("freeze", "sleep"):
-        able = {"freeze": [0], "sleep": [0, 1]}[do]
-        assert "made no progress for" in said["reason"]
-        assert any(f"error: rank {rank} made no progress for" in text for rank in able) and "Current thread" in text
+        running = {"freeze": [0], "sleep": [0, 1]}[do]
+        assert "made no progress for" in entry["reason"]
+        assert any(f"error: rank {rank} made no progress for" in text for rank in running) and "Current thread" in text
         assert "in _one_step" in text or "in agree" in text  # where it hung
 
 
-def test_no_false_alarm_while_drawing_takes_long(config, tmp_path):
+def test_no_false_alarm_while_sampling_takes_long(config, tmp_path):
     options = ["train.hang_seconds=2", "log.sample_every_images=160", "train.total_images=320"]
     code, _ = torchrun(config, tmp_path / "log", [{"draw": 6}], *options)
     assert code == 0 and status(tmp_path / "run")["status"] == "finished", (tmp_path / "log").read_text()
 
 
-def test_a_writer_that_hangs_is_noticed(zygote, config, tmp_path):
-    """fsync never returns, as on a mount that has died: the next save waits for it, and the watchdog ends that."""
+def test_a_writer_that_hangs_is_detected(zygote, config, tmp_path):
+    """fsync never returns, as on a dead mount: the next save waits for it, and the watchdog ends the run."""
     log, fault = tmp_path / "log", {"do": "sleep", "call": "fsync", "nth": 4}
     assert zygote.run(log, [config, "train.hang_seconds=1"], 1, [fault]) == [1]
     assert "made no progress for" in status(tmp_path / "run")["reason"] and "Current thread" in log.read_text()
 
 
-def test_the_last_save_is_tried_again(zygote, whole, config, tmp_path):
+def test_the_last_save_is_retried(zygote, whole, config, tmp_path):
     fault = {"do": "EIO", "call": "fsync", "nth": 3}
     assert zygote.run(tmp_path / "log", [config, "checkpoint.every_images=100000"], 1, [fault]) == [0]
     assert valid_steps(tmp_path / "run") == [STEPS] and "warning: cannot write" in (tmp_path / "log").read_text()
 
 
 def test_a_disk_without_room_for_a_line_or_a_picture(zygote, config, tmp_path):
-    """metrics.jsonl on /dev/full, and drawing fails: warnings, and the weights are safe."""
+    """metrics.jsonl on /dev/full, and writing pictures fails: warnings, and the weights are saved."""
     run, log = tmp_path / "run", tmp_path / "log"
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")

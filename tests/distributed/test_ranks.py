@@ -18,7 +18,7 @@ def flat(tensors):
 
 @pytest.fixture(scope="module")
 def one_step(zygote, tmp_path_factory):
-    """one_step(config, ranks, *overrides): the step's gradient, its first moment, and what else the worker saw."""
+    """one_step(config, ranks, *overrides): the step's gradient, its first moment, and what the worker printed."""
 
     def run(config, ranks, *overrides):
         folder = tmp_path_factory.mktemp("step")
@@ -27,8 +27,8 @@ def one_step(zygote, tmp_path_factory):
         assert set(codes) == {0}, log.read_text()
         tensors = load_file(out)
         moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("exp_avg/")}
-        seen = next(line for line in log.read_text().splitlines() if line.startswith('{"graphs"'))
-        return flat(tensors), flat(moments), json.loads(seen)
+        line = next(line for line in log.read_text().splitlines() if line.startswith('{"graphs"'))
+        return flat(tensors), flat(moments), json.loads(line)
 
     return run
 
@@ -124,7 +124,7 @@ def test_bf16_gradients_are_near_those_of_fp32(one_step, reference, overrides):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_accumulation_adds_up_in_fp32(one_step, reference, stage):
+def test_bf16_accumulation_sums_in_fp32(one_step, reference, stage):
     """One rank, 4 micro-batches against one pass: bf16 sums would differ by several parts in a thousand."""
     _, config = reference
     options = ["engine.precision=bf16", f"engine.zero_stage={stage}"]
@@ -145,7 +145,7 @@ def test_bf16_accumulation_adds_up_in_fp32(one_step, reference, stage):
     ids=["zero1", "zero2-accumulation2", "zero3-reuse", "zero3", "zero3-fp32-accumulation2-unguided"],
 )
 def test_the_bytes_on_the_wire_are_those_of_the_cost_model(zygote, config, tmp_path, monkeypatch, reuse, overrides):
-    """Counted over two ranks in a step, but for the few numbers of norms, flags and the border."""
+    """Counted over two ranks in a step, but for the few bytes of norms, flags and the stop agreement."""
     from mf_dist.config import cost
     from mf_dist.config.schema import load_config, resolve
     from mf_dist.data.shards import read_manifest

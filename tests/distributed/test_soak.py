@@ -1,4 +1,4 @@
-"""A long run under steady faults: what it keeps of its work, and that it ends as if nothing had happened."""
+"""A long run under continual faults: its goodput, and that it ends like an undisturbed run."""
 
 import json
 
@@ -14,7 +14,7 @@ def test_soak(zygote, config, tmp_path):
     """A process or I/O fault about every EVERY steps, a save every 8: goodput = steps kept / steps executed."""
     options = [f"train.total_images={16 * STEPS}", "checkpoint.every_images=128"]
     reference, run, log = tmp_path / "reference", tmp_path / "run", tmp_path / "log"
-    assert zygote.run(tmp_path / "calm", [config, f"run_dir={reference}", *options]) == [0]
+    assert zygote.run(tmp_path / "reference.log", [config, f"run_dir={reference}", *options]) == [0]
     g, executed, faults = np.random.default_rng(0), 0, []
     for _ in range(5 * STEPS // EVERY):
         begin = valid_step(run)

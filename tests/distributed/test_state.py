@@ -1,4 +1,4 @@
-"""What a run starts from, what may change on the way, and the tool that looks at checkpoints."""
+"""What a run starts from, what may change on resuming, and the tool for checkpoints."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from test_config import DIGITS, LATENT, WRONG
 pytestmark = pytest.mark.dist
 
 
-def test_a_changed_config_says_its_difference_and_needs_consent_where_it_matters(zygote, config, tmp_path):
+def test_a_changed_config_is_reported_and_needs_consent_if_it_matters(zygote, config, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     assert zygote.run(log, [config, "train.total_images=160"]) == [0]
     assert zygote.run(log, [config, "optim.lr=2e-3"]) == [2]
@@ -62,7 +62,7 @@ def test_other_versions_are_a_warning(zygote, config, tmp_path):
     assert "warning: torch was 1.0, now it is 2." in log.read_text()
 
 
-def test_init_from_a_run_an_exported_file_and_what_does_not_fit(zygote, config, tmp_path, whole):
+def test_init_from_a_run_an_exported_file_and_files_that_do_not_fit(zygote, config, tmp_path, whole):
     source, log = whole(1), tmp_path / "log"
     exported = tmp_path / "model.safetensors"
     export = ["export", source, "--out", exported]
@@ -130,7 +130,7 @@ def test_checkpoint_tool(zygote, tmp_path, whole):
 
 
 @pytest.mark.parametrize("moment", ["in a save", "while drawing"])
-def test_a_signal_in_the_midst_of_other_work_waits_for_the_border(zygote, whole, config, tmp_path, moment):
+def test_a_signal_during_other_work_waits_for_the_step_boundary(zygote, whole, config, tmp_path, moment):
     log, run = tmp_path / "log", tmp_path / "run"
     fault = {"do": "term", "io": 40} if moment == "in a save" else {"do": "term", "draws": 1}
     options = [] if moment == "in a save" else ["log.sample_every_images=160"]
@@ -140,8 +140,8 @@ def test_a_signal_in_the_midst_of_other_work_waits_for_the_border(zygote, whole,
     assert_same_end(run, whole(1))
 
 
-def test_saves_in_the_background_are_those_of_a_run_that_waits(zygote, config, tmp_path):
-    """Slow fsyncs make training run on during each save; every byte of every checkpoint stays the same."""
+def test_background_saves_are_those_of_a_run_that_waits(zygote, config, tmp_path):
+    """Slow fsyncs make training continue during each save; every byte of every checkpoint stays the same."""
     slow = [{"do": "pause", "call": "fsync", "nth": 1, "for": 10_000}]
     for name, faults in (("fast", []), ("slow", slow)):
         options = [f"run_dir={tmp_path / name}", "checkpoint.keep=99"]
@@ -156,15 +156,15 @@ def test_saves_in_the_background_are_those_of_a_run_that_waits(zygote, config, t
 
 @pytest.mark.parametrize("victim", ["checkpoint", "init_from", "features", "reference", "vae", "latents"])
 def test_no_file_runs_code(zygote, whole, config, tmp_path, latents, images, victim):
-    """Every place that takes a file gets pickles, in each disguise that such a file could wear."""
+    """Every place that takes a file gets pickles, in each format that such a file could have."""
     trap, log = tmp_path / "code ran", tmp_path / "log"
 
     class Trap:
         def __reduce__(self):
             return os.system, (f"touch '{trap}'",)
 
-    evil = evil_files(tmp_path, Trap())[: 4 if FULL or victim in ("checkpoint", "init_from", "latents") else 2]
-    for number, path in enumerate(evil):
+    files = malicious_files(tmp_path, Trap())[: 4 if FULL or victim in ("checkpoint", "init_from", "latents") else 2]
+    for number, path in enumerate(files):
         run = tmp_path / f"run{number}"
         shutil.copytree(whole(1), run)
         trainer = [config, f"run_dir={run}"]
@@ -199,7 +199,7 @@ def test_no_file_runs_code(zygote, whole, config, tmp_path, latents, images, vic
         assert not trap.exists(), f"{victim} ran code from {path.name}"
 
 
-def evil_files(folder, trap):
+def malicious_files(folder, trap):
     import io
     import pickle
     import tarfile
@@ -242,7 +242,7 @@ COMMAND_LINES = [
     ["tools/bench/bench_attention.py", "--tokens", "many"],
     ["tools/demo/write_digits.py", "--out", "README.md/x"],
 ]
-MORE = [
+ALSO_WRONG = [
     ["checkpoint.keep=0"],
     ["checkpoint.every_images=0"],
     ["train.max_skipped=0"],
@@ -253,9 +253,10 @@ MORE = [
 ]
 
 
-def test_sixty_mistakes_are_a_line_each_at_once(tmp_path):
+def test_sixty_mistakes_are_one_line_each_without_delay(tmp_path):
     train = ["-m", "mf_dist.train", DIGITS, *LATENT, f"run_dir={tmp_path / 'run'}"]
-    commands = [[*train, *overrides] for overrides in [overrides for overrides, _ in WRONG] + MORE] + COMMAND_LINES
+    overrides = [wrong for wrong, _ in WRONG] + ALSO_WRONG
+    commands = [[*train, *wrong] for wrong in overrides] + COMMAND_LINES
     assert len(commands) >= 60
     seconds = []
     for command in commands:

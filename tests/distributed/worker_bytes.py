@@ -1,8 +1,8 @@
-"""The training command; at its end rank 0 writes the bytes of the tensors in each kind of collective of one step.
+"""The training command; at its end rank 0 writes the bytes of tensors per kind of collective in one step.
 
     worker_bytes.py OUT.json reuse|no-reuse CONFIG [section.key=value ...]
 
-With no-reuse ZeRO-3 keeps nothing that it gathered, as it does for a model of more than 1e9 weights.
+With no-reuse ZeRO-3 keeps no gathered weights, as for a model of more than 1e9 weights.
 """
 
 import json
@@ -28,8 +28,8 @@ KINDS = {
     "all_to_all_single": "all-to-all",
 }
 OUT, REUSE = sys.argv.pop(1), sys.argv.pop(1) == "reuse"
-seen: Counter = Counter()
-state = {"counts": False, "depth": 0}
+sent: Counter = Counter()
+state = {"counting": False, "depth": 0}
 
 
 def size(value):
@@ -41,8 +41,8 @@ def counted(name):
     original = getattr(dist, name)
 
     def run(*args, **kwargs):
-        if state["counts"] and not state["depth"]:  # one may be made of others
-            seen[KINDS[name]] += max(map(size, [*args, *kwargs.values()]))
+        if state["counting"] and not state["depth"]:  # a collective may call others
+            sent[KINDS[name]] += max(map(size, [*args, *kwargs.values()]))
         state["depth"] += 1
         try:
             return original(*args, **kwargs)
@@ -62,12 +62,12 @@ def without_reuse(initialize):
 
 
 def one_step(self, batches):
-    state["counts"] = self.step == 2
+    state["counting"] = self.step == 2
     plain_step(self, batches)
-    state["counts"] = False
+    state["counting"] = False
     if self.step == 3 and self.ranks.is_rank_zero:
         with open(OUT, "w") as file:
-            json.dump(seen, file)
+            json.dump(sent, file)
 
 
 for kind in KINDS:

@@ -1,4 +1,4 @@
-"""Run under torchrun: a step with one thing broken, which the engine's start-up checks must see.
+"""One rank of a step with one injected fault, which the engine's start-up checks must detect.
 
 worker_faults.py CONFIG weights|gradients|nothing [section.key=value ...]
 """
@@ -28,7 +28,7 @@ def main():
         if fault == "weights" and ranks.rank == 1:
             net.blocks[1].mlp.fc1.bias.data[3] = 1e-6
         engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
-        if fault == "gradients":  # as a reduction that never happens
+        if fault == "gradients":  # like a reduction that never happens
             for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_fn"):
                 setattr(deepspeed.comm, name, lambda *a, **k: None)
         g = torch.Generator().manual_seed(ranks.rank)

@@ -1,4 +1,4 @@
-"""Run under torchrun: one optimizer step's full gradient and first moment on real batches, written by rank 0.
+"""One rank that computes one optimizer step's full gradient and first moment on real batches, written by rank 0.
 
     worker_gradients.py CONFIG OUT [section.key=value ...]
 
@@ -32,7 +32,7 @@ def main():
         config = resolve(config, shards.manifest, ranks.world_size)
         net = build_network(config.model, 0)
         g, scale = torch.Generator().manual_seed(1), 1.1 / config.model.hidden_size**0.5
-        for p in net.parameters():  # at its initial weights most gradients are 0
+        for p in net.parameters():  # at the model's initial weights most gradients are 0
             p.data.copy_(torch.randn(p.shape, generator=g) * (scale if p.ndim > 1 else 0.05))
         engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
@@ -45,12 +45,12 @@ def main():
 
         step, gradient = inner.step, {}
 
-        def step_after_a_look():
+        def step_recording_gradient():
             if inner.is_gradient_accumulation_boundary() and not gradient:
                 gradient.update((name, safe_get_full_grad(p).float().clone()) for name, p in net.named_parameters())
             step()
 
-        inner.step = step_after_a_look
+        inner.step = step_recording_gradient
         for _ in range(engine.accumulation):
             engine.train_micro_batch(*inputs(next(batches)))
         moments = {f"exp_avg/{name}": a.contiguous() for kind, name, a in engine.state() if kind == "exp_avg"}

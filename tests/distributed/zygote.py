@@ -1,21 +1,21 @@
 """Starts training processes fast: imports everything once, then forks a child for each request.
 
 Reads JSON lines {"argv": [...], "env": {...}, "out": FILE, "faults": [...], "script": null or FILE} and answers
-{"pid": N}; a line {"wait": N} is answered {"code": N} when that child is gone (negative: killed by that signal).
+{"pid": N}; a line {"wait": N} is answered {"code": N} when that child has ended (negative: killed by that signal).
 Children run the real training command, or the script.
 
 A fault is a dict with `do` and a condition. do: kill (SIGKILL, which nothing can catch), term (SIGTERM), usr1, freeze
-(SIGSTOP), exit, raise, memory (out of it), sleep, pause (a little), the name of an errno to raise, or short (a write
-that stops half-way in silence). When:
+(SIGSTOP), exit, raise, memory (out of GPU memory), sleep, pause (20 ms), the name of an errno to raise, or short (a
+write that silently stops half-way). When:
     {"step": n}                  before that step
-    {"seconds": s}               so long after the child began
-    {"io": n}                    at the n-th of the saver's operations on the disk: each write, fsync and rename counts
+    {"seconds": s}               s seconds after the child began
+    {"io": n}                    at the n-th disk operation of the CheckpointWriter: each write, fsync and rename counts
                                  once before and once after it
-    {"call": name, "nth": n}     in place of the n-th write, fsync or rename, and of the `for` after it
+    {"call": name, "nth": n}     instead of the n-th write, fsync or rename, and of `for` in all from it on
     {"draws": 1}                 while samples are drawn
-    {"block": n}                 while the n-th block of features is written, half of it on the disk
-Without `do`: {"draw": s} makes drawing take s seconds more; {"poison": loss, gradient or tangent, "step": n} makes it
-not finite in that step.
+    {"block": n}                 while the n-th block of features is written, half-way
+Without `do`: {"draw": s} makes drawing samples take s seconds longer; {"poison": "loss", "gradient" or "tangent",
+"step": n} makes that quantity not finite in that step.
 """
 
 import errno
@@ -46,7 +46,7 @@ LATE = (
     "mf_dist.evaluation.pictures",
     "mf_dist.report.page",
 )
-"""What a training or an evaluation imports only when it needs it: 2 to 7 seconds, here once for all children."""
+"""Modules that training or evaluation import lazily: 2 to 7 seconds, here once for all children."""
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
 
 
@@ -68,7 +68,7 @@ def do(action):
 
 
 class Disk:
-    """The saver's view of the disk, with faults: it counts operations from when a save begins."""
+    """The disk as the CheckpointWriter sees it, with faults; counts operations over all saves."""
 
     def __init__(self, faults):
         self.faults, self.operations, self.calls = faults, 0, {"write": 0, "fsync": 0, "rename": 0}
@@ -78,19 +78,19 @@ class Disk:
             module.os = self
         mf_dist.checkpoint.writer.open = self.opened
 
-    def __getattr__(self, name):  # all else is the real os
+    def __getattr__(self, name):  # everything else is the real os
         return getattr(os, name)
 
-    def border(self):
+    def count_operation(self):
         self.operations += 1
         for fault in self.faults:
             if fault.get("io") == self.operations:
                 do(fault["do"])
 
     def around(self, name, call, *arguments):
-        if threading.current_thread().name != "saver":  # status.json is written elsewhere
+        if threading.current_thread().name != "checkpoint-writer":  # such as writes of status.json
             return call(*arguments)
-        self.border()
+        self.count_operation()
         self.calls[name] += 1
         for fault in self.faults:
             if fault.get("call") == name and self.calls[name] in range(
@@ -100,7 +100,7 @@ class Disk:
                     return call(arguments[0][: len(arguments[0]) // 2])
                 do(fault["do"])
         result = call(*arguments)
-        self.border()
+        self.count_operation()
         return result
 
     def opened(self, *arguments, **options):
@@ -129,7 +129,7 @@ def install(faults):
         disk = Disk(faults)
         real_fsync, real_replace = disk.fsync, disk.replace
         disk.fsync = lambda number: disk.around("fsync", real_fsync, number)
-        disk.replace = lambda source, to: (  # not those of retention, whose failure is no failed save
+        disk.replace = lambda source, to: (  # not those of retention, whose failure is not a failed save
             disk.around("rename", real_replace, source, to)
             if str(source).endswith(".tmp")
             else real_replace(source, to)
@@ -162,7 +162,7 @@ def install(faults):
 
 
 def install_block(fault):
-    """The n-th write of a block stops half-way."""
+    """The fault occurs half-way through the n-th write of a block."""
     savez, count = mf_dist.runtime.atomic_files.np.savez, [0]
 
     def half(file, **arrays):
@@ -177,7 +177,7 @@ def install_block(fault):
 
 
 def poison(poisons):
-    """Makes the loss, one gradient or the JVP's tangent infinite in the given steps."""
+    """Makes the loss, one gradient or the JVP's tangent not finite in the given steps."""
     train_micro_batch = mf_dist.training.trainer.Trainer._train_micro_batch
 
     def poisoned(self, batch):
@@ -188,8 +188,8 @@ def poison(poisons):
         elif where == "gradient":
             handles.append(loss.net.blocks[0].mlp.fc1.weight.register_hook(lambda g: g / 0))
         elif where == "tangent":
-            spoil = lambda m, i, out: out if not isinstance(out, tuple) else (out[0], out[1] / 0)  # noqa: E731
-            handles.append(loss.net.register_forward_hook(spoil))
+            divide = lambda m, i, out: out if not isinstance(out, tuple) else (out[0], out[1] / 0)  # noqa: E731
+            handles.append(loss.net.register_forward_hook(divide))
         sums = train_micro_batch(self, batch)
         for handle in handles:
             handle.remove()
@@ -222,9 +222,9 @@ def child(request):
 
 def under_torchrun(faults, *argv):
     """zygote.py FAULTS ARGUMENTS...: one process of a launcher, with the faults of its rank."""
-    mine = [fault for fault in json.loads(faults) if fault.get("rank", 0) == int(os.environ["RANK"])]
+    own_faults = [fault for fault in json.loads(faults) if fault.get("rank", 0) == int(os.environ["RANK"])]
     sys.argv = ["train", *argv]
-    install(mine)
+    install(own_faults)
     exit_without_finalization(train.main())
 
 

@@ -19,27 +19,28 @@ from mf_dist.runtime.errors import UserError
 CPU = torch.device("cpu")
 
 
-def test_it_knows_the_digits(images):
+def test_digits_network_classifies_digits(images):
     network = open_features(str(FEATURES), None, CPU)
     folder = list_images(images)
     pixels = np.stack([load_image(folder.root / path, 32) for path in folder.paths])
-    found = network(pixels)
-    assert found.pooled.shape == (150, 64) and found.spatial.shape == (150, 0) and found.pooled.dtype == np.float32
-    assert (found.logits.argmax(1) == folder.labels).mean() > 0.97
+    features = network(pixels)
+    assert features.pooled.shape == (150, 64) and features.spatial.shape == (150, 0)
+    assert features.pooled.dtype == np.float32
+    assert (features.logits.argmax(1) == folder.labels).mean() > 0.97
 
 
-def test_efficientnet_knows_photographs():
+def test_efficientnet_classifies_photographs():
     """Two photographs that scikit-learn ships, a Chinese palace and a yellow flower: ImageNet's palace and daisy."""
     from sklearn.datasets import load_sample_images
 
     network = open_features("efflite0", None, CPU)
     pixels = np.stack([image[:400, 120:520].transpose(2, 0, 1) for image in load_sample_images().images])
-    found = network(np.ascontiguousarray(pixels))
-    assert found.pooled.shape == (2, 1280) and network.sha256.startswith("579344248a93")
-    assert found.logits.argmax(1).tolist() == [698, 985] and not network.is_inception
+    features = network(np.ascontiguousarray(pixels))
+    assert features.pooled.shape == (2, 1280) and network.sha256.startswith("579344248a93")
+    assert features.logits.argmax(1).tolist() == [698, 985] and not network.is_inception
 
 
-def test_refused_folders(tmp_path):
+def test_refused_network_folders(tmp_path):
     with pytest.raises(UserError, match="no feature network"):
         open_features(str(tmp_path), None, CPU)
     copy = shutil.copytree(FEATURES, tmp_path / "copy")
@@ -51,7 +52,7 @@ def test_refused_folders(tmp_path):
     with pytest.raises(UserError, match=r"classify.bias has shape \(10,\), this network needs \(11,\)"):
         FolderNetwork(copy, CPU)
     config(name="inception")
-    with pytest.raises(UserError, match="other than inception"):
+    with pytest.raises(UserError, match="without the prefix inception"):
         FolderNetwork(copy, CPU)
     config()
     tensors = read_state_dict(copy / "model.safetensors")
@@ -72,7 +73,7 @@ def test_no_weights_file_runs_code(tmp_path):
     (tmp_path / "short.safetensors").write_bytes(b"\x08")
     (tmp_path / "empty.pth").touch()
     for name in ("pickle.pth", "object.pth", "script.pt", "list.pth", "short.safetensors", "empty.pth"):
-        with pytest.raises(UserError, match=r"no plain state dict|hold list, expected tensors") as caught:
+        with pytest.raises(UserError, match=r"not a plain state dict|hold list, expected tensors") as caught:
             read_state_dict(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot read weights"):
@@ -81,14 +82,14 @@ def test_no_weights_file_runs_code(tmp_path):
     assert read_state_dict(tmp_path / "good.pth")["x"].tolist() == [1, 1]
 
 
-def test_the_true_inception_is_known_by_its_hash_before_it_is_read(tmp_path):
+def test_published_inception_is_identified_by_hash_before_it_is_read(tmp_path):
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="nothing of it was loaded"):
+    with pytest.raises(UserError, match="it was not loaded"):
         open_features("inception", str(tmp_path / "weights.pth"), CPU)
     for weights in (None, str(tmp_path / "nowhere")):
         with pytest.raises(UserError, match=r"curl -L -o FILE https://.*6726825d0af5f729"):
             open_features("inception", weights, CPU)
-    with pytest.raises(UserError, match="no plain state dict"):
+    with pytest.raises(UserError, match="not a plain state dict"):
         open_features("inception-other", str(tmp_path / "weights.pth"), CPU)
-    with pytest.raises(UserError, match="no features 'inception-v3'"):
+    with pytest.raises(UserError, match="unknown features 'inception-v3'"):
         open_features("inception-v3", None, CPU)

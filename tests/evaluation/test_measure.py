@@ -18,7 +18,7 @@ from test_reference import Bomb
 from mf_dist.evaluation.blocks import compute_blocks, read_block
 from mf_dist.evaluation.features import FolderNetwork
 from mf_dist.evaluation.measure import Settings, measure, open_reference, pick
-from mf_dist.evaluation.metrics import choose, metric_name
+from mf_dist.evaluation.metrics import choose_kinds, metric_name
 from mf_dist.evaluation.pictures import nearest_rows, save_neighbours
 from mf_dist.evaluation.report import read_entries, record, save_images, save_npz, table
 from mf_dist.evaluation.sources import ImageFiles, NpzImages, open_source
@@ -43,8 +43,8 @@ def as_npz(path, pixels, **more):
     return str(path)
 
 
-def test_blocks_are_taken_over_or_made_again(images, network, tmp_path):
-    """Damaged ones and those of another plan are not; a shorter set has the same rows."""
+def test_blocks_are_reused_or_recomputed(images, network, tmp_path):
+    """Damaged blocks and those of another plan are recomputed; another block size gives the same rows to 1e-5."""
     source = ImageFiles(images, None)
     whole = compute_blocks(source, network, ALONE, tmp_path, "x", block=40)
     rows = whole.rows("pooled")
@@ -58,23 +58,23 @@ def test_blocks_are_taken_over_or_made_again(images, network, tmp_path):
     again = compute_blocks(source, network, ALONE, tmp_path, "x", block=40)
     assert again.folder == whole.folder and np.array_equal(again.rows("pooled"), rows)
     assert [a == path.stat().st_mtime_ns for a, path in zip(times, files, strict=True)] == [True, False, False, True]
-    assert list(whole.parts("pooled", range(5, 4))) == []  # of a rank that has none, not of all
-    assert np.array_equal(whole.picked("pooled", [3, 39, 40, 149]), rows[[3, 39, 40, 149]])
+    assert list(whole.parts("pooled", range(5, 4))) == []  # a rank without blocks reads none, not all
+    assert np.array_equal(whole.select("pooled", [3, 39, 40, 149]), rows[[3, 39, 40, 149]])
     with np.load(files[0]) as arrays:
         np.savez(files[0], **{**arrays, "seconds": np.array('{"images": 1000, "features": 7}')})
-    seconds = compute_blocks(source, network, ALONE, tmp_path, "x", block=40).seconds  # of earlier tries too
+    seconds = compute_blocks(source, network, ALONE, tmp_path, "x", block=40).seconds  # includes earlier attempts
     assert 1000 < seconds["images"] < 1007 and 7 < seconds["features"] < 14
     compute_blocks(source, network, ALONE, tmp_path, "x", block=40, resume=False)
     assert all(path.stat().st_mtime_ns not in times for path in files)
     other = compute_blocks(source, network, ALONE, tmp_path, "x", block=50)
-    assert other.folder != whole.folder and other.pixels_sha256 != whole.pixels_sha256  # hashes of other blocks
+    assert other.folder != whole.folder and other.pixels_sha256 != whole.pixels_sha256  # hashed by block
     np.testing.assert_allclose(other.rows("pooled"), rows, atol=1e-5)
     files[0].write_bytes(b"")
-    with pytest.raises(UserError, match="block-00000.npz is damaged or gone"):
+    with pytest.raises(UserError, match="block-00000.npz is damaged or missing"):
         read_block(whole.folder, 0)
 
 
-def test_a_folder_a_tar_and_an_npz_of_the_same_images(images, network, tmp_path, pixels):
+def test_folder_tar_and_npz_give_the_same_images(images, network, tmp_path, pixels):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for path in sorted(images.rglob("*.png")):
             archive.add(path, f"{path.parent.name}_{path.name}")
@@ -98,7 +98,7 @@ def test_images_of_several_sizes_need_a_resolution(tmp_path):
         ImageFiles(tmp_path, None).read(0, 2)
     assert ImageFiles(tmp_path, 16).read(0, 2)[0].shape == (2, 3, 16, 16)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match="is 48x40, no square: give --resolution"):
+    with pytest.raises(UserError, match="is 48x40, not square: give --resolution"):
         ImageFiles(tmp_path, None)
 
 
@@ -127,10 +127,11 @@ def test_refused_npz_images(tmp_path, pixels):
         NpzImages(path)
 
 
-def test_names_tell_network_and_count(network):
-    true = SimpleNamespace(is_inception=True, name="inception")
-    assert metric_name("fid", true, 50_000) == "fid50k" and metric_name("sfid", true, 10_000) == "sfid10k"
-    assert metric_name("kid", true, 1234) == "kid1234" and metric_name("precision", true, 50_000) == "precision50k"
+def test_metric_names_have_network_and_count(network):
+    inception = SimpleNamespace(is_inception=True, name="inception")
+    assert metric_name("fid", inception, 50_000) == "fid50k" and metric_name("sfid", inception, 10_000) == "sfid10k"
+    assert metric_name("kid", inception, 1234) == "kid1234"
+    assert metric_name("precision", inception, 50_000) == "precision50k"
     assert metric_name("fid", network, 1000) == "fd_digits_1k" and metric_name("kid", network, 60) == "kd_digits_60"
 
 
@@ -141,7 +142,7 @@ def measured(images, reference, network, tmp_path, **settings):
     return measure(source, "x", network, real, chosen, {"images": str(images)}, ALONE, tmp_path / "work"), real, source
 
 
-def test_an_entry_has_everything(images, network, tmp_path):
+def test_entry_is_complete(images, network, tmp_path):
     result, _, _ = measured(images, images, network, tmp_path)
     entry = json.loads(json.dumps(result.entry))
     assert abs(entry["metrics"]["fd_digits_150"]) < 1e-9
@@ -154,22 +155,22 @@ def test_an_entry_has_everything(images, network, tmp_path):
     assert "fd_digits_150" in table(entry) and "FID" not in table(entry) and not entry["warnings"]
 
 
-def test_adms_layout_and_bare_images_are_references_too(images, network, tmp_path, pixels):
-    """The first holds statistics and images, for precision and recall; of the second all is computed."""
-    found = measured(images, images, network, tmp_path)[1]
-    adm = as_npz(tmp_path / "adm.npz", pixels, mu=found.pooled.mean, sigma=found.pooled.covariance)
+def test_npz_with_and_without_statistics_as_reference(images, network, tmp_path, pixels):
+    """ADM's layout has statistics, and images for precision and recall; without statistics all is computed."""
+    own = measured(images, images, network, tmp_path)[1]
+    adm = as_npz(tmp_path / "adm.npz", pixels, mu=own.pooled.mean, sigma=own.pooled.covariance)
     bare = as_npz(tmp_path / "bare.npz", pixels)
     expected = measured(images, images, network, tmp_path)[0].entry["metrics"]
     for path in (adm, bare):
         result, reference, _ = measured(images, path, network, tmp_path)
         assert result.entry["metrics"] == pytest.approx(expected, abs=1e-9)
-        assert np.array_equal(reference.rows, found.rows) and np.array_equal(reference.real_image(9), pixels[9])
+        assert np.array_equal(reference.rows, own.rows) and np.array_equal(reference.real_image(9), pixels[9])
     result, reference, source = measured(images, adm, network, tmp_path, kinds=("fid",))
     assert reference.rows is None and result.entry["reference_pictures"] == 150
     why = save_neighbours(source, result.blocks, reference, tmp_path / "no.png")
-    assert "--metrics pr" in why and not (tmp_path / "no.png").exists()
-    bare = replace(reference, pictures=None)
-    assert "statistics without images" in save_neighbours(source, result.blocks, bare, tmp_path / "no.png")
+    assert "pr or kid in --metrics" in why and not (tmp_path / "no.png").exists()
+    bare = replace(reference, images=None)
+    assert "statistics but no images" in save_neighbours(source, result.blocks, bare, tmp_path / "no.png")
 
 
 def test_streaming_agrees_with_exact(images, network, tmp_path):
@@ -178,15 +179,15 @@ def test_streaming_agrees_with_exact(images, network, tmp_path):
     assert one.keys() == two.keys() and one["fd_digits_110"] == pytest.approx(two["fd_digits_110"], rel=1e-9)
 
 
-def test_a_collapsed_generator_is_precise_and_recalls_little(images, network, tmp_path, pixels):
-    """The trap: the other order of arguments gives the same two numbers the other way round."""
+def test_collapsed_generator_has_high_precision_and_low_recall(images, network, tmp_path, pixels):
+    """Swapped arguments would swap the two values."""
     few = as_npz(tmp_path / "few.npz", np.concatenate([pixels[:5]] * 20))
     numbers = measured(few, images, network, tmp_path, kinds=("pr",))[0].entry["metrics"]
     assert numbers["precision_digits_100"] == 1 and numbers["recall_digits_100"] < 0.1
 
 
 def test_the_inception_score_does_not_depend_on_the_order_of_classes(images, network, tmp_path, pixels):
-    """The trap: splits of samples sorted by class see one class each, and an unshuffled score falls to about 1."""
+    """Without shuffling, splits of samples sorted by class have one class each, and the score falls to about 1."""
     scores = []
     for name, order in {"sorted": np.arange(150), "mixed": np.random.default_rng(1).permutation(150)}.items():
         path = as_npz(tmp_path / f"{name}.npz", pixels[order])
@@ -194,9 +195,9 @@ def test_the_inception_score_does_not_depend_on_the_order_of_classes(images, net
     assert scores[0] == pytest.approx(scores[1], rel=0.1) and min(scores) > 4
 
 
-def test_what_cannot_be_measured_says_why(images, network, tmp_path):
+def test_unavailable_metrics_are_refused_with_the_reason(images, network, tmp_path):
     _, reference, _ = measured(images, images, network, tmp_path, kinds=("fid",))
-    assert choose(None, network, reference, 150) == ("fid", "is", "pr", "kid")
+    assert choose_kinds(None, network, reference, 150) == ("fid", "is", "pr", "kid")
     for kind, count, text in (
         ("sfid", 150, "no spatial part"),
         ("is", 9, "fewer than its 10 splits"),
@@ -204,20 +205,20 @@ def test_what_cannot_be_measured_says_why(images, network, tmp_path):
         ("fdd", 150, "expected some of fid,sfid,is,pr,kid"),
     ):
         with pytest.raises(UserError, match=text):
-            choose((kind,), network, reference, count)
+            choose_kinds((kind,), network, reference, count)
 
 
-def test_record_replaces_the_very_same_protocol_only(tmp_path):
+def test_record_replaces_only_entries_of_the_same_protocol(tmp_path):
     entry = {"metrics": {"fd": 1.0}, "nfe": 1, "seed": 0, "seconds": {"all": 1}}
     for value, nfe in ((1.0, 1), (2.0, 2), (3.0, 1)):
         record({**entry, "metrics": {"fd": value}, "nfe": nfe}, tmp_path)
     assert [(e["nfe"], e["metrics"]["fd"]) for e in read_entries(tmp_path / "metrics.json")] == [(2, 2.0), (1, 3.0)]
     record({**entry, "metrics": {"is": 9.0}, "pixels_sha256": "a"}, tmp_path / "more")
-    record({**entry, "metrics": {"fd": 1.0}, "pixels_sha256": "a"}, tmp_path / "more")  # nothing measured is lost
-    record({**entry, "metrics": {"fd": 5.0}, "pixels_sha256": "b"}, tmp_path / "more")  # other images at the same place
-    found = [e["metrics"] for e in read_entries(tmp_path / "more/metrics.json")]
-    assert found == [{"is": 9.0, "fd": 1.0}, {"fd": 5.0}]
-    apart = {"nfe": 4, "pixels_sha256": "a"}  # what one metric says of itself is no other protocol
+    record({**entry, "metrics": {"fd": 1.0}, "pixels_sha256": "a"}, tmp_path / "more")  # metrics are merged
+    record({**entry, "metrics": {"fd": 5.0}, "pixels_sha256": "b"}, tmp_path / "more")  # other images of the same path
+    metrics = [e["metrics"] for e in read_entries(tmp_path / "more/metrics.json")]
+    assert metrics == [{"is": 9.0, "fd": 1.0}, {"fd": 5.0}]
+    apart = {"nfe": 4, "pixels_sha256": "a"}  # settings of single metrics are not part of the protocol
     record({**apart, "metrics": {"precision": 0.7}, "pr_real_images": 90}, tmp_path / "apart")
     record({**apart, "metrics": {"kid": 0.1}, "kid_subset_size": 40}, tmp_path / "apart")
     (both,) = read_entries(tmp_path / "apart/metrics.json")
@@ -230,7 +231,7 @@ def test_record_replaces_the_very_same_protocol_only(tmp_path):
         assert (tmp_path / "metrics.json").read_text() == damaged
 
 
-def test_two_processes_record_at_once_and_nothing_is_lost(tmp_path):
+def test_concurrent_records_lose_no_entry(tmp_path):
     code = """if 1:
         import sys
         from pathlib import Path
@@ -242,7 +243,7 @@ def test_two_processes_record_at_once_and_nothing_is_lost(tmp_path):
     assert len(read_entries(tmp_path / "metrics.json")) == 80
 
 
-def test_npz_is_what_adms_reader_streams(images, network, tmp_path, pixels):
+def test_npz_has_the_layout_that_adms_reader_streams(images, network, tmp_path, pixels):
     """Its reader opens the member inside the zip, reads the header, then raw bytes; no Fortran order, no objects."""
     blocks = compute_blocks(ImageFiles(images, None), network, ALONE, tmp_path, "x", keep_pixels=True)
     save_npz(blocks, tmp_path / "samples.npz")
@@ -261,8 +262,8 @@ def test_npz_is_what_adms_reader_streams(images, network, tmp_path, pixels):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / names[59])), pixels[59].transpose(1, 2, 0))
 
 
-def test_neighbours_of_a_memorised_image_are_that_image(images, network, tmp_path, pixels):
-    """Of ten samples five are copies of training images, and five are noise."""
+def test_nearest_neighbour_of_a_memorised_image_is_that_image(images, network, tmp_path, pixels):
+    """Five samples are copies of training images, five are noise."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32)).astype(np.uint8)
     path = as_npz(tmp_path / "x.npz", np.concatenate([pixels[[7, 70, 30, 99, 140]], noise]))
     result, reference, source = measured(path, images, network, tmp_path)
@@ -275,7 +276,7 @@ def test_neighbours_of_a_memorised_image_are_that_image(images, network, tmp_pat
     assert save_neighbours(source, result.blocks, reference, tmp_path / "near.png") is None
     picture = np.asarray(Image.open(tmp_path / "near.png"))
     top, near = 16, picture.shape[1] - 7 * 66
-    sample = near - 10 - 66  # set apart from the real images by more than these are from each other
+    sample = near - 10 - 66  # the gap before the real images is wider than between them
     shown = [picture[top : top + 64 : 2, left : left + 64 : 2] for left in (sample, near)]
     assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], pixels[7].transpose(1, 2, 0))
 

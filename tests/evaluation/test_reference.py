@@ -1,4 +1,4 @@
-"""References in every layout, and what is refused."""
+"""References in every layout, and damaged ones."""
 
 import pickle
 from types import SimpleNamespace
@@ -38,13 +38,13 @@ def test_every_layout_gives_the_same_gaussian(tmp_path, network):
     }
     for name, arrays in layouts.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
-        found = read_reference(str(tmp_path / f"{name}.npz"), network)
-        np.testing.assert_allclose(found.pooled.mean, good.mean, rtol=1e-6)
-        np.testing.assert_allclose(found.pooled.covariance, good.covariance, rtol=1e-6, atol=1e-6)
-        assert found.spatial is None and found.rows is None
-        assert len(found.provenance["reference_sha256"]) == 64
-        assert found.warnings == [
-            f"{tmp_path / name}.npz does not say which features it holds; it must be those of digits"
+        reference = read_reference(str(tmp_path / f"{name}.npz"), network)
+        np.testing.assert_allclose(reference.pooled.mean, good.mean, rtol=1e-6)
+        np.testing.assert_allclose(reference.pooled.covariance, good.covariance, rtol=1e-6, atol=1e-6)
+        assert reference.spatial is None and reference.rows is None
+        assert len(reference.provenance["reference_sha256"]) == 64
+        assert reference.warnings == [
+            f"{tmp_path / name}.npz does not record its features; they must be those of digits"
         ]
 
 
@@ -53,23 +53,23 @@ def test_spatial_statistics_are_read_for_networks_that_have_them(tmp_path):
     arrays = {"mu": good.mean, "sigma": good.covariance, "mu_s": small.mean, "sigma_s": small.covariance}
     np.savez(tmp_path / "adm.npz", **arrays)
     network = SimpleNamespace(dimension=D, spatial_dimension=7, name="x", is_inception=True)
-    found = read_reference(str(tmp_path / "adm.npz"), network)
-    np.testing.assert_allclose(found.spatial.covariance, small.covariance)
+    reference = read_reference(str(tmp_path / "adm.npz"), network)
+    np.testing.assert_allclose(reference.spatial.covariance, small.covariance)
     network.spatial_dimension = 8
     with pytest.raises(UserError, match=r"mu_s and sigma_s have shapes \(7,\), \(7, 7\)"):
         read_reference(str(tmp_path / "adm.npz"), network)
 
 
-def test_ours_carries_rows_and_where_it_came_from(tmp_path, network):
+def test_own_layout_has_rows_and_provenance(tmp_path, network):
     good, rows = random_gaussian(0, D), np.ones((5, D), np.float32)
     made = {"features": "digits", "features_sha256": network.sha256, "count": 9, "resize": "none", "resolution": 32}
     path = tmp_path / "ours.npz"
     write_reference(path, good, None, rows, [0, 2, 4, 6, 8], made)
-    found = read_reference(str(path), network)
-    assert np.array_equal(found.rows, rows) and found.picks == [0, 2, 4, 6, 8] and not found.warnings
-    assert found.provenance["reference_made"] == made and found.provenance["reference_images"] == 9
+    reference = read_reference(str(path), network)
+    assert np.array_equal(reference.rows, rows) and reference.picks == [0, 2, 4, 6, 8] and not reference.warnings
+    assert reference.provenance["reference_made"] == made and reference.provenance["reference_images"] == 9
     write_reference(path, good, None, rows, [0], {**made, "features_sha256": "0" * 64})
-    with pytest.raises(UserError, match="has features 'digits' with weights 000000000000, asked for are"):
+    with pytest.raises(UserError, match="has features 'digits' with weights 000000000000, expected"):
         read_reference(str(path), network)
 
 
@@ -86,7 +86,7 @@ class Bomb:
         return (exec, ("raise SystemExit('code in a file was run')",))
 
 
-def test_refusals(tmp_path, network):
+def test_invalid_references_are_refused(tmp_path, network):
     good = random_gaussian(0, D)
     mu, sigma = good.mean, good.covariance
     skew, negative = sigma.copy(), sigma - 3 * np.eye(D)
@@ -98,7 +98,7 @@ def test_refusals(tmp_path, network):
         "finite": ({"mu": mu * np.nan, "sigma": sigma}, "not finite"),
         "symmetric": ({"mu": mu, "sigma": skew}, "not symmetric"),
         "positive": ({"mu": mu, "sigma": negative}, "negative eigenvalue"),
-        "text": ({"mu": np.array(["x"] * D), "sigma": sigma}, "no numbers"),
+        "text": ({"mu": np.array(["x"] * D), "sigma": sigma}, "not numeric"),
         "pickle": ({"mu": np.array([Bomb()] * D, object), "sigma": sigma}, "cannot read"),
         "rows": ({"mu": mu, "sigma": sigma, "rows": np.zeros((4, 3))}, "rows have shape"),
         "provenance": ({"mu": mu, "sigma": sigma, "provenance": np.array("{")}, "provenance cannot be read"),
@@ -120,7 +120,7 @@ def test_refusals(tmp_path, network):
         read_reference(str(tmp_path / "nowhere.npz"), network)
 
 
-def test_any_byte_of_a_compressed_file_is_a_line_or_harmless(tmp_path, network):
+def test_a_flipped_bit_gives_a_one_line_error_or_no_change(tmp_path, network):
     good = random_gaussian(0, D)
     np.savez_compressed(tmp_path / "a.npz", mu=good.mean, sigma=good.covariance)
     raw, g, refused = (tmp_path / "a.npz").read_bytes(), np.random.default_rng(0), 0
@@ -129,8 +129,8 @@ def test_any_byte_of_a_compressed_file_is_a_line_or_harmless(tmp_path, network):
         damaged[place] ^= 1 << int(g.integers(8))
         (tmp_path / "b.npz").write_bytes(damaged)
         try:
-            found = read_reference(str(tmp_path / "b.npz"), network)
-            assert np.array_equal(found.pooled.mean, good.mean)
+            reference = read_reference(str(tmp_path / "b.npz"), network)
+            assert np.array_equal(reference.pooled.mean, good.mean)
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1

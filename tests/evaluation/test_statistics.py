@@ -48,7 +48,7 @@ def test_equals_the_matrix_square_root_and_torch_fidelity(seed):
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("decades", [0, 4, 8])
 def test_known_spectra_of_any_size_and_steepness(scale, decades):
-    """Covariances that share eigenvectors, shifted far from zero: the distance is that of the roots of the eigenvalues.
+    """Covariances that share eigenvectors, shifted far from zero: the distance follows from the eigenvalues.
     At 8 decades the eigenvalues of the product span 16, more than a double holds."""
     g, d = np.random.default_rng(0), 100
     q, _ = np.linalg.qr(g.standard_normal((d, d)))
@@ -57,8 +57,8 @@ def test_known_spectra_of_any_size_and_steepness(scale, decades):
     a, b = ((q * values) @ q.T for values in (one, two))
     exact = ((np.sqrt(one) - np.sqrt(two)) ** 2).sum() + d * (0.5 * scale) ** 2
     mean = np.full(d, 1e3 * scale)
-    found = frechet_distance(Gaussian(mean, (a + a.T) / 2), Gaussian(mean + 0.5 * scale, (b + b.T) / 2))
-    assert found == pytest.approx(exact, rel=1e-8)
+    distance = frechet_distance(Gaussian(mean, (a + a.T) / 2), Gaussian(mean + 0.5 * scale, (b + b.T) / 2))
+    assert distance == pytest.approx(exact, rel=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
@@ -72,9 +72,9 @@ def test_singular_covariances(ranks, scale):
     assert frechet_distance(Gaussian(zero, a @ a.T), Gaussian(zero, b @ b.T)) == pytest.approx(exact, rel=1e-8)
 
 
-def test_rounding_errors_of_a_singular_side_do_not_add_up():
-    """30 samples of 300 features against themselves shifted by 1 in every feature: 300 exactly. Roots of the 270 wrong
-    eigenvalues would add 1e-6 and more."""
+def test_rounding_errors_of_a_singular_covariance_do_not_add_up():
+    """30 samples of 300 features against themselves shifted by 1 in every feature: 300 exactly. Square roots of
+    the 270 eigenvalues that are rounding errors would add 1e-6 and more."""
     rows = np.random.default_rng(0).standard_normal((30, 300))
     a, b = (exact_gaussian([part], 300) for part in (rows, rows + 1))
     bare = [Gaussian(x.mean, x.covariance) for x in (a, b)]
@@ -83,13 +83,13 @@ def test_rounding_errors_of_a_singular_side_do_not_add_up():
         assert frechet_distance(one, other) == pytest.approx(300, rel=1e-8)
 
 
-def test_sums_and_passes_equal_numpy_even_with_a_large_mean():
+def test_sums_and_exact_gaussian_equal_numpy_with_a_large_mean():
     features = (np.random.default_rng(0).standard_normal((1000, 6)) * 0.01 + 1e4).astype(np.float32)
     parts = np.array_split(features, [1, 17, 400])
     sums = [FeatureSums(features[:3].mean(0, dtype=np.float64)) for _ in range(2)]
     for number, part in enumerate(parts):
         sums[number % 2].add(part)
-    sums[0].set_flat(sums[0].flat() + sums[1].flat())  # as processes add up
+    sums[0].set_flat(sums[0].flat() + sums[1].flat())  # as in the reduction over processes
     for gaussian in (sums[0].gaussian(), exact_gaussian(parts, 6)):
         np.testing.assert_allclose(gaussian.mean, features.mean(0, dtype=np.float64), rtol=1e-14)
         np.testing.assert_allclose(gaussian.covariance, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-14)

@@ -1,4 +1,4 @@
-"""What is said where numbers are no match for others, and what is refused."""
+"""Warnings about metrics that are not comparable with others, and refused options."""
 
 from types import SimpleNamespace
 
@@ -25,33 +25,31 @@ def pixels(images):
     return ImageFiles(images, None).read(0, 150)[0]
 
 
-def test_protocols_that_do_not_match_are_warned_about(images, network, tmp_path, pixels):
+def test_warnings_about_differing_protocols(images, network, tmp_path, pixels):
     small = as_npz(tmp_path / "few.npz", pixels[:40])
     result, reference, _ = measured(small, images, network, tmp_path)
     (warning,) = result.entry["warnings"]
     assert warning == "40 images are too few for 64 features: the distance is biased upwards"
-    true = SimpleNamespace(dimension=10, is_inception=True, resize="TF1")
+    inception = SimpleNamespace(dimension=10, is_inception=True, resize="TF1")
     made = {"reference_made": {"resolution": 64, "resize": "bicubic"}}
     other = SimpleNamespace(provenance=made, warnings=[])
-    found = warnings_of(40, 32, true, other, "balanced")
-    assert len(found) == 4 and "of 50,000 images" in found[0] and "side 64, these have 32" in found[1]
-    assert "resized by bicubic" in found[2] and "balanced" in found[3] and reference is not None
+    warnings = warnings_of(40, 32, inception, other, "balanced")
+    assert len(warnings) == 4 and "use 50,000 images" in warnings[0] and "side 64, these have 32" in warnings[1]
+    assert "resized by bicubic" in warnings[2] and "balanced" in warnings[3] and reference is not None
 
 
-def test_a_reference_of_too_few_images_is_warned_about(images, network, tmp_path, pixels):
-    """Known by its count, or, in a file that does not tell it, by the rank of its covariance."""
+def test_warning_about_a_reference_of_too_few_images(images, network, tmp_path, pixels):
+    """Recognised by its count, or, in a file without a count, by the rank of its covariance."""
     few = as_npz(tmp_path / "few.npz", pixels[:50])
-    found = measured(images, few, network, tmp_path)[0].entry["warnings"]
-    assert found == ["the reference's 50 images are too few for 64 features: the distance is biased upwards"]
+    warnings = measured(images, few, network, tmp_path)[0].entry["warnings"]
+    assert warnings == ["the reference's 50 images are too few for 64 features: the distance is biased upwards"]
     rows = np.random.default_rng(0).standard_normal((50, 64))
     np.savez(tmp_path / "bare.npz", mu=rows.mean(0), sigma=np.cov(rows.T))
-    assert (
-        "has rank 49 of 64: it is of too few images" in read_reference(str(tmp_path / "bare.npz"), network).warnings[1]
-    )
+    assert "has rank 49 of 64: too few images" in read_reference(str(tmp_path / "bare.npz"), network).warnings[1]
 
 
-def test_the_images_in_adms_layout_are_in_the_record(images, network, tmp_path, pixels):
-    """How many and of which side: those of another side than the samples' are warned about."""
+def test_entry_records_the_images_in_adms_layout(images, network, tmp_path, pixels):
+    """Their number and side, with a warning if the samples have another side."""
     rows = np.random.default_rng(0).standard_normal((200, 64))
     larger = pixels[:30].repeat(2, axis=2).repeat(2, axis=3)
     adm = as_npz(tmp_path / "adm.npz", larger, mu=rows.mean(0), sigma=np.cov(rows.T))
@@ -63,9 +61,9 @@ def test_the_images_in_adms_layout_are_in_the_record(images, network, tmp_path, 
         read_reference(str(tmp_path / "bad.npz"), network)
 
 
-def test_options_that_would_do_nothing_are_refused(images, network):
+def test_contradicting_or_unused_options_are_refused(images, network):
     assert images_for(network, str(images), 32, ALONE).identity["resolution"] == 32
-    with pytest.raises(UserError, match="features 'digits' take images of side 32, asked for is 16"):
+    with pytest.raises(UserError, match="features 'digits' take images of side 32, not 16"):
         images_for(network, str(images), 16, ALONE)
     with pytest.raises(UserError, match="--inception-weights belongs to"):
         open_features("efflite0", "weights.pth", ALONE.device)

@@ -26,12 +26,12 @@ def test_three_starts_without_a_checkpoint_are_a_crash_loop(tmp_path):
         status.begin(5)
     status.end("failed", 5, "refused")
     assert status.read()["status"] == "crash_loop"
-    status.begin(5)  # a person's
+    status.begin(5)  # by a person
     assert status.read()["starts_without_progress"] == 1
 
 
 @pytest.mark.parametrize("between", ["committed", "stopped", "newer"])
-def test_progress_or_a_request_to_stop_starts_the_count_anew(tmp_path, between):
+def test_progress_or_a_request_to_stop_resets_the_count(tmp_path, between):
     status = Status(tmp_path)
     for step in (5, 5, 5):
         status.begin(step)
@@ -46,14 +46,14 @@ def test_progress_or_a_request_to_stop_starts_the_count_anew(tmp_path, between):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "\0", '{"status": "failed", "committed_step": 1, "starts_without_progress": null}']
 )
-def test_a_damaged_file_counts_as_none(tmp_path, text):
+def test_a_damaged_file_counts_as_missing(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     Status(tmp_path).begin(1)
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
 
 
-def test_many_processes_write_and_no_reader_sees_half(tmp_path):
-    """Processes, since that is who writes: each tells of its failure while one reads."""
+def test_a_reader_never_sees_a_partial_file(tmp_path):
+    """Four processes write at once, as the ranks of a run may, while one reads."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""What a tool says of itself to the launcher of its job."""
+"""The status of a tool in a job, and the verdict that its launcher draws from it."""
 
 import contextlib
 import errno
@@ -16,20 +16,20 @@ from mf_dist.runtime.errors import UserError
 
 @pytest.fixture
 def status(tmp_path, monkeypatch):
-    """Of a job that may send signals."""
+    """The status of a job; restores the signal handlers that the tool installs."""
     monkeypatch.setenv(STATUS_VARIABLE, str(tmp_path / "job"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield Status(tmp_path / "job")
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def start(status, main, asked=""):
-    """One start of the job: the launcher's verdict on it."""
+def start(status, main, stop_signal=""):
+    """One start of the job; returns the launcher's verdict on it."""
     assert begin_tool(status.path.parent).word == "go"
     with contextlib.suppress(Exception, SystemExit):
         reports_status(main)()
-    return judge(status.conclude("srun ended with code 1", asked))
+    return judge(status.conclude("srun ended with code 1", stop_signal))
 
 
 def raising(error, cause=None):
@@ -61,11 +61,11 @@ def signalled(number):
         (signalled(signal.SIGTERM), "stopped"),
     ],
 )
-def test_the_word_follows_the_end(status, main, word):
+def test_the_verdict_follows_from_how_the_tool_ended(status, main, word):
     assert start(status, main).word == word
 
 
-def test_a_folder_that_takes_nothing_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*status.json; make room there"):
         begin_tool(tmp_path / "file" / "job")
@@ -76,19 +76,19 @@ def test_without_a_job_nothing_is_written(tmp_path, monkeypatch):
     assert reports_status(lambda: 5)() == 5 and not any(tmp_path.iterdir())
 
 
-def test_starts_that_make_nothing_are_counted_to_the_cap(status):
+def test_starts_that_make_nothing_end_in_a_crash_loop(status):
     for number in range(1, MAX_STARTS + 1):
         assert start(status, raising(RuntimeError("out of memory"))).word == ("retry" if number < 3 else "failed")
     assert status.read()["status"] == "crash_loop"
 
 
-def test_a_time_limit_too_short_for_a_shard_is_not_tried_for_ever(status):
-    words = [start(status, signalled(signal.SIGUSR1), "SIGUSR1").word for _ in range(MAX_STARTS)]
-    assert words == ["resume", "resume", "failed"]
+def test_a_time_limit_too_short_for_a_shard_is_not_retried_forever(status):
+    verdicts = [start(status, signalled(signal.SIGUSR1), "SIGUSR1").word for _ in range(MAX_STARTS)]
+    assert verdicts == ["resume", "resume", "failed"]
 
 
 def test_a_start_that_makes_a_shard_is_progress(status, images, tmp_path):
-    """Real shards by the real encoder, which each time finds another one missing, and is then out of memory."""
+    """Real shards by the real encoder, which each time finds another one missing, then fails with out of memory."""
     out = tmp_path / "latents"
 
     def main():

@@ -1,4 +1,4 @@
-"""What follows the start of a job, from its status.json alone."""
+"""The verdict before and after a start of a job, from its status.json alone."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def config(tiny_config):
     return load_config(str(tiny_config), [])
 
 
-def test_the_word_follows_the_entry():
+def test_the_verdict_follows_from_the_entry():
     for entry, word in (
         ({"status": "finished", "step": 6}, "finished"),
         ({"status": "stopped", "stopped_by": "SIGUSR1"}, "resume"),
@@ -37,19 +37,19 @@ def test_the_word_follows_the_entry():
         assert judge(entry).word == word, entry
 
 
-def test_starts_that_die_before_training_are_counted_to_the_cap(config):
-    """Nothing of ours came so far as to write a word."""
+def test_starts_that_die_before_training_end_in_a_crash_loop(config):
+    """No process of the run recorded anything."""
     for start in range(1, MAX_STARTS + 1):
         assert begin(config, 1).word == "go"
         verdict = end(config, "srun ended with code 1")
         assert verdict.word == ("retry" if start < MAX_STARTS else "failed")
         assert "srun ended with code 1" in verdict.reason
-    assert begin(config, 1).word == "go"  # a person's
+    assert begin(config, 1).word == "go"  # by a person
     assert end(config, "again").word == "retry"
 
 
-def test_job_scripts_that_die_themselves_are_counted_to_the_cap(config):
-    """A node lost each time: nobody is left to say how a start ended."""
+def test_job_scripts_that_die_themselves_end_in_a_crash_loop(config):
+    """The batch node is lost each time: nothing records how a start ended."""
     for _ in range(MAX_STARTS):
         begin(config, 1)
     with pytest.raises(UserError, match="crash loop: 3 starts brought no new checkpoint"):
@@ -63,7 +63,7 @@ def test_a_preempted_start_is_no_crash(config):
 
 
 @pytest.mark.parametrize("where", ["before training", "before a step"])
-def test_a_time_limit_too_short_for_a_step_is_not_tried_for_ever(config, where):
+def test_a_time_limit_too_short_for_a_step_is_not_retried_forever(config, where):
     for start in range(1, MAX_STARTS + 1):
         begin(config, 1)
         if where == "before a step":
@@ -74,7 +74,7 @@ def test_a_time_limit_too_short_for_a_step_is_not_tried_for_ever(config, where):
     assert Status(Path(config.run_dir)).read()["status"] == "crash_loop"
 
 
-def test_what_the_run_said_is_not_replaced(config, tiny_config):
+def test_what_the_run_recorded_is_not_replaced(config, tiny_config):
     status = Status(Path(config.run_dir))
     begin(config, 1)
     status.begin(0)
@@ -93,8 +93,8 @@ def test_what_the_run_said_is_not_replaced(config, tiny_config):
     assert begin(load_config(str(tiny_config), ["train.total_images=960"]), 1).word == "go"  # a longer run
 
 
-def test_a_run_that_another_process_has_is_waited_for(config):
-    """A node that was lost frees its lock late."""
+def test_a_run_that_another_process_holds_is_waited_for(config):
+    """The lock of a lost node is released late."""
     imports = "import time; from pathlib import Path; from mf_dist.fault_tolerance.status import Status"
     code = f"{imports}; Status(Path({config.run_dir!r}))"
     holder = subprocess.Popen(
@@ -104,32 +104,32 @@ def test_a_run_that_another_process_has_is_waited_for(config):
     with pytest.raises(UnrecordedError, match="is being trained by"):
         begin(config, 1, patience=0.1)
     threading.Timer(0.5, holder.kill).start()
-    since = time.monotonic()
-    assert begin(config, 1, patience=30).word == "go" and time.monotonic() - since < 20
+    start = time.monotonic()
+    assert begin(config, 1, patience=30).word == "go" and time.monotonic() - start < 20
     holder.wait()
 
 
 def test_the_command_answers_in_one_line(tiny_config, tmp_path):
-    def ask(*arguments):
+    def attempt(*arguments):
         command = [sys.executable, "-m", "mf_dist.jobs.attempt", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
         assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
         return done.stdout.strip()
 
-    assert ask("begin", "--ranks", 2, tiny_config) == f"go {tmp_path}/run"
-    assert ask("end", "--reason", "preflight: n2", tiny_config).startswith(
+    assert attempt("begin", "--ranks", 2, tiny_config) == f"go {tmp_path}/run"
+    assert attempt("end", "--reason", "preflight: n2", tiny_config).startswith(
         "retry failed at step 0: preflight: n2 (start 1"
     )
-    assert ask("begin", "--ranks", 3, tiny_config).startswith(
+    assert attempt("begin", "--ranks", 3, tiny_config).startswith(
         "refused train.batch_size 16 is not a multiple of 3 ranks"
     )
     assert json.loads((tmp_path / "run/status.json").read_text())["refused"] is True
     (tmp_path / "run/STOP").touch()
-    assert ask("begin", tiny_config) == f"stopped {tmp_path}/run/STOP exists; remove it to go on"
-    assert ask("begin", tmp_path / "gone.yaml").startswith("refused cannot read config")
+    assert attempt("begin", tiny_config) == f"stopped {tmp_path}/run/STOP exists; remove it to go on"
+    assert attempt("begin", tmp_path / "gone.yaml").startswith("refused cannot read config")
 
 
-def test_the_end_of_one_job_says_nothing_of_anothers(config):
+def test_a_run_that_another_job_holds_is_not_concluded(config):
     status = Status(Path(config.run_dir))
     status.lock_run()
     status.begin(0)
@@ -140,11 +140,11 @@ def test_the_end_of_one_job_says_nothing_of_anothers(config):
     assert end(config, "srun ended with code 1").word == "retry"
 
 
-def test_data_that_this_node_lacks_are_the_preflights_matter(tiny_config):
-    """Although the config takes the latents' shape from them."""
+def test_data_that_this_node_lacks_are_left_to_the_preflight(tiny_config):
+    """Although the config takes the shape of the latents from them."""
     assert begin(load_config(str(tiny_config), ["data.path=/nowhere"]), 1).word == "go"
 
 
-def test_a_disk_that_is_away_is_named(tiny_config):
-    said = run_python("-m", "mf_dist.jobs.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
-    assert said.startswith("failed /proc/nope: No such file")
+def test_an_unavailable_disk_is_named(tiny_config):
+    output = run_python("-m", "mf_dist.jobs.attempt", "begin", tiny_config, "run_dir=/proc/nope").stdout
+    assert output.startswith("failed /proc/nope: No such file")

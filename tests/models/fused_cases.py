@@ -1,5 +1,5 @@
-"""The fused kernel's errors against the plain rule in float64, one JSON line a case. In Triton's interpreter where
-there is no GPU, which works only if it is chosen before anything imports triton: hence a process of its own."""
+"""Errors of the fused kernel relative to the plain rule in float64, one JSON line per case. Without a GPU it runs in
+Triton's interpreter, which must be selected before triton is imported: hence a separate process."""
 
 import json
 import os
@@ -23,20 +23,20 @@ def plain(qkv, dqkv):
 
 
 def errors(size, tokens, dtype, score_factor=1.0):
-    """Relative to the exact ones: of o and of do."""
+    """Relative errors of o and do."""
     g = torch.Generator().manual_seed(tokens)
     qkv, dqkv = torch.randn(2, ROWS, tokens, 3 * HEADS * size, generator=g, dtype=torch.float64)
     qkv[..., : HEADS * size] *= score_factor
     qkv, dqkv = (a.to("cuda" if HAS_GPU else "cpu", dtype) for a in (qkv, dqkv))
     if HAS_GPU:
-        found = fused.fused_attention_with_tangent(qkv, dqkv, HEADS)
+        computed = fused.fused_attention_with_tangent(qkv, dqkv, HEADS)
     else:
-        found = fused._launch(fused._attend, qkv, dqkv, HEADS)
-    assert all(a.shape == (ROWS, tokens, HEADS * size) and a.dtype == dtype for a in found)
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, plain(qkv, dqkv), strict=True)]
+        computed = fused._launch(fused._attend, qkv, dqkv, HEADS)
+    assert all(a.shape == (ROWS, tokens, HEADS * size) and a.dtype == dtype for a in computed)
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(computed, plain(qkv, dqkv), strict=True)]
 
 
-# tl.dot of triton 3.9's interpreter is wrong in bf16: there fp16 stands for it
+# tl.dot of triton 3.9's interpreter is wrong in bf16: without a GPU fp16 is tested instead
 for dtype in (torch.float32, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16):
     for size in (24, 64, 72, 80, 96, 128):
         for tokens in (1, 37, 130):

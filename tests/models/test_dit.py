@@ -12,7 +12,7 @@ from mf_dist.sampling.generator import build_network
 @pytest.mark.parametrize(
     ("name", "millions"), [("b4", 131), ("b2", 131), ("m2", 308), ("l2", 459), ("xl2", 676), ("xl2plus", 676)]
 )
-def test_presets_have_the_papers_parameter_counts(name, millions):
+def test_parameter_counts_of_the_presets_match_the_paper(name, millions):
     config = load_config(f"configs/imagenet256_{name}.yaml", [])
     model = config.model
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def test_initial_weights_follow_from_the_seed_alone():
     assert not torch.equal(a.patch_in.weight, c.patch_in.weight)
 
 
-def test_patches_go_in_and_out_in_the_same_order():
+def test_patch_order():
     net = small_dit()
     z = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert torch.equal(net._unpatchify(net._patchify(z)), z)
@@ -57,17 +57,17 @@ def test_patches_go_in_and_out_in_the_same_order():
     assert torch.equal(first_patch, z[0, :, :2, 2:].permute(1, 2, 0))
 
 
-def test_positions_are_those_of_mae():
-    """Half for columns, half for rows, each sines then cosines of place / 10000^(k / (D / 4))."""
+def test_positions_match_mae():
+    """Half for columns, half for rows, each sines then cosines of position / 10000^(k / (D / 4))."""
     positions = sine_cosine_positions(8, 3)
     row, column = 2, 1
-    angles = torch.tensor([column, column / 100.0])
-    other = torch.tensor([row, row / 100.0])
-    expected = torch.cat([angles.sin(), angles.cos(), other.sin(), other.cos()])
+    across = torch.tensor([column, column / 100.0])
+    down = torch.tensor([row, row / 100.0])
+    expected = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()])
     torch.testing.assert_close(positions[row * 3 + column], expected)
 
 
-def test_label_and_both_times_matter():
+def test_u_depends_on_label_and_both_times():
     net = small_dit()
     z, r, t, y = (
         torch.randn(1, 3, 4, 4).double(),

@@ -1,4 +1,4 @@
-"""The fused kernel: its numbers, its shape and FLOPs as an operator, and that it compiles for real GPUs."""
+"""The fused kernel: accuracy, shapes and FLOPs as an operator, and compilation for GPUs."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from conftest import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-triton = pytest.importorskip("triton", reason="triton is made for Linux alone")
+triton = pytest.importorskip("triton", reason="triton is available for Linux only")
 TOLERANCE = {"torch.float32": 3e-6, "torch.float16": 1e-3, "torch.bfloat16": 8e-3, "large scores": 3e-5}
 
 
@@ -31,8 +31,8 @@ def test_operator_has_shapes_and_flops_without_running():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_gpus_that_are_not_here(capability, tmp_path, monkeypatch):
-    """What the interpreter lets pass, a compiler may not; the shared memory of a block must fit an A100's 164 KiB."""
+def test_compiles_for_gpus_without_one(capability, tmp_path, monkeypatch):
+    """The compiler may reject what the interpreter accepts; the shared memory of a block must fit an A100's 164 KiB."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -44,5 +44,5 @@ def test_compiles_for_gpus_that_are_not_here(capability, tmp_path, monkeypatch):
     signature = dict.fromkeys(names[:4], "*bf16") | dict.fromkeys(names[4:6], "i32") | {"scale": "fp32"}
     signature |= dict.fromkeys(names[7:], "constexpr")
     source = ASTSource(fused._attend, signature, dict(zip(names[7:], sizes, strict=True)))
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": fused.WARPS})
-    assert len(made.asm["cubin"]) > 1000 and 0 < made.metadata.shared <= 164 * 1024
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": fused.WARPS})
+    assert len(compiled.asm["cubin"]) > 1000 and 0 < compiled.metadata.shared <= 164 * 1024

@@ -1,4 +1,4 @@
-"""Times, label drop and guidance: shares, quantiles and the cases at the borders."""
+"""Times, label drop, guidance and path: quantiles, shares and limiting cases."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ def test_times_have_the_quantiles_of_the_larger_and_smaller_of_two_logit_normals
     r, t = sample_times(normals(), N // 2, mean=-0.4, std=1.0)
     assert torch.equal(r[: N // 2], t[: N // 2]) and (r[N // 2 :] < t[N // 2 :]).all()
     cdf = lambda a: stats.norm.cdf(np.log(a / (1 - a)) + 0.4)  # noqa: E731
-    # also where r is then set to t, t stays the larger of two draws: P(t <= a) = F(a)^2
+    # on r = t rows too, t is the larger of two draws: P(t <= a) = F(a)^2
     for rows in (t[: N // 2], t[N // 2 :]):
         assert stats.kstest(rows.numpy(), lambda a: cdf(a) ** 2).statistic < 0.006
     assert stats.kstest(r[N // 2 :].numpy(), lambda a: 1 - (1 - cdf(a)) ** 2).statistic < 0.006
 
 
 @pytest.mark.parametrize(("n_eq", "eligible"), [(3 * N // 4, "first"), (N, "all"), (0, "all"), (N // 20, "all")])
-def test_drop_takes_its_share_of_all_rows_among_the_r_equals_t_ones(n_eq, eligible):
+def test_share_of_dropped_labels_and_which_rows_are_eligible(n_eq, eligible):
     uniforms = torch.rand(N, generator=torch.Generator().manual_seed(1))
     dropped = drop_labels(torch.zeros(N, dtype=torch.int64), uniforms, n_eq, share=0.1, null_label=7) == 7
     assert abs(dropped.float().mean() - 0.1) < 0.002

@@ -1,4 +1,4 @@
-"""The loss against the authors' full-batch form, row for row, and its gradient, in float64."""
+"""The loss compared with the authors' full-batch form, row by row, and its gradient, in float64."""
 
 import dataclasses
 
@@ -34,13 +34,13 @@ def batch(rows=12, n_eq=9, seed=0):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("n_eq", [9, 0, 12])
 def test_equals_the_full_batch_form_row_for_row(name, n_eq):
-    """Rows one at a time, so that no row can hide behind another; then the whole batch's value and gradient."""
+    """First single rows, so that errors of several rows cannot cancel; then value and gradient of the whole batch."""
     recipe, net = RECIPES[name], small_dit()
     x, e, r, t, y = batch(n_eq=n_eq)
     s, weighted = full_batch_rows(net, x, e, r, t, y, NULL, recipe)
     for row in range(0, 12, 3):
-        one = slice(row, row + 1)
-        loss, _ = meanflow_loss(net, x[one], e[one], r[one], t[one], y[one], int(row < n_eq), NULL, recipe)
+        rows = slice(row, row + 1)
+        loss, _ = meanflow_loss(net, x[rows], e[rows], r[rows], t[rows], y[rows], int(row < n_eq), NULL, recipe)
         torch.testing.assert_close(loss, weighted[row], atol=1e-10, rtol=1e-10)
     loss, sums = meanflow_loss(net, x, e, r, t, y, n_eq, NULL, recipe)
     torch.testing.assert_close(loss, weighted.mean(), atol=1e-10, rtol=1e-10)
@@ -54,7 +54,7 @@ def test_equals_the_full_batch_form_row_for_row(name, n_eq):
 
 
 def test_gradient_is_that_of_a_regression_on_a_constant():
-    """d loss = mean of w d ||u - c||^2 with c and the weight w held fixed: nothing flows through the target."""
+    """d loss = mean of w d ||u - c||^2 with constant target c and weight w: no gradient through the target."""
     recipe, net = RECIPES["kappa"], small_dit()
     x, e, r, t, y = batch()
     loss, _ = meanflow_loss(net, x, e, r, t, y, 9, NULL, recipe)
@@ -70,7 +70,7 @@ def test_gradient_is_that_of_a_regression_on_a_constant():
 
 
 def _targets(net, x, e, r, t, y, recipe):
-    """u_tgt of every row, by finite differences along (v_g, 0, 1) in float64: a third way to the same number."""
+    """u_tgt of every row, by finite differences along (v_g, 0, 1) in float64: independent of both JVPs."""
     col = t[:, None, None, None]
     z, v = (1 - col) * x + col * e, e - x
     with torch.no_grad():
@@ -93,8 +93,8 @@ def test_r_equals_t_regresses_on_the_guided_velocity_for_any_net():
     torch.testing.assert_close(sums["raw_loss_r_equals_t"][0].double(), s, atol=1e-3, rtol=1e-5)
 
 
-def test_one_forward_graph_only():
-    """The target keeps no graph: what is saved for backward is what plain flow matching saves."""
+def test_target_keeps_no_graph():
+    """As many bytes are saved for backward as by plain flow matching."""
     net = small_dit()
     x, e, r, t, y = batch()
 
@@ -128,4 +128,4 @@ def test_module_draws_times_and_drops_and_splits_rows():
     assert [len(inputs[0]) for inputs in seen] == [8 + 2, 2, 8]  # null on all with y on r < t, JVP, regression
     _, r, t, y = seen[-1]
     assert torch.equal(r[:6], t[:6]) and (r[6:] < t[6:]).all()
-    assert (y[:6] == NULL).all() and (y[6:] == 0).all()  # share 0.75 = every r = t row, and those alone
+    assert (y[:6] == NULL).all() and (y[6:] == 0).all()  # a share of 0.75 is every r = t row, and no other

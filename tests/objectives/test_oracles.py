@@ -1,4 +1,5 @@
-"""The identity and the sampler on problems with a known answer, in float64 to rounding (no training)."""
+"""The MeanFlow identity and the samplers on problems with a closed-form solution, in float64 to rounding error, without
+training."""
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_gaussian_satisfies_the_identity_through_the_target():
         {"change": lambda v, r, t: (v, torch.ones_like(r), torch.ones_like(t))},
     ],
 )
-def test_a_wrong_sign_or_tangent_would_be_seen(wrong):
+def test_wrong_sign_or_tangent_violates_the_identity(wrong):
     assert gaussian_residual() < 1e-12
     assert gaussian_residual(**wrong) > 1e-3
 

@@ -1,4 +1,4 @@
-"""Folders of runs as training leaves them, and a page read back, for the tests of the report."""
+"""Run folders as training writes them, and a parser of the page, for the tests of the report."""
 
 import json
 from html.parser import HTMLParser
@@ -22,7 +22,7 @@ CONFIG = {
     },
     "meanflow": {"kappa": 0.5},
 }
-NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{7*7}}"
+MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{7*7}}"
 
 
 def line(step, **changes):
@@ -46,11 +46,11 @@ def line(step, **changes):
 
 
 def write_run(folder, lines=None, config=CONFIG, classes=("a", "b", "c")):
-    """What a run of two log lines leaves."""
+    """The folder of a run with two log lines."""
     checkpoint = folder / "checkpoints/step-00000004"
     checkpoint.mkdir(parents=True)
     lines = [line(2), line(4)] if lines is None else lines
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     state = {"step": 4, "config": config, "classes": list(classes), "versions": {"ranks": "2", "device": "x86_64 CPU"}}
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").write_text("{}")
@@ -66,7 +66,7 @@ def write_samples(folder, count, side, generator, nfe=1, number_of_classes=3):
 
 
 class Page(HTMLParser):
-    """The elements of a page; what its scripts say is text."""
+    """The elements and texts of a page, without scripts and styles, and its embedded data."""
 
     def __init__(self, path):
         super().__init__()

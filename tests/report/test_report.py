@@ -1,4 +1,4 @@
-"""report.html: from the folders of real runs, from damaged ones, and within its size."""
+"""report.html of real runs and of damaged ones, and its size."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 from PIL import Image
-from report_runs import CONFIG, NASTY, Page, line, report, write_run, write_samples
+from report_runs import CONFIG, MARKUP, Page, line, report, write_run, write_samples
 
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.report.collect import newest_run, read_run, read_runs
@@ -21,8 +21,8 @@ from mf_dist.report.pictures import classes
 from mf_dist.runtime.errors import UserError
 
 
-def test_a_real_run_leaves_its_report(tiny_config, tmp_path):
-    """Trained, measured, and looked at: every number of the page is that of the run's files."""
+def test_training_writes_the_report(tiny_config, tmp_path):
+    """The curves and frames of the page equal the run's files."""
     done = run_python("-m", "mf_dist.train", tiny_config)
     run = tmp_path / "run"
     assert "no report" not in done.stdout and (run / "report.html").stat().st_size < 10_000_000
@@ -43,19 +43,19 @@ def test_a_real_run_leaves_its_report(tiny_config, tmp_path):
     assert "finished" in text and "6 of 6" in text and "No Frechet distance in" in text and "resumed" not in text
 
     (run / "report.html").unlink()
-    (run / "report.html").mkdir()  # so that the next one cannot be written: the run must not mind
+    (run / "report.html").mkdir()  # the next report cannot be written, which must not fail the run
     (run / "STOP").touch()
     done = run_python("-m", "mf_dist.train", tiny_config, "train.total_images=192")
     assert "warning: no report (" in done.stdout
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     (run / "report.html").rmdir()
-    told = run_python("tools/report.py", run).stdout
+    output = run_python("tools/report.py", run).stdout
     text = Page(run / "report.html").text()
-    assert "report.html" in told and "resumed" in text and "config changed: train.total_images 96 -> 192" in text
+    assert "report.html" in output and "resumed" in text and "config changed: train.total_images 96 -> 192" in text
 
 
 @pytest.mark.dist
-def test_a_run_that_fails_leaves_its_report_too(tiny_config, tmp_path):
+def test_a_failing_run_writes_the_report(tiny_config, tmp_path):
     options = "optim.lr=1e30", "train.max_skipped=2", "train.total_images=320"
     done = run_python("-m", "mf_dist.train", tiny_config, *options, expect=2)
     assert done.stderr.splitlines()[-1].startswith("error: ") and "diverged" in done.stderr
@@ -63,7 +63,7 @@ def test_a_run_that_fails_leaves_its_report_too(tiny_config, tmp_path):
     assert "failed" in text and "diverged" in text and "broke off" not in text
 
 
-def test_nothing_is_loaded_and_nothing_leaves(tmp_path):
+def test_page_makes_no_requests(tmp_path):
     page, _ = report(write_run(tmp_path / "run"))
     for tag, attributes in page.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
@@ -74,12 +74,12 @@ def test_nothing_is_loaded_and_nothing_leaves(tmp_path):
     assert policy.startswith("default-src 'none'") and "http" not in policy
 
 
-def test_no_text_of_a_run_becomes_markup(tmp_path):
+def test_texts_of_a_run_are_escaped(tmp_path):
     """Names, reasons, classes, protocols and config values full of markup: the page has the same elements."""
-    config = {**CONFIG, "data": {"path": NASTY}}
+    config = {**CONFIG, "data": {"path": MARKUP}}
     runs = []
-    for name, text in (("harmless", "x"), ("<b>run<img src=x onerror=alert(3)>", NASTY)):
-        run = write_run(tmp_path / name, config=config if text == NASTY else CONFIG, classes=[text] * 3)
+    for name, text in (("harmless", "x"), ("<b>run<img src=x onerror=alert(3)>", MARKUP)):
+        run = write_run(tmp_path / name, config=config if text == MARKUP else CONFIG, classes=[text] * 3)
         Status(run).end("failed", 4, text)
         Status(run).note(4, text)
         entry = {"metrics": {f"fd_{text}": 2.0}, "nfe": 1, "ema": text, "step": 4, "reference": text, "labels": text}
@@ -89,10 +89,10 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
     (plain, _), (page, data) = report(runs[0]), report(runs[1])
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert page.texts.count(NASTY) >= 3 and data["runs"][0]["classes"][0]["name"] == NASTY
+    assert page.texts.count(MARKUP) >= 3 and data["runs"][0]["classes"][0]["name"] == MARKUP
 
 
-def test_damaged_lines_are_skipped_and_counted(tmp_path):
+def test_damaged_lines_are_left_out_and_counted(tmp_path):
     run = write_run(tmp_path / "run")
     good = json.dumps(line(6))
     broken = [
@@ -118,7 +118,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
     text = page.text()
     assert "7 of 13 lines of metrics.jsonl are damaged" in text and "2 lines of metrics.jsonl have no step" in text
     assert "1 of 2 lines of history.jsonl are damaged" in text and "status.json cannot be read" in text
-    assert "metrics.json cannot be read (it holds no JSON list)" in text
+    assert "metrics.json cannot be read (not a JSON list)" in text
     curves = {chart["title"]: chart["traces"][0] for chart in data["plots"]["curves"]}
     assert curves["Raw loss"]["step"] == [2, 4, 6, 8]
     assert [curves[name]["step"] for name in ("v-loss", "|du/dt|", "Gradient norm", "Learning rate")] == [[2, 4, 6]] * 4
@@ -126,8 +126,8 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
     assert text.count(gap) == 1 and text.count("v_loss is not finite in 1 of 4 lines, first at step 8") == 1
 
 
-def test_a_run_that_diverged_does_not_look_healthy(tmp_path):
-    """Null is a gradient's overflow, but of a loss that it has no rows."""
+def test_values_that_are_not_finite_are_reported(tmp_path):
+    """Null means not finite for the gradient norm, and no rows for a loss."""
     bad = {"v_loss": float("nan"), "du_dt_norm": float("inf"), "grad_norm": None, "raw_loss_r_below_t": None}
     lines = [line(step, lr=float("nan"), **(bad if step > 6 else {})) for step in range(1, 13)]
     page, data = report(write_run(tmp_path / "run", lines))
@@ -144,7 +144,7 @@ def test_a_run_that_diverged_does_not_look_healthy(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["nothing at all", "half of everything"])
-def test_what_is_absent_or_cut_short_is_said(tmp_path, damage):
+def test_missing_or_truncated_files_are_reported(tmp_path, damage):
     run = write_run(tmp_path / "run")
     if damage == "half of everything":
         (run / "samples").mkdir()
@@ -163,14 +163,19 @@ def test_what_is_absent_or_cut_short_is_said(tmp_path, damage):
                 (path / "step-00000004/state.json").unlink()
         (run / "metrics.jsonl").write_text("")
     text = report(run)[0].text()
-    for sentence in ("No Frechet distance in", "no status.json", "there is none yet", "No history.jsonl"):
+    for sentence in (
+        "No Frechet distance in",
+        "status.json is missing or damaged",
+        "there is none yet",
+        "No history.jsonl",
+    ):
         assert sentence in text, sentence
     assert "samples_nfe1.npz cannot be read" in text or "No samples_nfeN.npz" in text
     assert "1 could not be read" in text or "No grids of samples" in text
     assert "No pictures of neighbours" in text
 
 
-def test_a_device_in_the_place_of_a_file_is_not_read(tmp_path):
+def test_a_device_in_place_of_a_file_is_not_read(tmp_path):
     """Reading /dev/full never ends."""
     run = write_run(tmp_path / "run")
     for name in ("metrics.jsonl", "status.json", "samples/step00000002.png"):
@@ -178,11 +183,11 @@ def test_a_device_in_the_place_of_a_file_is_not_read(tmp_path):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to("/dev/full")
     text = report(run)[0].text()
-    assert "metrics.jsonl cannot be read (it is no regular file)" in text and "status.json cannot be read" in text
+    assert "metrics.jsonl cannot be read (not a regular file)" in text and "status.json cannot be read" in text
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    assert "is no run" in run_python("tools/report.py", tmp_path, expect=2).stderr
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
+    assert "is not a run" in run_python("tools/report.py", tmp_path, expect=2).stderr
     assert "ending in .html" in run_python("tools/report.py", tmp_path, "--out", "x.pdf", expect=2).stderr
     assert not list(tmp_path.iterdir())
 
@@ -200,12 +205,12 @@ def test_the_newest_run_may_have_no_checkpoint_yet(tmp_path):
         newest_run(old / "checkpoints")
 
 
-def test_several_runs_lie_on_top_of_each_other(tmp_path):
+def test_several_runs_share_charts(tmp_path):
     other = {**CONFIG, "meanflow": {"kappa": 0.25}, "run_dir": "runs/b"}
     runs = [write_run(tmp_path / "one/run"), write_run(tmp_path / "two/run", config=other)]
     page, data = report(*runs)
     losses = next(chart for chart in data["plots"]["curves"] if chart["title"] == "Raw loss")
-    names = [str(run) for run in runs]  # of the same name: told apart by their paths
+    names = [str(run) for run in runs]  # folders of equal name are distinguished by path
     assert [trace["name"] for trace in losses["traces"]] == [
         f"{n} · {part}" for n in names for part in ("r = t", "r < t")
     ]
@@ -214,7 +219,7 @@ def test_several_runs_lie_on_top_of_each_other(tmp_path):
 
 
 def test_a_full_run_stays_below_the_limit(tmp_path):
-    """Noise does not compress: 12 large grids, 100 classes and 8,000 lines are thinned out, and it is said."""
+    """Noise does not compress: 12 large grids, 100 classes and 8,000 lines are thinned out, with notes."""
     generator = np.random.default_rng(1)
     run = write_run(tmp_path / "run", [line(step, grad_norm=9.5 if step == 5_001 else 0.5) for step in range(1, 8_001)])
     (run / "samples").mkdir()
@@ -230,20 +235,20 @@ def test_a_full_run_stays_below_the_limit(tmp_path):
     frames = [frame["step"] for frame in data["runs"][0]["frames"]]
     assert int(found[1]) == len(frames) > 3 and (frames[0], frames[-1]) == (1, 12)
     assert max(np.diff(frames)) - min(np.diff(frames)) <= 1
-    assert all(one["w"] == 1100 for frame in data["runs"][0]["frames"] for one in frame["pictures"])
+    assert all(picture["w"] == 1100 for frame in data["runs"][0]["frames"] for picture in frame["pictures"])
     norms = next(chart for chart in data["plots"]["curves"] if chart["title"] == "Gradient norm")["traces"][0]
     assert len(norms["x"]) <= STRETCHES and max(norms["high"]) == 9.5
-    assert page.text().count("(up to 8,000 here) the line is the median") == 2  # of the curves, and of the speed
+    assert page.text().count("(up to 8,000 here) the line is the median") == 2  # sections Curves and Speed
 
 
 def test_the_class_browser_shows_the_samples_of_each_class(tmp_path):
     run = write_run(tmp_path / "run")
     pixels, labels = write_samples(run, 60, 32, np.random.default_rng(2))
     browser = classes(read_run(run, "run"), 10**6)
-    assert [one["name"] for one in browser.items] == ["a", "b", "c"] and not browser.note
-    for number, one in enumerate(browser.items):
+    assert [entry["name"] for entry in browser.items] == ["a", "b", "c"] and not browser.note
+    for number, entry in enumerate(browser.items):
         sprite = np.asarray(
-            Image.open(io.BytesIO(base64.b64decode(one["pictures"][0]["src"].split(",")[1]))).convert("RGB")
+            Image.open(io.BytesIO(base64.b64decode(entry["pictures"][0]["src"].split(",")[1]))).convert("RGB")
         )
         assert sprite.shape == (66, 270, 3) and (sprite[:, 32:34] == 255).all()
         assert np.array_equal(sprite[34:, :32], pixels[labels == number][8])  # the ninth: lossless, in the second row

@@ -1,4 +1,4 @@
-"""What the report says of a run: its story, headline, curves and rates."""
+"""Facts of the report: a run's status, history, headline, curves and rates."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from report_runs import CONFIG, line, report, write_run
 
-from mf_dist.fault_tolerance.status import Status
+from mf_dist.fault_tolerance.status import NO_REASON, Status
 from mf_dist.report.collect import read_run, read_runs
 from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_image, thin
 from mf_dist.report.facts import faults, history, status, training_seconds
@@ -22,16 +22,16 @@ from mf_dist.report.results import compared, headline
 from mf_dist.runtime.errors import UserError
 
 
-def test_spread_keeps_the_ends_and_the_room():
+def test_fit_keeps_the_ends_and_the_budget():
     def make(n):
         return {"n": n, "pictures": [{"src": "x" * 800}]}
 
-    assert [one["n"] for one in fit(range(11), make, 5999, 50)] == [0, 2, 5, 8, 10]
-    assert [one["n"] for one in fit(range(11), make, 10**6, 3)] == [0, 5, 10]
-    assert [one["n"] for one in fit(range(11), make, 1000, 3)] == [10] and not fit(range(11), make, 999, 3)
+    assert [item["n"] for item in fit(range(11), make, 5999, 50)] == [0, 2, 5, 8, 10]
+    assert [item["n"] for item in fit(range(11), make, 10**6, 3)] == [0, 5, 10]
+    assert [item["n"] for item in fit(range(11), make, 1000, 3)] == [10] and not fit(range(11), make, 999, 3)
 
 
-def test_thinning_loses_no_extreme():
+def test_thinning_keeps_extremes():
     values = np.random.default_rng(3).normal(size=9_900)
     values[[1234, 7777]] = 50, -50
     drawn = thin([(16 * i, v, i) for i, v in enumerate(values.tolist())])
@@ -44,19 +44,19 @@ def test_thinning_loses_no_extreme():
     assert "low" not in few and few["y"] == pytest.approx(values[:POINTS], rel=1e-4)
 
 
-def test_the_story_tells_starts_ends_and_faults(tmp_path):
-    told = Status(tmp_path / "run")
-    told.begin(0)
-    told.note(3, "step left out: the gradient is not finite")
-    told.begin(4)  # after a kill -9
-    told.checkpoint_committed(8)
-    told.end("stopped", 8, "SIGTERM")
-    told.begin(8)
-    told.end("failed", 9, "a rank died")
-    told.refuse("no such data", has_begun=False)
-    run = read_run(told.path.parent, "run")
-    what = [(row[1], row[2]) for row in history(run)]
-    assert what == [
+def test_history_has_starts_ends_and_faults(tmp_path):
+    run_status = Status(tmp_path / "run")
+    run_status.begin(0)
+    run_status.note(3, "step left out: the gradient is not finite")
+    run_status.begin(4)  # after a kill -9
+    run_status.checkpoint_committed(8)
+    run_status.end("stopped", 8, "SIGTERM")
+    run_status.begin(8)
+    run_status.end("failed", 9, "a rank died")
+    run_status.refuse("no such data", has_begun=False)
+    run = read_run(run_status.path.parent, "run")
+    events = [(row[1], row[2]) for row in history(run)]
+    assert events == [
         ("started", 0),
         ("warning", 3),
         ("broke off", ""),
@@ -74,58 +74,59 @@ def test_the_story_tells_starts_ends_and_faults(tmp_path):
     ]
 
 
-def standing_of(folder):
-    """The word and mood of its status, what was refused, and the last word of its story."""
+def summary(folder):
+    """Word and CSS class of the run's status, the reason of a refusal, and the last event of its history."""
     run = read_run(folder, "run")
-    found = status(run)
-    return found["word"], found["mood"], found["refused"].partition("UTC: ")[2], history(run)[-1][1]
+    facts = status(run)
+    return facts["word"], facts["css_class"], facts["refused"].partition("UTC: ")[2], history(run)[-1][1]
 
 
-def test_a_refused_call_does_not_stain_the_run(tmp_path):
-    """Refused before and after its start was counted: the run is what it was."""
-    told = Status(tmp_path / "run")
-    told.refuse("no such data", has_begun=False)
-    assert standing_of(tmp_path / "run") == ("unknown", "calm", "no such data", "refused")
-    told.begin(0)
-    told.checkpoint_committed(6)
-    told.end("finished", 6)
+def test_a_refused_call_does_not_change_the_status(tmp_path):
+    """Whether it is refused before or after its start was counted."""
+    run_status = Status(tmp_path / "run")
+    run_status.refuse("no such data", has_begun=False)
+    assert summary(tmp_path / "run") == ("unknown", "neutral", "no such data", "refused")
+    run_status.begin(0)
+    run_status.checkpoint_committed(6)
+    run_status.end("finished", 6)
     for reason, has_begun in (("no such config", False), ("no room", True), ("no such data", False)):
         if has_begun:
-            told.begin(6)
-        told.refuse(reason, has_begun)
-        assert standing_of(tmp_path / "run") == ("finished", "good", reason, "refused")
+            run_status.begin(6)
+        run_status.refuse(reason, has_begun)
+        assert summary(tmp_path / "run") == ("finished", "good", reason, "refused")
 
 
-def test_only_a_run_that_somebody_holds_is_running(tmp_path):
+def test_a_run_is_running_while_its_lock_is_held(tmp_path):
     """A process that holds the run, a call refused meanwhile, and a kill -9 of the process."""
     code = (
         "import sys; from pathlib import Path; from mf_dist.fault_tolerance.status import Status;"
-        "told = Status(Path(sys.argv[1]));"
-        "told.lock_run(); told.begin(0); told.checkpoint_committed(8); print('begun', flush=True); sys.stdin.read()"
+        "status = Status(Path(sys.argv[1]));"
+        "status.lock_run(); status.begin(0); status.checkpoint_committed(8);"
+        "print('begun', flush=True); sys.stdin.read()"
     )
     folder = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", code, folder], stdin=PIPE, stdout=PIPE) as process:
         assert process.stdout.readline() == b"begun\n"
-        assert standing_of(folder) == ("running", "calm", "", "started")
+        assert summary(folder) == ("running", "neutral", "", "started")
         Status(folder).refuse("no such data", has_begun=False)
-        assert standing_of(folder) == ("running", "calm", "no such data", "refused")
+        assert summary(folder) == ("running", "neutral", "no such data", "refused")
         process.kill()
         process.wait()
-    assert standing_of(folder) == ("broke off", "bad", "no such data", "broke off")
-    assert "s ago; it ended without a word" in report(folder)[0].text()
+    assert summary(folder) == ("broke off", "bad", "no such data", "broke off")
+    assert f"s ago; {NO_REASON}" in report(folder)[0].text()
 
 
-def test_a_run_of_another_machine_is_judged_by_its_last_sign_of_life(tmp_path):
-    """Its lock is not seen here. The line of metrics.jsonl counts, not the start."""
+def test_a_run_on_another_machine_is_judged_by_its_last_activity(tmp_path):
+    """Its lock is not visible. The newest line of metrics.jsonl counts, not the start."""
     folder = write_run(tmp_path / "run")
     (folder / "status.json").write_text(json.dumps({"status": "running", "time": 1e9, "host": "elsewhere"}))
     assert status(read_run(folder, "run"))["word"] == "running"
     os.utime(folder / "metrics.jsonl", (time.time() - 3 * 86400,) * 2)
-    found = status(read_run(folder, "run"))
-    assert found["word"] == "broke off" and found["reason"].startswith("last sign of life 3 days ago")
+    facts = status(read_run(folder, "run"))
+    assert facts["word"] == "broke off" and facts["reason"].startswith("last activity 3 days ago")
 
 
-def test_several_runs_have_a_row_for_every_distance(tmp_path):
+def test_comparison_has_a_row_for_every_distance(tmp_path):
     def entry(nfe, value, **changes):
         return {"metrics": {"fd_digits": value}, "nfe": nfe, "step": 4, "num_samples": 1000, "seed": 0, **changes}
 
@@ -140,7 +141,7 @@ def test_several_runs_have_a_row_for_every_distance(tmp_path):
     assert "protocols differ" not in report(folders[0])[0].text()
 
 
-def test_headline_is_the_newest_of_its_kind_and_names_its_protocol(tmp_path):
+def test_headline_is_the_newest_distance_with_its_protocol(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "eval").mkdir()
     old = {"metric": "fd_digits", "value": 9.0, "nfe": 1, "step": 2, "num_samples": 99, "reference": "real/"}
@@ -173,12 +174,12 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     ]
     (run / "eval/metrics.json").write_text(json.dumps(entries))
     (chart, *_) = report(run)[1]["plots"]["curves"]
-    found = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
-    assert found == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
+    traces = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
+    assert traces == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
 
 
 def test_rates_follow_from_the_config(tmp_path):
-    """2 ranks share 640 images/s; a GPU's share of its peak only where that is known and the run is in bf16."""
+    """2 ranks share 640 images/s; MFU requires a device with a known peak, and bf16."""
     from mf_dist.config.cost import forward_flops
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
@@ -197,7 +198,7 @@ def test_rates_follow_from_the_config(tmp_path):
     assert device_peak(run) == 756e12
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     report(run)
     before = (run / "report.html").read_bytes()
@@ -207,34 +208,34 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     assert (run / "report.html").read_bytes() == before and not list(run.glob("*.tmp"))
 
 
-def test_grids_of_one_step_stand_side_by_side(tmp_path):
+def test_grids_of_one_step_share_a_frame(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "samples").mkdir()
     for name in ("step00000004-nfe2", "step00000004-nfe1", "step00000004-nfe10", "step00000002", "step3.partial"):
         Image.new("RGB", (20, 20), "red").save(run / f"samples/{name}.png")
-    shown = grids(read_run(run, "run"), 10**6)
-    assert [frame["step"] for frame in shown.items] == [2, 4] and shown.note == ""
-    assert [one["caption"] for one in shown.items[1]["pictures"]] == ["1 step", "2 steps", "10 steps"]
+    frames = grids(read_run(run, "run"), 10**6)
+    assert [frame["step"] for frame in frames.items] == [2, 4] and frames.note == ""
+    assert [picture["caption"] for picture in frames.items[1]["pictures"]] == ["1 step", "2 steps", "10 steps"]
 
 
-def test_the_last_measurement_is_shown_where_it_is_another(tmp_path):
+def test_grids_of_the_last_measurement_are_shown_if_they_differ(tmp_path):
     run = write_run(tmp_path / "run")
     for name, colour in {"samples/step00000004": "red", "eval/grid_steps": "red", "eval/grid_nfe1": "blue"}.items():
         (run / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), colour).save(run / f"{name}.png")
 
-    def shown(sampler, step):
+    def captions(sampler, step):
         entry = {"metrics": {"fd_digits": 1.0}, "nfe": 1, "step": step, "sampler": sampler}
         (run / "eval/metrics.json").write_text(json.dumps([entry]))
-        found = read_run(run, "run")
-        return [one["caption"] for one in last_grids(found, grids(found, 10**6), 10**6).items]
+        measured = read_run(run, "run")
+        return [item["caption"] for item in last_grids(measured, grids(measured, 10**6), 10**6).items]
 
-    assert shown("meanflow", 4) == [] and "At the last measurement" not in report(run)[0].text()
-    assert shown("euler", 4000) == ["1 step, after training step 4,000"]
+    assert captions("meanflow", 4) == [] and "At the last measurement" not in report(run)[0].text()
+    assert captions("euler", 4000) == ["1 step, after training step 4,000"]
     Image.new("RGB", (20, 20), "green").save(run / "eval/grid_steps.png")
-    assert shown("meanflow", 4) == ["several numbers of steps, after training step 4"]
+    assert captions("meanflow", 4) == ["several numbers of steps, after training step 4"]
 
 
 def test_user_error_names_the_folder(tmp_path):
-    with pytest.raises(UserError, match="is no run: expected a folder with metrics.jsonl"):
+    with pytest.raises(UserError, match="is not a run: expected a folder with metrics.jsonl"):
         read_runs([tmp_path])

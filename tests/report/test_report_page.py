@@ -1,4 +1,4 @@
-"""The report's page in a real browser: what moves when a person moves it."""
+"""The report's page in a real browser: controls, charts and touch."""
 
 import shutil
 import warnings
@@ -15,13 +15,13 @@ COLOURS = {2: "red", 4: "green", 6: "blue"}
 def browser():
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        reason = f"NO CHROMIUM (none of {', '.join(NAMES)}): nobody looked at the report's page; install one"
+        reason = f"NO CHROMIUM (none of {', '.join(NAMES)}): the report's page is not tested; install one"
         warnings.warn(reason, stacklevel=1)
         pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root's Chromium has none
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
         yield started
         started.close()
 
@@ -43,26 +43,26 @@ def report(tmp_path_factory):
 
 @pytest.fixture(params=[1280, 390])
 def page(request, browser, report):
-    """On a desk and on a phone: no error, no request, nothing wider than the window."""
+    """On a desktop and a phone: no error, no request, nothing wider than the window."""
     is_phone = request.param < 600
     context = browser.new_context(
         viewport={"width": request.param, "height": 900}, has_touch=is_phone, is_mobile=is_phone
     )
-    context.set_default_timeout(120_000)  # of a busy machine
-    shown, trouble = context.new_page(), []
-    shown.on("console", lambda message: trouble.append(message.text))
-    shown.on("pageerror", lambda error: trouble.append(str(error)))
-    shown.on("request", lambda asked: trouble.append(asked.url[:80]) if asked.url.startswith(("http", "ws")) else None)
-    shown.goto(report.as_uri())
-    shown.wait_for_selector(".plot .main-svg")
-    yield shown
-    assert trouble == []
-    assert shown.evaluate("document.documentElement.scrollWidth") == request.param
+    context.set_default_timeout(120_000)  # for a busy machine
+    tab, problems = context.new_page(), []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda sent: problems.append(sent.url[:80]) if sent.url.startswith(("http", "ws")) else None)
+    tab.goto(report.as_uri())
+    tab.wait_for_selector(".plot .main-svg")
+    yield tab
+    assert problems == []
+    assert tab.evaluate("document.documentElement.scrollWidth") == request.param
     context.close()
 
 
 def colour_shown(page):
-    """Of the middle of the picture that stands in the samples' frame."""
+    """RGB of the middle of the picture in the samples' frame."""
     return page.evaluate("""async () => {
         const img = document.querySelector(".frames .pictures img"), canvas = document.createElement("canvas");
         await img.decode();
@@ -75,13 +75,13 @@ def colour_shown(page):
 
 @pytest.mark.dist
 def test_the_slider_and_the_browser_change_pictures(page):
-    slider, said = page.locator(".frames input"), page.locator(".frames output")
-    for step, where in ((6, None), (4, "ArrowLeft"), (2, "ArrowLeft"), (4, "ArrowRight")):
-        if where:
-            slider.press(where)
+    slider, output = page.locator(".frames input"), page.locator(".frames output")
+    for step, key in ((6, None), (4, "ArrowLeft"), (2, "ArrowLeft"), (4, "ArrowRight")):
+        if key:
+            slider.press(key)
         red, green, blue = colour_shown(page)
         seen = "red" if red > 200 else "blue" if blue > 200 else "green" if green > 90 else "none"
-        assert seen == COLOURS[step] and f"step {step}," in said.text_content()
+        assert seen == COLOURS[step] and f"step {step}," in output.text_content()
     first = page.locator(".browser img").get_attribute("src")
     page.get_by_label("next class").click()
     assert page.locator(".browser select").input_value() == "1"
@@ -93,26 +93,26 @@ def test_the_slider_and_the_browser_change_pictures(page):
 
 
 @pytest.mark.dist
-def test_names_full_of_markup_are_shown_and_not_run(browser, tmp_path):
+def test_markup_in_names_is_shown_as_text(browser, tmp_path):
     from mf_dist.report.page import write_report
 
     names = ["<img src=x onerror=alert(1)>", "<a href='http:x'>b<"]
     runs = [write_run(tmp_path / name.replace("/", ""), classes=[name] * 3) for name in names]
     write_report(runs, tmp_path / "report.html")
-    shown, trouble = browser.new_page(), []
-    shown.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
-    shown.on("console", lambda message: trouble.append(message.text))
-    shown.goto((tmp_path / "report.html").as_uri())
-    shown.wait_for_selector(".plot .main-svg")
-    legends = shown.locator(".plot").first.locator(".legendtext").all_text_contents()
+    tab, problems = browser.new_page(), []
+    tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.wait_for_selector(".plot .main-svg")
+    legends = tab.locator(".plot").first.locator(".legendtext").all_text_contents()
     assert legends == [f"{run.name} · {part}" for run in runs for part in ("r = t", "r < t")]
-    assert shown.locator(".plot a").count() == 0 and trouble == []
-    shown.close()
+    assert tab.locator(".plot a").count() == 0 and problems == []
+    tab.close()
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("page", [390], indirect=True)
-def test_a_finger_reads_values_and_moves_a_chart(page):
+def test_touch_reads_values_and_pans_a_chart(page):
     plot = page.locator(".plot").first
     plot.scroll_into_view_if_needed()
     box = plot.locator(".nsewdrag").first.bounding_box()
@@ -143,7 +143,7 @@ def test_a_finger_reads_values_and_moves_a_chart(page):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("page", [1280], indirect=True)
-def test_no_value_above_zero_needs_no_logarithm(page, report):
+def test_no_log_scale_without_positive_values(page, report):
     plot = page.locator(".plot").nth(1)
     assert plot.evaluate("p => p._fullLayout.yaxis.type") == "log"
     page.evaluate("""() => {
@@ -157,7 +157,7 @@ def test_no_value_above_zero_needs_no_logarithm(page, report):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("page", [1280], indirect=True)
-def test_curves_tell_values_and_zoom(page):
+def test_hover_values_and_zoom(page):
     plot = page.locator(".plot").first
     plot.scroll_into_view_if_needed()
     box = plot.locator(".nsewdrag").first.bounding_box()

@@ -1,9 +1,9 @@
-"""A real SLURM of Debian's packages on this machine: munged, slurmctld and nodes in network namespaces of their own.
+"""A real SLURM from Debian's packages on one machine: munged, slurmctld and nodes in their own network namespaces.
 
-Each node has its own host name, two network cards (eth0 for SLURM, ib0 for whoever asks for it), process table,
-/dev/shm and 8 pretended GPUs (devices that are /dev/null). The last node has fewer CPUs than the others.
-Killing a node's first process is a power cut. Everything lives in one temporary folder and ends with this process;
-nothing in /etc is used.
+Each node has its own host name, two network cards (eth0 for SLURM, ib0 on request), process table, /dev/shm and
+8 fake GPUs (devices that are /dev/null). The last node has fewer CPUs than the others.
+Killing a node's first process is a power cut. All files are in one temporary folder, and everything ends with this
+process; nothing in /etc is used.
 """
 
 import os
@@ -67,7 +67,7 @@ NODE = "NodeName={name} NodeAddr={address} NodeHostname={name} Port=6818 CPUs={c
 
 
 def why_not() -> str | None:
-    """What keeps a cluster from being set up here, if anything."""
+    """The reason why a cluster cannot be set up on this machine, or None."""
     if os.getuid():
         return "needs root"
     if not shutil.which("apt-get") and not all(map(shutil.which, PROGRAMS)):
@@ -81,8 +81,8 @@ def install() -> None:
     if all(map(shutil.which, PROGRAMS)):
         return
     policy = Path("/usr/sbin/policy-rc.d")  # the packages must start no daemons
-    made = not policy.exists()
-    if made:
+    is_new = not policy.exists()
+    if is_new:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
@@ -91,7 +91,7 @@ def install() -> None:
         command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
         subprocess.run(command, check=True, env=env, timeout=600)
     finally:
-        if made:
+        if is_new:
             policy.unlink()
 
 
@@ -131,9 +131,9 @@ class Cluster:
         _wait(lambda: self.ask("sinfo", "-h", "-N", "-p", "train", "-o", "%T").split() == idle, seconds, "idle nodes")
 
     def down(self) -> None:
-        """Ends what was started, by its own process numbers."""
+        """Ends the processes that were started, by their ids."""
         for process in self._nodes.values():
-            _end(process, signal.SIGKILL)  # --kill-child takes all of the node along
+            _end(process, signal.SIGKILL)  # --kill-child ends all processes of the node
         for process in reversed(self._daemons):
             _end(process, signal.SIGTERM)
         for bridge in (self._bridge, self._bridge2):
@@ -163,10 +163,10 @@ class Cluster:
 
     def cut_power(self, name: str) -> None:
         _end(self._nodes[name], signal.SIGKILL)
-        # its end of the cable goes with the namespace
+        # its network card disappears with the namespace
 
     def processes(self, name: str, word: str) -> list[int]:
-        """Process numbers on a node, as seen from here, whose command line holds `word`."""
+        """Ids, in this namespace, of processes on a node whose command line contains `word`."""
         pids = []
         for pid in self._tree(self._nodes[name].pid):
             try:
@@ -177,12 +177,12 @@ class Cluster:
         return pids
 
     def run_on(self, name: str, *command: object) -> None:
-        """In the node's own namespaces, as a fault of that node alone."""
+        """Runs a command in the node's own namespaces, for a fault of that node alone."""
         (init,) = _children(self._nodes[name].pid)
         subprocess.run(["nsenter", "-t", str(init), "-m", "-u", "-n", "-p", *map(str, command)], check=True, timeout=20)
 
     def ask(self, *command: object, env: dict | None = None, cwd: Path | None = None) -> str:
-        """Output of a command; empty where it fails."""
+        """Output of a command; empty if it fails."""
         done = subprocess.run(
             [*map(str, command)], env=env or self.env, cwd=cwd, capture_output=True, text=True, timeout=30
         )
@@ -193,8 +193,8 @@ class Cluster:
 
     def _daemon(self, *command: str) -> None:
         with open(self.root / "log/daemons.out", "a") as log:
-            guarded = ["setpriv", "--pdeathsig", "KILL", *command]
-            self._daemons.append(subprocess.Popen(guarded, env=self.env, stdout=log, stderr=log))
+            wrapped = ["setpriv", "--pdeathsig", "KILL", *command]
+            self._daemons.append(subprocess.Popen(wrapped, env=self.env, stdout=log, stderr=log))
 
     def _write_files(self) -> None:
         for folder in ("state", "log", "dev", *(f"spool/{name}" for name in self.names)):

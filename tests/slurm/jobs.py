@@ -21,14 +21,14 @@ SITE = """
 PYTHON={python}
 JOBS_DIR={folder}/jobs
 NPROC_PER_NODE=2
-GPUS_PER_NODE=0  # this cluster's GPUs are pretended
+GPUS_PER_NODE=0  # this cluster's GPUs are fake
 export OMP_NUM_THREADS=1 {more}
 """
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE")
 
 
 class Jobs:
-    """Of one test, in a folder of its own."""
+    """The jobs of one test, in a folder of its own."""
 
     def __init__(self, cluster: Cluster, folder: Path, latents: Path, images: Path) -> None:
         self.cluster, self.folder, self.run, self.latents = cluster, folder, folder / "run", latents
@@ -42,12 +42,12 @@ class Jobs:
         self.site("")
 
     def site(self, more: str) -> None:
-        """The site.env of the jobs to come, with a line of exports more."""
+        """Writes the site.env of the following jobs; `more`: further exports."""
         (self.folder / "site.env").write_text(SITE.format(python=sys.executable, folder=self.folder, more=more))
         self.env = {**self.cluster.env, "SITE_ENV": str(self.folder / "site.env")}
 
     def submit(self, *arguments: object) -> str:
-        """sbatch with these; the job's number. Its log is job.log."""
+        """Runs sbatch with these arguments; returns the job id. The log is job.log."""
         options = [f"--output={self.folder}/job.log", "--parsable"]
         command = ["sbatch", *options, *map(str, arguments)]
         done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=30)
@@ -62,21 +62,21 @@ class Jobs:
         return path.read_text() if path.exists() else ""
 
     def last_line(self) -> str:
-        """Without the time before it; what SLURM itself says of a job it ends is not the job's word."""
+        """The job's last log line without its time; lines written by SLURM itself do not count."""
         lines = [line for line in self.log().splitlines() if not line.startswith(("slurmstepd", "srun:"))]
         return lines[-1][20:] if lines else ""
 
     def field(self, job: str, name: str) -> str:
-        found = re.search(rf"\b{name}=(\S*)", self.cluster.ask("scontrol", "show", "job", job))
-        return found.group(1) if found else ""
+        match = re.search(rf"\b{name}=(\S*)", self.cluster.ask("scontrol", "show", "job", job))
+        return match.group(1) if match else ""
 
     def wait_step(self, step: int, seconds: float = 240) -> None:
-        """Until the run has logged this step."""
+        """Waits until the run has logged this step."""
         path = self.run / "metrics.jsonl"
         self.wait(lambda: path.exists() and len(path.read_text().splitlines()) >= step, seconds, f"step {step}")
 
     def wait_end(self, job: str, seconds: float = 300) -> str:
-        """The state that the job ended in."""
+        """Waits for the end of the job; returns its state."""
         self.wait(lambda: self.field(job, "JobState") in DONE, seconds, f"the end of job {job}")
         return self.field(job, "JobState")
 
@@ -88,7 +88,7 @@ class Jobs:
 
     @contextmanager
     def broken_disk(self, node: str, folder: Path):
-        """An empty disk of 4 KiB in its place, on that node alone."""
+        """Replaces the folder by an empty disk of 4 KiB, on that node alone."""
         self.cluster.run_on(node, "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder)
         try:
             yield
@@ -97,8 +97,8 @@ class Jobs:
 
     def orphans(self) -> list[str]:
         """Command lines of this test's processes on any node."""
-        found = [pid for name in self.cluster.names for pid in self.cluster.processes(name, str(self.folder))]
-        return [self.command(pid) for pid in found]
+        pids = [pid for name in self.cluster.names for pid in self.cluster.processes(name, str(self.folder))]
+        return [self.command(pid) for pid in pids]
 
     def command(self, pid: int) -> str:
         try:

@@ -20,9 +20,9 @@ def test_shell_is_clean(script):
 
 @pytest.mark.parametrize("script", [p for p in SCRIPTS if "\n#SBATCH --" in p.read_text()], ids=lambda path: path.name)
 def test_a_job_can_be_started_again(script):
-    """What a job needs that is requeued: the log goes on, the signal comes in time; and no number of the recipe."""
+    """A requeued job needs an appended log and a signal in time; and scripts hold no numbers of the recipe."""
     text = script.read_text()
     for line in ("--requeue", "--open-mode=append", "--signal=B:USR1@120"):
         assert f"#SBATCH {line}\n" in text
     code = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert len(code) == 2, "a script sources common.sh and says what to run"
+    assert len(code) == 2, "a script sources common.sh and runs one command"

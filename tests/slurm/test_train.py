@@ -16,21 +16,21 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def jobs(cluster, tmp_path, latents, images):
-    made = Jobs(cluster, tmp_path, latents, images)
-    yield made
+    jobs = Jobs(cluster, tmp_path, latents, images)
+    yield jobs
     cluster.ask("scancel", "--user=root")
     cluster.wait_idle()
-    made.wait(lambda: not made.orphans(), 10, f"the end of {made.orphans()}")
+    jobs.wait(lambda: not jobs.orphans(), 10, f"the end of {jobs.orphans()}")
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster, tmp_path_factory, latents, images):
-    """The run that nothing disturbed: one job on two nodes with two ranks each."""
-    made = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), latents, images)
-    job = made.train("--nodes=2")
-    assert made.wait_end(job) == "COMPLETED", made.log()
-    assert_whole_curve(made.run)
-    return made
+    """An undisturbed run: one job on two nodes with two ranks each."""
+    jobs = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), latents, images)
+    job = jobs.train("--nodes=2")
+    assert jobs.wait_end(job) == "COMPLETED", jobs.log()
+    assert_whole_curve(jobs.run)
+    return jobs
 
 
 def assert_resumed_at(jobs, step):
@@ -55,7 +55,7 @@ def test_two_nodes_give_the_losses_of_one_process(undisturbed, tmp_path, zygote)
 
 
 def assert_same_losses(ours, alone):
-    """But for rounding, which grows with the steps."""
+    """Equal except for rounding, which grows with the steps."""
     assert len(ours) >= 50 and len(alone) == 50
     for a, b in zip(ours[:50], alone, strict=True):
         for name in ("raw_loss_r_equals_t", "raw_loss_r_below_t"):
@@ -86,7 +86,7 @@ def test_usr1_saves_requeues_and_resumes(jobs, undisturbed):
 
 
 def test_usr1_before_training_begins_requeues(jobs):
-    """And what the call says of staging is stronger than the site's LOCAL_SCRATCH."""
+    """Also, data.stage on the command line takes precedence over the site's LOCAL_SCRATCH."""
     jobs.site(f"LOCAL_SCRATCH={jobs.folder}/scratch")
     job = jobs.train("--nodes=2", overrides=("data.stage=off",))
     jobs.wait((jobs.run / "status.json").exists, 30, "the preflight")
@@ -141,7 +141,7 @@ def test_preemption_saves_and_resumes(jobs, undisturbed):
     assert_same_end(jobs, undisturbed)
 
 
-def test_requeued_by_hand(jobs, undisturbed):
+def test_requeued_by_scontrol(jobs, undisturbed):
     job = jobs.train("--nodes=2")
     jobs.wait_step(50)
     jobs.cluster.ask("scontrol", "requeue", job)
@@ -172,21 +172,21 @@ def test_cancelled_jobs_save_and_are_not_requeued(jobs, undisturbed):
 
 @pytest.mark.parametrize(("do", "within"), [("kill", 60), ("stop", 90)])
 def test_a_rank_that_dies_or_hangs_ends_the_job(jobs, do, within):
-    """Stated: 60 s after kill -9; hang_seconds (15) and what the watchdog needs more for one that hangs."""
+    """Limits: 60 s after kill -9; hang_seconds (15) and the watchdog's further steps for one that hangs."""
     job = jobs.train("--nodes=2", "--no-requeue")
     jobs.wait_step(30)
     victim = [pid for pid in jobs.cluster.processes("n2", str(jobs.run)) if "mf_dist.train" in jobs.command(pid)][-1]
     os.kill(victim, signal.SIGKILL if do == "kill" else signal.SIGSTOP)
-    since = time.monotonic()
+    start = time.monotonic()
     assert jobs.wait_end(job) == "FAILED" and jobs.field(job, "ExitCode") == "1:0", jobs.log()
-    assert time.monotonic() - since < within
+    assert time.monotonic() - start < within
     assert jobs.last_line().startswith("failed at step"), jobs.log()
     assert ("made no progress for" if do == "stop" else "onnection") in jobs.last_line()
 
 
-def test_a_bad_node_is_named_and_left_out(jobs, undisturbed):
-    """n2 alone has no room for staged shards, in a job that may not be requeued; or cannot see the shards, in one that
-    goes to n1 and n3."""
+def test_a_bad_node_is_named_and_excluded(jobs, undisturbed):
+    """n2 alone has no room for staged shards, in a job that may not be requeued; then n2 cannot see the shards, and the
+    job is requeued to n1 and n3."""
     scratch = jobs.folder / "scratch"
     scratch.mkdir()
     jobs.site(f"LOCAL_SCRATCH={scratch}")
@@ -206,7 +206,7 @@ def test_a_bad_node_is_named_and_left_out(jobs, undisturbed):
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_batch_node_may_be_the_bad_one(jobs, nodes):
-    """n1 cannot see the shards. It is no mistake of the user's, although a single node cannot know."""
+    """n1 cannot see the shards, which is no mistake of the user, although a single node cannot know."""
     with jobs.broken_disk("n1", jobs.latents):
         job = jobs.train(f"--nodes={nodes}", overrides=("train.total_images=800",))
         assert jobs.wait_end(job) == "COMPLETED", jobs.log()
@@ -216,7 +216,7 @@ def test_the_batch_node_may_be_the_bad_one(jobs, nodes):
 
 
 def test_a_node_with_a_broken_card_is_named(jobs):
-    """SLURM reaches n2 by its first card; the second one, which is for the ranks, is dead."""
+    """SLURM reaches n2 by its first network card; the second one, which the ranks use, is down."""
     jobs.site("GLOO_SOCKET_IFNAME=ib0 NPROC_PER_NODE=1 PREFLIGHT_SECONDS=120")
     jobs.cluster.run_on("n2", "ip", "link", "set", "ib0", "down")
     try:
@@ -231,7 +231,7 @@ def test_a_node_with_a_broken_card_is_named(jobs):
 
 
 def test_a_preflight_that_hangs_is_ended(jobs):
-    """Every torchrun of the all-reduce is frozen, so that nobody is left who could notice."""
+    """Every torchrun of the all-reduce is frozen, so that none of them can detect it."""
     jobs.site("PREFLIGHT_SECONDS=40")
     job = jobs.train("--nodes=2", "--no-requeue")
     frozen: set[int] = set()
@@ -246,28 +246,28 @@ def test_a_preflight_that_hangs_is_ended(jobs):
         return len(frozen) >= 2
 
     jobs.wait(freeze, 90, "the all-reduce")
-    since = time.monotonic()
+    start = time.monotonic()
     assert jobs.wait_end(job) == "FAILED", jobs.log()
-    assert time.monotonic() - since < 90
+    assert time.monotonic() - start < 90
     assert "the all-reduce over all nodes failed, not done within PREFLIGHT_SECONDS=40" in jobs.last_line()
 
 
-def test_sigterm_before_ranks_can_hear_it_ends_the_job(jobs):
+def test_sigterm_before_ranks_handle_signals_ends_the_job(jobs):
     """In the preflight, and while torchrun starts the ranks."""
-    for has_come, said in (
+    for is_reached, reason in (
         (lambda: status(jobs.run)["status"] == "starting", "SIGTERM before work began"),
         (lambda: "preflight is good" in jobs.log(), ": SIGTERM"),
     ):
         job = jobs.train("--nodes=2", overrides=("train.total_images=160000",))
-        jobs.wait(lambda has_come=has_come: (jobs.run / "status.json").exists() and has_come(), 90, "that moment")
+        jobs.wait(lambda is_reached=is_reached: (jobs.run / "status.json").exists() and is_reached(), 90, "that moment")
         jobs.cluster.ask("scancel", "--signal=TERM", job)
         assert jobs.wait_end(job, 90) == "FAILED" and jobs.field(job, "ExitCode") == "3:0", jobs.log()
         assert jobs.field(job, "Restarts") == "0" and status(jobs.run)["stopped_by"] == "SIGTERM"
-        assert jobs.last_line().startswith("stopped at step ") and said in jobs.last_line()
+        assert jobs.last_line().startswith("stopped at step ") and reason in jobs.last_line()
 
 
-def test_a_crash_at_every_start_stops_after_the_cap(jobs):
-    """A package that cannot be imported by any rank: the run never comes to write a word itself."""
+def test_a_crash_at_every_start_ends_in_a_crash_loop(jobs):
+    """A package that no rank can import: the run never records anything itself."""
     broken = jobs.folder / "broken"
     broken.mkdir()
     (broken / "deepspeed.py").write_text("raise RuntimeError('broken on purpose')\n")
@@ -280,7 +280,7 @@ def test_a_crash_at_every_start_stops_after_the_cap(jobs):
 
 
 def test_nothing_to_do(jobs):
-    """A run that has finished, the kill switch, and a call that cannot work end at once, in the state they should."""
+    """A finished run, a STOP file and mistakes in the call end the job at once, in the right state."""
     jobs.run.mkdir()
     (jobs.run / "STOP").touch()
     finished = {"status": "finished", "step": STEPS, "reason": "", "committed_step": STEPS}
@@ -301,15 +301,15 @@ def test_nothing_to_do(jobs):
             (jobs.run / "STOP").unlink(missing_ok=True)
         if state == "COMPLETED":
             (jobs.run / "status.json").write_text(json.dumps(finished))
-        since = time.monotonic()
+        start = time.monotonic()
         job = jobs.train("--nodes=2", overrides=options)
         assert jobs.wait_end(job, 60) == state, jobs.log()
-        assert time.monotonic() - since < 40 and jobs.field(job, "Restarts") == "0"
+        assert time.monotonic() - start < 40 and jobs.field(job, "Restarts") == "0"
         assert why in jobs.last_line()
 
 
-def test_an_array_task_requeues_itself_alone_and_the_kill_switch_stops_all(jobs):
-    """Tasks 1 and 2, one at a time, are the same run. USR1 to the first puts it behind the second."""
+def test_an_array_task_requeues_only_itself_and_the_stop_file_stops_all(jobs):
+    """Tasks 1 and 2, one at a time, are the same run. USR1 to the first requeues it behind the second."""
     array = jobs.train("--nodes=2", "--array=1-2%1", overrides=("train.total_images=160000",))
     jobs.wait_step(20)
     jobs.cluster.ask("scancel", "--batch", "--signal=USR1", f"{array}_1")
@@ -325,8 +325,8 @@ def test_an_array_task_requeues_itself_alone_and_the_kill_switch_stops_all(jobs)
 
 
 def test_the_time_limit_itself(jobs):
-    """SLURM's own signal, which comes up to a minute early. Newer versions than Debian's also name the end of the job,
-    which the run would obey first."""
+    """SLURM's own signal, which comes up to a minute early. Versions newer than Debian's also set SLURM_JOB_END_TIME,
+    at which the run would stop first."""
     jobs.site("SLURM_JOB_END_TIME=")
     job = jobs.train("--nodes=2", "--time=1", "--signal=B:USR1@10", overrides=("train.total_images=160000",))
     jobs.wait(lambda: f"job {job} start 1" in jobs.log(), 150, "the restart")

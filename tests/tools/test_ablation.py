@@ -1,4 +1,4 @@
-"""The ablation: its wrong tangent is just that, its table adds up; and Fashion-MNIST becomes the right folders."""
+"""The ablation: its wrong tangent leaves out time, its table is correct; and Fashion-MNIST as class folders."""
 
 import gzip
 import json
@@ -56,12 +56,12 @@ def test_fashion_mnist_becomes_folders(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
-def test_what_is_not_fashion_mnist_is_a_line(tmp_path, damage):
+def test_invalid_fashion_mnist_files_are_user_errors(tmp_path, damage):
     write_idx(tmp_path, 10)
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:20] if damage == "cut" else gzip.compress(b"no such thing, surely"))
+        path.write_bytes(path.read_bytes()[:20] if damage == "cut" else gzip.compress(b"not an IDX file at all"))
     failed = run_python("tools/study/write_fashion.py", "--idx", tmp_path, "--out", tmp_path / "out", expect=2)
     assert str(path) in failed.stderr and "Traceback" not in failed.stderr

@@ -1,4 +1,4 @@
-"""The small tools, run as a user runs them on a few steps; and the benches, whose arithmetic must agree."""
+"""The small tools, run as a user runs them with a few steps; and the benches, which must agree with their peers."""
 
 import json
 
@@ -11,7 +11,7 @@ from mf_dist.data.images import list_images
 from mf_dist.models.sizes import SHAPES, named_model
 
 
-def test_digits_are_written_whole_and_in_two_parts(tmp_path):
+def test_digits_are_written_completely_and_in_two_parts(tmp_path):
     run_python("tools/demo/write_digits.py", "--out", tmp_path / "digits", "--split", tmp_path / "split")
     whole, a, b = (list_images(tmp_path / name) for name in ("digits", "split/a", "split/b"))
     assert (len(whole.paths), len(a.paths), len(b.paths)) == (1797, 797, 1000)
@@ -21,7 +21,7 @@ def test_digits_are_written_whole_and_in_two_parts(tmp_path):
 
 
 @pytest.mark.dist
-def test_small_networks_train_and_serve(tmp_path, images):
+def test_small_networks_train_and_are_usable(tmp_path, images):
     run_python("tools/train_vae.py", "--images", images, "--out", tmp_path / "vae", "--steps", 2)
     run_python(
         "tools/encode_latents.py",
@@ -49,8 +49,8 @@ def test_small_networks_train_and_serve(tmp_path, images):
     assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metrics"]["fd_few_150"] < 1e-6
 
 
-def test_demo_table_and_its_verdict(tmp_path):
-    """Real digits as samples: the SVC knows them; their labels shifted by one: it does not."""
+def test_demo_table_and_its_check(tmp_path):
+    """Real digits as samples: the SVC agrees with their labels, and not with labels shifted by one."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -76,7 +76,7 @@ def test_demo_table_and_its_verdict(tmp_path):
     good = run_python(*command)
     assert "MeanFlow            1" in good.stdout and "160" in good.stdout  # 80 images in 5 steps of 0.1 s
     np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, (digits.target[:100] + 1) % 10)
-    assert "it did not learn" in run_python(*command, expect=2).stderr
+    assert "the model did not learn" in run_python(*command, expect=2).stderr
 
 
 def test_named_sizes():
@@ -106,7 +106,7 @@ def test_precision_bench(run):
 
 @pytest.mark.dist
 def test_step_bench_measures_equal_losses(tmp_path):
-    """It refuses to time variants that compute another loss, so ending well is the test of the peers."""
+    """It refuses to time variants that compute another loss, so a successful exit tests the peers."""
     run_python(
         "tools/bench/bench_step.py",
         "--depth",
@@ -161,7 +161,7 @@ def test_encode_bench_counts_the_convolutions(tmp_path):
     assert "expected some of" in run_python(*tool[:-1], "fast", expect=2).stderr
 
 
-def test_damage_makes_photographs_farther(tmp_path):
+def test_degradation_increases_the_distance(tmp_path):
     """Twelve pieces of each of the two photographs that scikit-learn ships; digits are farther still."""
     from sklearn.datasets import load_sample_images
 
@@ -192,11 +192,11 @@ def test_metrics_bench_agrees_with_its_peers():
     rows = [line for line in done.stdout.splitlines() if line.startswith(("ours ", "scipy ", "torch-fidelity "))]
     differences = [abs(float(line.split()[-1])) for line in rows]
     assert len(rows) == 9 and differences[::3] == [0, 0, 0] and "peak memory" in done.stdout
-    assert max(differences[:3]) < 1e-9 and max(differences) < 1e-5  # where theirs lose half of the digits
+    assert max(differences[:3]) < 1e-9 and max(differences) < 1e-5  # where the peers lose half of the digits
 
 
 @pytest.mark.dist
-def test_decode_bench_sees_rounding_alone():
+def test_decode_bench_finds_only_rounding_differences():
     done = run_python("tools/bench/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
     plain, last, bf16 = (line.split()[-2:] for line in done.stdout.splitlines()[1:4])
     assert plain == ["0.00%", "0"] and int(last[1]) <= 1 and float(last[0][:-1]) < 1 < float(bf16[0][:-1])

@@ -1,4 +1,4 @@
-"""The toy's closed forms against other ways to the same numbers, and its network's tangent."""
+"""The toy's closed forms against other computations, and its network's tangent."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_velocity_is_that_of_the_score():
     z.requires_grad_()
     variance = (1 - t) ** 2 * field.STD**2 + t**2
     off = (z[:, None] - (1 - t)[:, None, None] * field.means()).square().sum(dim=2)
-    log_p = torch.logsumexp(-off / (2 * variance[:, None]), dim=1)  # but for a constant of t
+    log_p = torch.logsumexp(-off / (2 * variance[:, None]), dim=1)  # up to a constant of t
     (score,) = torch.autograd.grad(log_p.sum(), z)
     t = t[:, None]
     torch.testing.assert_close(
@@ -65,7 +65,7 @@ def test_tangent_of_the_network():
 
 
 def test_distance_and_share_off_the_modes():
-    """A shifted set is as far as the shift; sorted is the best coupling on a line."""
+    """A shifted set is at the distance of the shift; on a line, the sorted coupling is optimal."""
     from toy_flow import off_modes, wasserstein
 
     a = points(40)[0]
@@ -77,7 +77,7 @@ def test_distance_and_share_off_the_modes():
     assert off_modes(at) == 0.5
 
 
-def test_the_rules_differ_in_the_target_alone():
+def test_the_rules_differ_only_in_the_target():
     """Direct regression by hand; at (r = t) all three have the same target e - x."""
     from toy_flow import RECIPE, PlaneNet, loss_of, sample_times
 
@@ -94,10 +94,10 @@ def test_the_rules_differ_in_the_target_alone():
 
 
 @pytest.mark.dist
-def test_the_tool_draws_and_tells(tmp_path):
+def test_the_tool_draws_pictures_and_prints_a_table(tmp_path):
     command = ["tools/study/toy_flow.py", "--steps", 400, "--seeds", 1, "--points", 400, "--out", tmp_path]
     cells = [line.split(" | ") for line in run_python(*command).stdout.splitlines() if line.startswith("| ")]
-    distance = {name.strip("| "): float(told.split()[0]) for name, told, *_ in cells[1:]}
+    distance = {name.strip("| "): float(cell.split()[0]) for name, cell, *_ in cells[1:]}
     assert distance["MeanFlow"] < 0.6 * min(distance["flow matching"], distance["direct regression"])
     assert distance["exact average velocity"] < distance["MeanFlow"]
     assert all((tmp_path / f"toy_{name}.png").stat().st_size > 5000 for name in ("paths", "secant", "samples"))

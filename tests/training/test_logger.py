@@ -1,4 +1,4 @@
-"""metrics.jsonl after a fault, and the status line."""
+"""metrics.jsonl after a crash, and the status line."""
 
 import json
 
@@ -18,7 +18,7 @@ LINE = {
 }
 
 
-def test_lines_beyond_the_checkpoint_and_broken_ones_go(tmp_path, capsys):
+def test_later_and_damaged_lines_are_removed_on_resume(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
     path.write_text("\n".join([*lines, '{"step": 4', "null", '{"x": 1}']))

@@ -1,4 +1,4 @@
-"""AdamW against torch's own, and its EMA against the closed form."""
+"""AdamW compared with torch's, and its EMAs with the closed form."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_equals_torch_adamw(weight_decay):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-@pytest.mark.parametrize("which", [0.6, 0.3])
-def test_each_ema_is_the_weighted_sum_of_all_weights(warmup, which):
+@pytest.mark.parametrize("decay", [0.6, 0.3])
+def test_each_ema_is_the_weighted_sum_of_all_weights(warmup, decay):
     g = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(20, generator=g, dtype=torch.float64))
     optimizer = AdamWEma([p], OptimConfig(lr=0.1, ema_decay=(0.6, 0.3), ema_warmup=warmup))
@@ -34,13 +34,13 @@ def test_each_ema_is_the_weighted_sum_of_all_weights(warmup, which):
         p.grad = torch.randn(20, generator=g, dtype=torch.float64)
         optimizer.step()
         history.append(p.detach().clone())
-    decays = [min(which, (1 + n) / (10 + n)) if warmup else which for n in range(1, 13)]
+    decays = [min(decay, (1 + n) / (10 + n)) if warmup else decay for n in range(1, 13)]
     expected, weight = torch.zeros(20, dtype=torch.float64), 1.0
-    for decay, weights in zip(reversed(decays), reversed(history[1:]), strict=True):
-        expected += weight * (1 - decay) * weights
-        weight *= decay
+    for d, weights in zip(reversed(decays), reversed(history[1:]), strict=True):
+        expected += weight * (1 - d) * weights
+        weight *= d
     expected += weight * history[0]
-    torch.testing.assert_close(optimizer.state[p][f"ema-{which}"], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(optimizer.state[p][f"ema-{decay}"], expected, atol=1e-12, rtol=1e-12)
 
 
 def test_warmup_reaches_the_decay():
@@ -49,14 +49,15 @@ def test_warmup_reaches_the_decay():
     assert ema_decay_after(1, 0.999, False) == 0.999
 
 
-def test_a_step_left_out_changes_nothing_and_a_factor_scales_the_gradient():
+def test_factor_scales_the_gradient_and_0_skips_the_step():
     factors = iter([1.0, 0.0, 0.5])
     p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    ours, scaled = AdamWEma([p], OptimConfig(), lambda: next(factors)), AdamWEma([q], OptimConfig())
+    with_factors, plain = AdamWEma([p], OptimConfig(), lambda: next(factors)), AdamWEma([q], OptimConfig())
     for grad in (1.0, 7.0, 2.0):
         p.grad = torch.full((3,), grad)
-        ours.step()
+        with_factors.step()
     for grad in (1.0, 1.0):
         q.grad = torch.full((3,), grad)
-        scaled.step()
-    assert torch.equal(p, q) and all(torch.equal(a, scaled.state[q][name]) for name, a in ours.state[p].items())
+        plain.step()
+    assert torch.equal(p, q)
+    assert all(torch.equal(a, plain.state[q][name]) for name, a in with_factors.state[p].items())

@@ -1,10 +1,10 @@
-"""Times the attention of the target pass, value and tangent: the fused kernel beside the plain compiled form.
+"""Times the attention of the target pass, value and tangent: the fused kernel against the plain compiled form.
 
     python tools/bench/bench_attention.py                              # XL's heads at 256 to 4096 tokens
     python tools/bench/bench_attention.py --heads 12 --size 64 --rows 32
 
 Needs a CUDA GPU. bf16, interleaved, medians over the rounds; memory is what the call allocates beyond its inputs.
-From the token count where the ratio of times falls below 1 the fused kernel pays: FUSED_FROM_TOKENS in
+The fused kernel pays from the token count at which the ratio of times falls below 1: FUSED_FROM_TOKENS in
 mf_dist/models/attention.py.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("the fused kernel runs on a CUDA GPU, and torch sees none here")
+        raise UserError("the fused kernel runs on a CUDA GPU, and torch finds none")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}")
     print(
         f"{'tokens':>8}{'plain ms':>10}{'fused ms':>10}{'ratio':>7}{'spread':>14}{'plain MiB':>11}{'fused MiB':>11}"

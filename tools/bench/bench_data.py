@@ -1,11 +1,11 @@
-"""Times the data path: decoding images, and reading latents beside WebDataset's own reader.
+"""Times the data path: decoding images, and reading latents against WebDataset's own reader.
 
-    python tools/bench/bench_data.py --images data/digits          # decode and crop, images/s and core
+    python tools/bench/bench_data.py --images data/digits          # decode and crop, images/s per core
     python tools/bench/bench_data.py --samples 20000               # reading, on synthetic latents, warm cache
     python tools/bench/bench_data.py --index 1281167               # opening, shuffling, seeking at ImageNet's size
 
-Each part in one process on one thread; rates are medians over --rounds, ratios are taken within a round. "read" makes
-ready batches of moments and labels in random order; "whole" adds everything random of a training step.
+Each part runs in one process on one thread; rates are medians over --rounds, ratios are taken within a round. "read"
+makes batches of moments and labels in random order; "whole" adds the random draws of a training step.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse():
 
 
 def bench_decode(args):
-    """Images per second and core; and of JPEGs, what simplejpeg gains on Pillow at the same pixels."""
+    """Images per second per core; for JPEGs also simplejpeg against Pillow, in time and pixels."""
     import io
 
     import numpy as np
@@ -54,8 +54,8 @@ def bench_decode(args):
     from mf_dist.data.images import decode_image
 
     source = open_images(args.images)
-    names = range(min(200, len(source.paths)))
-    raw = [source.read(i) for i in names]
+    numbers = range(min(200, len(source.paths)))
+    raw = [source.read(i) for i in numbers]
     forms = {"whole": lambda i: decode_image(raw[i], source.paths[i], args.resolution)}
     if all(data.startswith(b"\xff\xd8") for data in raw):
         forms |= {
@@ -66,25 +66,25 @@ def bench_decode(args):
     for _ in range(args.rounds):
         for name, form in forms.items():
             start = time.process_time()
-            for i in names:
+            for i in numbers:
                 form(i)
             seconds[name].append((time.process_time() - start) / len(raw))
-    took = {name: statistics.median(found) for name, found in seconds.items()}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     kib = sum(map(len, raw)) / len(raw) / 1024
     print(
-        f"decode and crop to {args.resolution} px: {1 / took['whole']:.0f} images/s and core, "
-        f"{1e3 * took['whole']:.2f} ms ({len(raw)} images of {kib:.0f} KiB)"
+        f"decode and crop to {args.resolution} px: {1 / median['whole']:.0f} images/s per core, "
+        f"{1e3 * median['whole']:.2f} ms ({len(raw)} images of {kib:.0f} KiB)"
     )
     if len(forms) > 1:
-        equal = sum(np.array_equal(forms["simplejpeg"](i), forms["Pillow"](i)) for i in names)
+        equal = sum(np.array_equal(forms["simplejpeg"](i), forms["Pillow"](i)) for i in numbers)
         print(
-            f"decoding alone: simplejpeg {1e3 * took['simplejpeg']:.2f} ms, Pillow {1e3 * took['Pillow']:.2f} ms; "
+            f"decoding alone: simplejpeg {1e3 * median['simplejpeg']:.2f} ms, Pillow {1e3 * median['Pillow']:.2f} ms; "
             f"the same pixels in {equal} of {len(raw)}"
         )
 
 
 def write_latents(folder, count, per_shard=5000):
-    """Random moments as the encoder would have written them."""
+    """Writes a dataset of random moments in the encoder's format."""
     import numpy as np
 
     from mf_dist.data.shard_writer import Record, write_shard
@@ -125,7 +125,7 @@ def manifest(count, shards, version):
 
 
 def reading_forms(folder, samples):
-    """label -> what goes once through all samples in batches and yields their sizes."""
+    """label -> a generator that reads all samples once, in batches, and yields the batch sizes."""
     import numpy as np
     import torch
     import webdataset
@@ -170,17 +170,17 @@ def bench_reading(args):
                 count = sum(form())
                 rates[label].append(count / (time.process_time() - start))
     theirs = next(iter(rates.values()))
-    for label, found in rates.items():
-        ratios = [a / b for a, b in zip(found[1:], theirs[1:], strict=True)]
-        rate, ratio = statistics.median(found[1:]), statistics.median(ratios)
+    for label, values in rates.items():
+        ratios = [a / b for a, b in zip(values[1:], theirs[1:], strict=True)]
+        rate, ratio = statistics.median(values[1:]), statistics.median(ratios)
         print(
-            f"{label:32}{rate:10,.0f} samples/s and core, {ratio:.2f} times WebDataset "
+            f"{label:32}{rate:10,.0f} samples/s per core, {ratio:.2f} times WebDataset "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
 def write_index(folder, total, member=20480):
-    """A dataset without tars' bytes: files of the right size, synthetic offsets. Returns the number of shards."""
+    """Writes a dataset of sparse files as tars, with synthetic offsets; returns the number of shards."""
     import numpy as np
 
     from mf_dist.data.shards import FORMAT, index_checksum, index_path, shard_name, write_manifest
@@ -271,13 +271,13 @@ def node_memory(folder):
 
 
 def one_rank(folder, rank, pipe):
-    """Opens the dataset and loads a batch by loader processes; tells its memory before and after."""
+    """Opens the dataset and loads batches with loader processes; sends its memory in MiB before and after."""
     from torch.utils.data import DataLoader
 
     from mf_dist.data.loader import LatentStream
     from mf_dist.data.shards import LatentShards
 
-    def tell():
+    def send_memory():
         pipe.send("ready")
         pipe.recv()
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -286,13 +286,13 @@ def one_rank(folder, rank, pipe):
         pipe.send(sum(int(text.split(kind)[1].split()[0]) for text in rollups for kind in kinds) / 1024)
         pipe.recv()
 
-    tell()
+    send_memory()
     stream = LatentStream(LatentShards(folder), 0, 32, Fraction(3, 4), False)
     numbers = range(rank, rank + 400 * RANKS, RANKS)
     batches = iter(DataLoader(stream, batch_size=None, sampler=numbers, num_workers=WORKERS))
     for _ in range(100):
         next(batches)
-    tell()
+    send_memory()
 
 
 @command_line

@@ -1,11 +1,11 @@
-"""Times the VAE's decoder, most of the work of an image made in one step, in the forms that it can run in.
+"""Times the VAE's decoder, most of the work of one-step sampling, by precision, memory layout and compilation.
 
     python tools/bench/bench_decode.py                              # the shape of Stable Diffusion's, random weights
     python tools/bench/bench_decode.py --vae stabilityai/sd-vae-ft-mse --batch 50 --rounds 10
 
-Every form decodes the same latents, interleaved, `--rounds` times after a first call that compiles. The best round
-counts, since another job may share the machine; pixels that differ from those of the plain fp32 form are counted. On a
-GPU tf32 is among the forms.
+Every form decodes the same latents, interleaved, `--rounds` times after a first call that compiles. Speeds are those
+of the best round, since another job may share the machine; "pixels off" are those that differ from the plain fp32
+form's. tf32 is measured on a GPU only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FORMS = {
 
 
 def random_vae(folder, width):
-    """Stable Diffusion's shape at `width` 128, with weights that keep the signal's size."""
+    """Saves a VAE of Stable Diffusion's shape (at `width` 128) with random weights that keep the signal's scale."""
     from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
@@ -54,17 +54,17 @@ def variants(source, device, eager):
 
     from mf_dist.vae import Vae
 
-    found = {}
+    vaes = {}
     for name, (precision, last, compiled) in FORMS.items():
         if (precision == "tf32" and device.type == "cpu") or (eager and compiled):
             continue
         vae = Vae(source, device, precision=precision, compiled=compiled)
         vae.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-        found[name] = vae
-    return found
+        vaes[name] = vae
+    return vaes
 
 
-def clocked(vae, x, device):
+def timed(vae, x, device):
     import torch
 
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--vae", help="folder or hub id (default: random weights)")
-    parser.add_argument("--width", type=int, default=128, help="of the random VAE's first layer (default 128)")
+    parser.add_argument("--width", type=int, default=128, help="width of the random VAE's first layer (default 128)")
     parser.add_argument("--latent-size", type=int, default=32, help="side of the latents (default 32)")
     parser.add_argument("--batch", type=int, default=1, help="images decoded together (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
@@ -98,15 +98,15 @@ def main() -> None:
     x = torch.randn(args.batch, 4, args.latent_size, args.latent_size)
     with tempfile.TemporaryDirectory() as folder:
         forms = variants(args.vae or random_vae(folder, args.width), device, args.eager)
-    first = {name: clocked(vae, x, device) for name, vae in forms.items()}
+    first = {name: timed(vae, x, device) for name, vae in forms.items()}
     times = {name: [] for name in forms}
     for _ in range(args.rounds):
         for name, vae in forms.items():
-            times[name].append(clocked(vae, x, device)[1])
+            times[name].append(timed(vae, x, device)[1])
     plain, base = first["fp32"][0].int(), min(times["fp32"]) / args.batch
     print(f"{'form':32}{'s/image':>9}{'worst':>9}{'speed':>7}{'1st, s':>8}{'pixels off':>12}{'by':>4}")
-    for name, found in times.items():
-        best, worst = min(found) / args.batch, max(found) / args.batch
+    for name, seconds in times.items():
+        best, worst = min(seconds) / args.batch, max(seconds) / args.batch
         off = (first[name][0].int() - plain).abs()
         print(
             f"{name:32}{best:9.3f}{worst:9.3f}{base / best:7.2f}"

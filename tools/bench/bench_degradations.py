@@ -1,10 +1,10 @@
-"""Shows what a feature network's distance makes of spoilt photographs: it should grow with every kind of damage.
+"""Measures a feature network's distance on degraded photographs: it should grow with every degradation.
 
     python tools/bench/bench_degradations.py --images photos.tar --resolution 256 --other fashion.npz
     python tools/bench/bench_degradations.py --images DIR --resolution 256 --features inception --inception-weights FILE
 
-Every second image is the reference; the others are measured as they are, then as JPEG, blurred, with noise, and with
-other images in their place, as many of them. Small sets are biased upwards, all rows alike: the first row says by how
+Every second image is the reference; the others are measured unchanged, then as JPEG, blurred and with noise; the last
+row is as many images from --other. Small sets are biased upwards, equally in all rows: the first row shows by how
 much.
 """
 
@@ -45,24 +45,24 @@ def noise(pixels, std, number):
     return noisy.round().clip(0, 255).astype(pixels.dtype)
 
 
-# the mildest steps are hardly visible, and few images may not tell them from none
-SPOILS = dict(zip(SERIES, (jpeg, blur, noise), strict=True))
+# with few images the mildest steps may not be distinguishable from none
+DEGRADATIONS = dict(zip(SERIES, (jpeg, blur, noise), strict=True))
 
 
 class Part:
-    """Images first, first + 2, ... of a source, each changed by `spoil`(pixels, strength, number)."""
+    """`count` images first, first + step, ... of a source, each changed by `degrade`(pixels, strength, number)."""
 
-    def __init__(self, source, first, step, count, spoil=None, strength=0):
+    def __init__(self, source, first, step, count, degrade=None, strength=0):
         self.source, self.numbers = source, range(first, source.count, step)[:count]
-        self.count, self.seconds, self.spoil, self.strength = len(self.numbers), {}, spoil, strength
-        self.identity = {**source.identity, "numbers": str(self.numbers), "spoil": str(spoil), "strength": strength}
+        self.count, self.seconds, self.degrade, self.strength = len(self.numbers), {}, degrade, strength
+        self.identity = {**source.identity, "numbers": str(self.numbers), "degrade": str(degrade), "strength": strength}
 
     def read(self, first, last):
         import numpy as np
 
         pixels = [self.source.read(n, n + 1)[0][0] for n in self.numbers[first:last]]
-        if self.spoil:
-            pixels = [self.spoil(p, self.strength, n) for p, n in zip(pixels, self.numbers[first:last], strict=True)]
+        if self.degrade:
+            pixels = [self.degrade(p, self.strength, n) for p, n in zip(pixels, self.numbers[first:last], strict=True)]
         return np.ascontiguousarray(pixels), np.zeros(len(pixels), int)
 
 
@@ -81,7 +81,7 @@ def distances(args, network, ranks, work):
     yield "real", 0, frechet_distance(gaussian(Part(source, 1, 2, args.count)), reference)
     for name, strengths in SERIES.items():
         for strength in strengths[:: -(len(strengths) // args.strengths)][::-1]:
-            part = Part(source, 1, 2, args.count, SPOILS[name], strength)
+            part = Part(source, 1, 2, args.count, DEGRADATIONS[name], strength)
             yield name, strength, frechet_distance(gaussian(part), reference)
     if args.other:
         other = open_source(args.other, None if args.other.endswith(".npz") else network.resolution or args.resolution)
@@ -97,13 +97,13 @@ def main() -> None:
     parser.add_argument("--images", required=True, help="photographs: folder, .tar, or .npz with arr_0")
     parser.add_argument("--other", help="images of another kind, for the last row")
     parser.add_argument("--resolution", type=int, help="centre crop (default: images as they are)")
-    parser.add_argument("--count", type=int, default=500, help="images a row (default 500)")
+    parser.add_argument("--count", type=int, default=500, help="images per row (default 500)")
     parser.add_argument(
         "--strengths",
         type=int,
         choices=(1, 2, 4),
         default=4,
-        help="of each damage, the strongest among them (default 4)",
+        help="strengths of each degradation, including the strongest (default 4)",
     )
     parser.add_argument("--features", default="efflite0", help="as in tools/fid_eval.py (default efflite0)")
     parser.add_argument("--inception-weights", help="file of the Inception weights")
@@ -115,14 +115,16 @@ def main() -> None:
 
     with process_group() as ranks, tempfile.TemporaryDirectory() as work:
         if ranks.world_size > 1:
-            raise UserError("this bench is one process")
+            raise UserError("this bench runs in one process")
         network = open_features(args.features, args.inception_weights, ranks.device)
-        found = {}
+        distances_of = {}
         for name, strength, distance in distances(args, network, ranks, Path(work)):
-            found.setdefault(name, []).append(distance)
+            distances_of.setdefault(name, []).append(distance)
             print(f"{name:24}{strength or '':>8}{distance:14.3f}", flush=True)
     for name in SERIES:
-        is_rising = found[name] == sorted(found[name]) and found[name][-1] > found["real"][0]
+        is_rising = (
+            distances_of[name] == sorted(distances_of[name]) and distances_of[name][-1] > distances_of["real"][0]
+        )
         print(f"{name.split(',')[0]}: {'every step is farther' if is_rising else 'NOT IN ORDER'}")
 
 

@@ -3,9 +3,9 @@
     python tools/bench/bench_encode.py --vae stabilityai/sd-vae-ft-mse
     python tools/bench/bench_encode.py --vae mf_dist/assets/digits-vae --resolution 32 --precisions fp32 --forms eager
 
-Every form encodes the same random images, from uint8 on the CPU to moments back there; forms take turns, medians over
---rounds. The peak is that of a square matrix product in the same precision. On a GPU the five costliest kernels of the
-last form are named.
+Every form encodes the same random images, from uint8 on the CPU to moments on the CPU; forms are interleaved, medians
+over --rounds. The peak is that of a square matrix product in the same precision. On a GPU the five most expensive
+kernels of the last form are listed.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     if not on_gpu:
-        torch.set_num_threads(1)  # as the encode tool does
+        torch.set_num_threads(1)  # as tools/encode_latents.py does
     forms = {
         f"{precision}, {form}": Vae(args.vae, device, precision=precision, compiled=form == "compiled")
         for precision in args.precisions.split(",")
@@ -71,13 +71,13 @@ def main() -> None:
             seconds[name].append(now() - start)
     where = torch.cuda.get_device_name() if on_gpu else "1 CPU thread"
     print(
-        f"{Path(args.vae).name} at {args.resolution} px, batch {args.batch}, {where}: {flops / 1e9:.4g} GFLOP an image"
+        f"{Path(args.vae).name} at {args.resolution} px, batch {args.batch}, {where}: {flops / 1e9:.4g} GFLOP per image"
     )
     peaks = {precision: matmul_peak(device, precision) for precision in {vae.precision for vae in forms.values()}}
     for name, vae in forms.items():
         report(name, vae, exact, pixels, seconds[name], flops, peaks[vae.precision])
     if on_gpu:
-        name_costs(list(forms.values())[-1], pixels)
+        list_kernels(list(forms.values())[-1], pixels)
 
 
 def report(name, vae, exact, pixels, seconds, flops, peak):
@@ -86,11 +86,11 @@ def report(name, vae, exact, pixels, seconds, flops, peak):
     a, b = vae.encode(pixels), exact.encode(pixels)
     print(
         f"{name:16}{rate:9.1f} images/s ({rates[0]:.1f} to {rates[-1]:.1f}), {rate * flops / 1e12:.2f} TFLOP/s, "
-        f"{rate * flops / peak:.0%} of a product's {peak / 1e12:.2f}; error {((a - b).norm() / b.norm()).item():.1e}"
+        f"{rate * flops / peak:.0%} of the peak {peak / 1e12:.2f}; error {((a - b).norm() / b.norm()).item():.1e}"
     )
 
 
-def name_costs(vae, pixels):
+def list_kernels(vae, pixels):
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:

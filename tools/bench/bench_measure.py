@@ -1,14 +1,14 @@
-"""What tools/bench/bench_step.py measures of a case (a loss to call, and its network) besides its time."""
+"""What tools/bench/bench_step.py measures of a case (a loss and its network) besides time."""
 
 import os
 import statistics
 import time
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints lines of its own
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each profile prints log lines
 
 
 def now():
-    """Seconds, after the GPU has done what it was given."""
+    """Time in seconds, after waiting for the GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -17,21 +17,21 @@ def now():
 
 
 def saved_bytes(case):
-    """Of the tensors kept for the backward, weights excluded."""
+    """Bytes of the tensors saved for the backward, weights excluded."""
     import torch
 
     weights = {p.untyped_storage().data_ptr() for p in case.net.parameters()}
     saved = {}
 
     def keep(tensor):
-        bare = tensor
-        while torch._C._functorch.is_functorch_wrapped_tensor(bare):  # of torch.func.jvp: the numbers are inside
-            bare = torch._C._functorch.get_unwrapped(bare)
-        if bare._is_zerotensor():  # stands for zeros, holds nothing
+        unwrapped = tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(unwrapped):  # by torch.func.jvp
+            unwrapped = torch._C._functorch.get_unwrapped(unwrapped)
+        if unwrapped._is_zerotensor():  # represents zeros, has no storage
             return tensor
-        storage = bare.untyped_storage()
+        storage = unwrapped.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (storage.nbytes(), bare)  # kept alive, so that no address comes twice
+            saved[storage.data_ptr()] = (storage.nbytes(), unwrapped)  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -40,7 +40,7 @@ def saved_bytes(case):
 
 
 def peak_bytes(case):
-    """The most that a forward and backward hold at once beyond what was there before, gradients included."""
+    """Peak bytes allocated in a forward and backward beyond those allocated before, gradients included."""
     import torch
 
     if torch.cuda.is_available():
@@ -53,13 +53,13 @@ def peak_bytes(case):
     held = peak = 0
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative where memory is given back
+        held += event.nbytes()  # negative when memory is freed
         peak = max(peak, held)
     return peak
 
 
 def counted_flops(case):
-    """Counted on the eager form with plain attention: the counter does not know every fused kernel."""
+    """FLOPs of the eager form with plain attention, since the counter does not know every fused kernel."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,13 +1,13 @@
-"""Times what follows the networks: statistics of features and the Frechet distance, beside scipy's matrix root.
+"""Times feature statistics and the Frechet distance, against scipy's matrix square root and torch-fidelity.
 
     python tools/bench/bench_metrics.py                       # 50,000 features of 2048, the sizes of an FID
     python tools/bench/bench_metrics.py --count 5000 --dimension 512 --rounds 1
 
-Features are normal with a spectrum that falls by some powers of ten, as real ones do. Three cases, since each takes
-another way to the distance: 4 decades; 8, where plain formulas lose digits; and fewer samples than features. All take
-the same number of threads, and rounds are interleaved. Prints seconds of each part (and, since another job may share
-the machine, the seconds of processor time), the distances and their relative differences, and the peak memory before
-the peers ran.
+Features are normal with a spectrum that falls by some powers of ten, as that of real ones does. Three cases, since the
+distance is computed differently in each: 4 decades; 8, where plain formulas lose digits; and fewer samples than
+features. All methods use the same number of threads, and rounds are interleaved. Prints seconds of each part (and,
+since another job may share the machine, the processor time), the distances and their relative differences, and the
+peak memory before the peers ran.
 """
 
 import argparse
@@ -72,8 +72,10 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=50_000, help="feature vectors (default 50000)")
     parser.add_argument("--dimension", type=int, default=2048, help="their length (default 2048)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the distances, interleaved (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of all (default 1, as in tools/fid_eval.py)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the distances, interleaved (default 3)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of every method (default 1, as in tools/fid_eval.py)"
+    )
     args = parser.parse_args()
     if args.count < 2 or args.dimension < 4 or args.rounds < 1 or args.threads < 1:
         raise UserError("--count must be at least 2, --dimension at least 4, --rounds and --threads at least 1")
@@ -94,13 +96,13 @@ def main() -> None:
 
 
 def measure(args):
-    """Statistics of --count features, and a distance; prints what they took."""
+    """The statistics of --count features; prints the time of these, of a distance, and the peak memory."""
     from mf_dist.evaluation.statistics import exact_gaussian, frechet_distance
 
     rows = features(args.count, args.dimension, 4, 1)
     parts = [rows[first : first + 50] for first in range(0, args.count, 50)]
-    one, *first = timed(lambda: exact_gaussian(parts, args.dimension))
-    _, *second = timed(lambda: frechet_distance(one, one))
+    gaussian, *first = timed(lambda: exact_gaussian(parts, args.dimension))
+    _, *second = timed(lambda: frechet_distance(gaussian, gaussian))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{args.count} features of {args.dimension}, spectrum over 4 decades")
     for name, wall, cpu in (
@@ -109,15 +111,15 @@ def measure(args):
         ("together", *map(sum, zip(first, second, strict=True))),
     ):
         print(f"{name:12}{wall:8.2f} s, {cpu:.2f} s of processor time")
-    print(f"peak memory {peak:.2f} GiB, the features' own {rows.nbytes / 2**30:.2f} GiB among them", flush=True)
-    return one
+    print(f"peak memory {peak:.2f} GiB, of which features {rows.nbytes / 2**30:.2f} GiB", flush=True)
+    return gaussian
 
 
-def compare(case, methods, one, other, rounds):
+def compare(case, methods, a, b, rounds):
     times, values = {name: [] for name in methods}, {}
     for _ in range(rounds):
         for name, method in methods.items():
-            values[name], *seconds = timed(lambda method=method: method(one, other))
+            values[name], *seconds = timed(lambda method=method: method(a, b))
             times[name].append(seconds)
     wall, cpu = ({name: sorted(pair[i] for pair in times[name]) for name in methods} for i in (0, 1))
     print(f"{case:16}{'seconds':>9}{'range':>15}{'cpu s':>8}{'x wall':>8}{'x cpu':>7}{'value':>14}{'off':>10}")

@@ -1,6 +1,6 @@
-"""What tools/bench/bench_step.py measures against: a DiT without tangent code, and the loss as others compute it.
+"""The peers of tools/bench/bench_step.py: a DiT without tangent code, and the loss as other projects compute it.
 
-All forms compute the same loss from the same draws (tim's to its truncation error), which the bench checks before
+All forms compute the same loss from the same draws (tim's up to its truncation error), which the bench checks before
 it measures. Shapes as in mf_dist/models/dit.py.
 """
 
@@ -14,7 +14,7 @@ from mf_dist.objectives.path import path, per_row
 
 
 class PlainBlock(nn.Module):
-    """adaLN-zero block by torch's own layers; parameter names as in our Block, so that weights can be copied."""
+    """adaLN-zero block of torch's own layers; parameter names as in our Block, so that weights can be copied."""
 
     def __init__(self, width, num_heads, plain_attention):
         super().__init__()
@@ -40,7 +40,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainDiT(DiT):
-    """Our DiT's ends around plain blocks."""
+    """Our DiT's input and output layers around plain blocks."""
 
     def __init__(self, *, plain_attention, hidden_size, num_heads, depth, **rest):
         super().__init__(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **rest)
@@ -76,7 +76,7 @@ class DiffusersBlock(nn.Module):
 
 
 class DiffusersDiT(PlainDiT):
-    """Our DiT's ends around diffusers' blocks."""
+    """Our DiT's input and output layers around diffusers' blocks."""
 
     def __init__(self, *, hidden_size, num_heads, depth, **rest):
         super().__init__(plain_attention=False, hidden_size=hidden_size, num_heads=num_heads, depth=depth, **rest)
@@ -90,7 +90,7 @@ def plain(net, x, e, r, t, y, n_eq, null_label, recipe):
 
 
 def _guided(net, z, v, t, y, null_label, recipe):
-    """v_g on all rows by two more forwards of the whole batch."""
+    """v_g on all rows, with two more forwards of the whole batch."""
     if not recipe.guided:
         return v
     with torch.no_grad():
@@ -104,7 +104,7 @@ def _weighted(u, u_tgt, recipe):
 
 
 def authors(net, x, e, r, t, y, n_eq, null_label, recipe):
-    """The authors' arithmetic: one torch.func.jvp over the whole batch gives u, with a graph, and du/dt."""
+    """The authors' computation: one torch.func.jvp over the whole batch gives u, with a graph, and du/dt."""
     z, v = path(x, e, t)
     v_g = _guided(net, z, v, t, y, null_label, recipe)
     direction = (v_g, torch.zeros_like(r), torch.ones_like(t))

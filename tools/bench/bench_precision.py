@@ -1,4 +1,4 @@
-"""How far bf16 moves the training target of a trained model, and what fp32 tangents would cost.
+"""Measures the error of bf16 in the training target of a trained model, and the cost of fp32 tangents.
 
     python tools/bench/bench_precision.py --checkpoint runs/digits
 
@@ -43,9 +43,9 @@ def main() -> None:
         exact = target(nets["float64"], z, v, r, t, y, n_eq, config, torch.float64)[:2]
         for name, net in nets.items():
             dtype = torch.float64 if name == "float64" else torch.float32
-            du_dt, u_tgt, took = target(net, z, v, r, t, y, n_eq, config, dtype)
+            du_dt, u_tgt, elapsed = target(net, z, v, r, t, y, n_eq, config, dtype)
             errors[name].append([(a.double() - b).norm() / b.norm() for a, b in ((du_dt, exact[0]), (u_tgt, exact[1]))])
-            seconds[name].append(took)
+            seconds[name].append(elapsed)
     print(f"{checkpoint.folder}, {args.batches} batches, {device.type}")
     print(f"{'computation':34}{'du/dt':>10}{'u_tgt':>10}{'target pass, ms':>17}")
     for name in nets:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def build_nets(weights, config, device):
-    """The same bf16 weights behind every kind of computation."""
+    """One network per kind of computation, all with the same bf16 weights."""
     import torch
     from bench_peers import PlainDiT
 
@@ -90,7 +90,7 @@ def build_nets(weights, config, device):
 
 
 class FuncJvp:
-    """A plain network behind our interface; its tangent by torch.func.jvp."""
+    """Gives a plain network our interface, with the tangent by torch.func.jvp."""
 
     def __init__(self, net):
         self.net = net
@@ -104,7 +104,7 @@ class FuncJvp:
 
 
 def batches(config, count, device):
-    """Real micro-batches as the loss sees them: z, v, r, t, y, the number of r = t rows."""
+    """Real micro-batches as inputs of the loss: z, v, r, t, y, the number of r = t rows."""
     from mf_dist.data.loader import training_batches
     from mf_dist.data.shards import LatentShards
     from mf_dist.objectives.guidance import drop_labels
@@ -123,7 +123,7 @@ def batches(config, count, device):
 
 
 def target(net, z, v, r, t, y, n_eq, config, dtype):
-    """du/dt, u_tgt on the r < t rows, and the seconds it took."""
+    """du/dt and u_tgt on the r < t rows, and the seconds that they took."""
     import torch
 
     from mf_dist.objectives.meanflow import meanflow_target

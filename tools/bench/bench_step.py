@@ -1,4 +1,4 @@
-"""Times a training step's forward and backward beside what others do, in one run, interleaved.
+"""Times a training step's forward and backward against other implementations, in one run, interleaved.
 
     python tools/bench/bench_step.py                             # DiT-B/4, batch 4: plain, ours, authors; compiled
     python tools/bench/bench_step.py --variants all --eager --json bench.json
@@ -32,15 +32,15 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default="B/4", help="B/4, B/2, M/2, L/2, XL/2, XXL/2, G/2 (default B/4)")
-    parser.add_argument("--depth", type=int, help="fewer blocks than the model has, for quick looks")
+    parser.add_argument("--depth", type=int, help="fewer blocks than the model has, for quick runs")
     parser.add_argument("--batch", type=int, default=4, help="rows, a multiple of 4 (default 4)")
-    parser.add_argument("--resolution", type=int, default=256, help="of the images; latents are 1/8 (default 256)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the images; latents are 1/8 (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: quieter)")
     parser.add_argument("--variants", default="plain,ours,authors", help=f"of {', '.join(VARIANTS)}; or all")
     parser.add_argument("--guidance", choices=("both", "guided", "unguided"), default="both")
     parser.add_argument("--eager", action="store_true", help="measure the uncompiled forms too")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the layers (default fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the layers (default fp32)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     args.variants = VARIANTS if args.variants == "all" else tuple(args.variants.split(","))
@@ -52,12 +52,12 @@ def parse():
     if args.batch < 4 or args.batch % 4 or args.rounds < 1 or args.threads < 1 or args.resolution % 8:
         raise UserError("--batch must be a multiple of 4, --resolution of 8, --rounds and --threads at least 1")
     if args.json:
-        args.json.touch()  # a name that cannot be written is better known now
+        args.json.touch()  # fails now if the file cannot be written
     return args
 
 
 class Case:
-    """One variant: its network, its loss, compiled or not; and what was measured of it."""
+    """One variant: its network, its loss, compiled or not; and its measured seconds."""
 
     def __init__(self, name, guidance, compiled, net, loss, inputs, recipe):
         import torch
@@ -106,13 +106,13 @@ def build_cases(args, device):
     x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
     r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
     y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
-    which = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp"}
+    net_names = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp"}
     return [
         Case(
             name,
             guidance,
             compiled,
-            nets[which.get(name, name)],
+            nets[net_names.get(name, name)],
             losses[name],
             (x, e, r, t, y),
             MeanFlowConfig(kappa=kappa),
@@ -161,14 +161,14 @@ def build_nets(model, args, device):
 
 
 def check_same_loss(cases):
-    """Everybody computes what `ours` computes; UserError otherwise, since times of other sums mean nothing."""
+    """Raises UserError unless all variants compute the loss of `ours`: other times would not be comparable."""
     import torch
 
     for guidance in KAPPA:
         losses = {c.name: c.value().item() for c in cases if c.guidance == guidance and c.name not in UNGUIDED}
         reference = losses.get("ours")
         for name, loss in losses.items():
-            # the weighted loss is near 1 by construction: compare what is left
+            # the weighted loss is near 1 by construction: compare its difference from 1
             tolerance = 0.2 if name == "tim" or torch.bfloat16 in {p.dtype for p in cases[0].net.parameters()} else 1e-3
             if reference is not None and abs((1 - loss) / (1 - reference) - 1) > tolerance:
                 raise UserError(f"{name} computes another loss than ours ({guidance}): {loss} and {reference}")

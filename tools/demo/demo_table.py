@@ -3,7 +3,7 @@
     python tools/demo/demo_table.py --run runs/digits --flow runs/digits_flow --real runs/digits_real
 
 Reads each folder's metrics. "SVC" is scikit-learn's classifier trained on the real 8x8 digits: the share of
-one-step samples that it takes for the digit they were asked to be.
+one-step samples that it assigns to their label.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from mf_dist.runtime.errors import UserError, command_line
 
 
 def lines(path):
-    """Of metrics.jsonl, those of training."""
+    """The lines of metrics.jsonl that training wrote."""
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in found if "seconds_per_step" in line]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [entry for entry in entries if "seconds_per_step" in entry]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(path)!r}: {error}") from None
 
 
 def result(folder, nfe):
-    """The newest entry of metrics.json at `nfe` steps (None: of a folder of images) with its Frechet distance as (name,
+    """The newest entry of metrics.json at `nfe` steps (None for a folder of images), and its Frechet distance as (name,
     value)."""
     try:
         entries = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def result(folder, nfe):
 
 
 def svc_agreement(npz):
-    """Share of samples (N, 32, 32, 3) whose class by an SVC on the real 8x8 digits is the one asked for."""
+    """Share of samples (N, 32, 32, 3) that an SVC trained on the real 8x8 digits assigns to their label."""
     import numpy as np
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
@@ -51,7 +51,7 @@ def svc_agreement(npz):
 
 
 def run_rows(name, run, nfes, real, flow):
-    """Cells of one trained run."""
+    """Table rows of one trained run."""
     log = lines(run / "metrics.jsonl")
     seconds = sum(
         b["step"] * b["seconds_per_step"] - a["step"] * b["seconds_per_step"]
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="MeanFlow run, measured at 1 and 2 steps")
     parser.add_argument("--flow", type=Path, required=True, help="flow-matching run, measured at 50 steps")
     parser.add_argument("--real", type=Path, required=True, help="folder of the real-vs-real metrics.json")
-    parser.add_argument("--min-svc", type=float, default=0.0, help="exit with an error below this share, as 0.95")
+    parser.add_argument("--min-svc", type=float, default=0.0, help="exit with an error below this share, such as 0.95")
     args = parser.parse_args()
     (entry, (metric, real)), (_, (_, flow)) = result(args.real, None), result(args.flow / "eval", 50)
     heads = ("steps", 6), ("train s", 8), ("img/s", 8), ("raw r=t", 8), ("raw r<t", 8), (metric, 14)
@@ -92,7 +92,7 @@ def main() -> None:
     print(f"look at: {args.run / 'eval' / 'grid_nfe1.png'}\nrun:     {args.run}")
     if agreement < args.min_svc:
         raise UserError(
-            f"the SVC agrees with {agreement:.1%} of the samples, below {args.min_svc:.0%}: it did not learn"
+            f"the SVC agrees with {agreement:.1%} of the samples, below {args.min_svc:.0%}: the model did not learn"
         )
 
 

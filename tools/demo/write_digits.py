@@ -3,8 +3,8 @@
     python tools/demo/write_digits.py --out data/digits --split data/digits-split
 
 gives OUT/<class>/<number>.png, 32x32 RGB, upsampled from 8x8 by bicubic interpolation. --split also writes the
-same images in two parts, SPLIT/b of 1000 images and SPLIT/a of the other 797: how far apart two sets of real
-images lie is the measure for generated ones.
+same images in two parts, SPLIT/b of 1000 images and SPLIT/a of the other 797: the distance between two sets of real
+images is the baseline for generated ones.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""The paper's ablation in small: trains six configurations with several seeds, measures each, compares.
+"""The paper's ablation at small scale: trains six configurations with several seeds and compares their metrics.
 
     python tools/study/ablation.py                       # configs/fashion_cpu.yaml into runs/fashion, two at a time
     python tools/study/ablation.py --seeds 1 --jobs 1 train.total_images=6400 --out runs/fashion-try
 
-Each run trains and is measured in a folder of its own, with its output in log.txt there. The same command goes on where
+Each run trains and is measured in its own folder, with its output in log.txt there. The same command continues where
 it stopped. Writes OUT/ablation.md (mean and standard deviation over the seeds) and OUT/ablation.png (samples of the
-first seed, the same noise and classes in every row). Further section=value arguments override the config of all.
+first seed, the same noise and classes in every row). Further section.key=value arguments override the config of all
+runs.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fashion"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each configuration (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (default 2)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all, such as optim.lr=1e-3")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs, such as optim.lr=1e-3")
     args = parser.parse_intermixed_args()
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def train_and_measure(args, folder, seed):
-    """One run, unless it is there already; UserError with the end of its log where it fails."""
+    """Trains and measures one run unless it is complete; raises UserError, naming its log, if it fails."""
     _, program, overrides, nfe = CONFIGURATIONS[folder]
     run = args.out / f"{folder}-{seed}"
     measured = {entry["nfe"] for entry in entries(run)}
@@ -77,11 +78,11 @@ def train_and_measure(args, folder, seed):
     evaluate = [*EVALUATE, "--checkpoint", str(run), "--nfe", nfe, "--seed", str(seed)]
     with (run / "log.txt").open("a", encoding="utf-8") as log:
         for call in (train, evaluate):
-            done = subprocess.run(
+            finished = subprocess.run(
                 [sys.executable, *call], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
-            if done.returncode:
-                raise UserError(f"{run} failed; {run / 'log.txt'} says why")
+            if finished.returncode:
+                raise UserError(f"{run} failed; see {run / 'log.txt'}")
 
 
 def entries(run):
@@ -90,7 +91,7 @@ def entries(run):
 
 
 def row(args, folder):
-    """Its line of the table."""
+    """A configuration's line of the table."""
     runs = [args.out / f"{folder}-{seed}" for seed in range(args.seeds)]
     cells = [CONFIGURATIONS[folder][0]]
     for k in STEPS:

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians in the plane, whose flow is known in closed form: what tools/study/toy_flow.py compares with.
+"""A mixture of Gaussians in the plane, whose flow is known in closed form: the reference of tools/study/toy_flow.py.
 
 x ~ sum_k N(m_k, s^2 I) / K, e ~ N(0, I), z_t = (1 - t) x + t e. Given component k, z_t ~ N((1 - t) m_k, q I) with
 q = (1 - t)^2 s^2 + t^2, and x and e are Gaussian with the means below; weighted by the components' posteriors they give
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 STD = 0.25
-"""s, of each component."""
+"""s: the standard deviation of each component."""
 RADIUS, COMPONENTS = 2.0, 5
-"""The means stand on a circle."""
+"""The means lie on a circle."""
 
 
 def means(dtype: torch.dtype = torch.float64) -> Tensor:

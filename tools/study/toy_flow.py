@@ -1,13 +1,13 @@
 """Why average velocity: three small networks on a mixture in the plane whose flow is known in closed form.
 
-    python tools/study/toy_flow.py                                      # some minutes; pictures into docs/
+    python tools/study/toy_flow.py                                      # a few minutes; pictures go to docs/
     python tools/study/toy_flow.py --steps 300 --seeds 1 --out /tmp/toy
-    python tools/study/toy_flow.py --adaptive-p 1 --out /tmp/weighted   # the recipe's weight, which a plane cannot bear
+    python tools/study/toy_flow.py --adaptive-p 1 --out /tmp/weighted   # the recipe's weight, which fails in a plane
 
 The same network, data, noise and times (r, t) train by three rules: flow matching (r = t, target e - x), direct
 regression (target e - x for every r), and MeanFlow (mf_dist's own loss). Each then makes samples in one step, and its
-u(z, r, t) is held against the integral of the closed-form velocity. docs/why_average_velocity.md explains. The pictures
-are the first seed's.
+u(z, r, t) is compared with the integral of the closed-form velocity; docs/why_average_velocity.md explains the results.
+The pictures show the first seed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mf_dist.runtime.progress import progress
 
 RULES = ("flow matching", "direct regression", "MeanFlow")
 # The plain squared loss: the recipe's weight 1 / (s + eps) makes the minimiser seek modes instead of the mean, which is
-# harmless where s sums thousands of numbers and ruins a plane. Wider times reach the ends.
+# harmless where s sums thousands of numbers but not in two dimensions. The wider time distribution reaches 0 and 1.
 RECIPE = MeanFlowConfig(share_r_equals_t=Fraction(1, 2), label_drop=0.0, adaptive_p=0.0, time_mean=0.0, time_std=2.0)
 BATCH, WIDTH = 512, 192
 
@@ -101,7 +101,7 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def off_modes(samples: Tensor) -> float:
-    """Share of the samples farther than three deviations from every mode: exp(-4.5) = 1.1 % of the truth."""
+    """Share of the samples farther than three deviations from every mode: exp(-4.5) = 1.1 % of the true density."""
     return (torch.cdist(samples, means()).amin(1) > 3 * STD).double().mean().item()
 
 
@@ -115,8 +115,8 @@ class Measured(NamedTuple):
 
 
 def compare(nets: dict[str, PlaneNet], count: int, seed: int) -> dict[str, Measured]:
-    """Of each rule, and of the exact average velocity, against the truth. u is compared at points of the conditional
-    lines, which are distributed as those of the marginal trajectories are, with r < t drawn as in training."""
+    """Measures each rule, and the exact average velocity, against the truth. u is compared at points of the conditional
+    lines, distributed like those of the marginal trajectories, with r < t drawn as in training."""
     g = torch.Generator().manual_seed(seed + 1)
     noise, truth = torch.randn(count, 2, dtype=torch.float64, generator=g), sample_data(count, g)
     other = sample_data(count, g)
@@ -125,22 +125,22 @@ def compare(nets: dict[str, PlaneNet], count: int, seed: int) -> dict[str, Measu
     exact, one, zero = average_velocity(z, r, t), torch.ones(count).double(), torch.zeros(count).double()
     print(f"the integral itself: halving its step changes it by {relative(exact, average_velocity(z, r, t, 400)):.1e}")
     ideal = noise - average_velocity(noise, zero, one)
-    found = {
+    results = {
         "truth": Measured(truth, wasserstein(other, truth), off_modes(truth), 0.0),
         "exact average velocity": Measured(ideal, wasserstein(ideal, truth), off_modes(ideal), 0.0),
     }
     for rule, net in nets.items():
-        start, where = (one, t) if rule == "flow matching" else (zero, r)  # flow matching knows r = t alone
-        samples, error = noise - u_of(net, noise, start, one), relative(u_of(net, z, where, t), exact)
-        found[rule] = Measured(samples, wasserstein(samples, truth), off_modes(samples), error)
-    return found
+        r_sample, r_error = (one, t) if rule == "flow matching" else (zero, r)  # flow matching is trained at r = t only
+        samples, error = noise - u_of(net, noise, r_sample, one), relative(u_of(net, z, r_error, t), exact)
+        results[rule] = Measured(samples, wasserstein(samples, truth), off_modes(samples), error)
+    return results
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def table(found: list[dict[str, Measured]]) -> str:
+def table(results: list[dict[str, Measured]]) -> str:
     """A line per rule: mean over the seeds, with the smallest and the largest."""
 
     def cell(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -148,8 +148,8 @@ def table(found: list[dict[str, Measured]]) -> str:
         return f"{middle} ({low} to {high})"
 
     lines = ["| one-step samples of | distance (W2) | off the modes, % | u off by, % |", "|---|---|---|---|"]
-    for name in found[0]:
-        rows = [one[name] for one in found]
+    for name in results[0]:
+        rows = [result[name] for result in results]
         cells = cell([m.distance for m in rows]), cell([m.off for m in rows], 100, 1)
         error = cell([m.error for m in rows], 100, 0) if any(m.error for m in rows) else ""
         lines.append(f"| {name} | {' | '.join(cells)} | {error} |")
@@ -164,8 +164,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for toy_*.png (default docs)")
     parser.add_argument("--steps", type=int, default=4000, help="training steps of each network (default 4000)")
     parser.add_argument("--points", type=int, default=2000, help="samples to compare (default 2000)")
-    parser.add_argument("--seeds", type=int, default=3, help="trials of everything (default 3)")
-    parser.add_argument("--adaptive-p", type=float, default=RECIPE.adaptive_p, help="of the loss's weight (default 0)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything (default 3)")
+    parser.add_argument(
+        "--adaptive-p", type=float, default=RECIPE.adaptive_p, help="exponent of the loss's weight (default 0)"
+    )
     args = parser.parse_args()
     if args.steps < 1 or args.points < 2 or args.seeds < 1 or args.adaptive_p < 0:
         raise UserError("--steps and --seeds must be at least 1, --points at least 2 and --adaptive-p at least 0")
@@ -174,14 +176,14 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = replace(RECIPE, adaptive_p=args.adaptive_p)
-    found = [
+    results = [
         compare({rule: train(rule, args.steps, seed, recipe) for rule in RULES}, args.points, seed)
         for seed in range(args.seeds)
     ]
-    print(table(found))
+    print(table(results))
     draw_fields(args.out / "toy_paths.png")
     draw_secant(args.out / "toy_secant.png")
-    draw_samples(args.out / "toy_samples.png", {name: (m.samples, m.distance) for name, m in found[0].items()})
+    draw_samples(args.out / "toy_samples.png", {name: (m.samples, m.distance) for name, m in results[0].items()})
     print(f"pictures: {args.out}/toy_paths.png, toy_secant.png, toy_samples.png")
 
 

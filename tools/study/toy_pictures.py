@@ -44,7 +44,7 @@ def draw_fields(path: Path) -> None:
 
 
 def draw_arrows(axis, t: float) -> None:
-    """Where the marginal velocity carries the points of time t, as time falls; the data behind."""
+    """Arrows of -v(z, t), the direction of motion as time falls, in front of the data."""
     side = torch.linspace(-3, 3, 19, dtype=torch.float64)
     z = torch.cartesian_prod(side, side)
     v = marginal_velocity(z, torch.full((len(z),), t, dtype=torch.float64))
@@ -74,10 +74,10 @@ def draw_secant(path: Path) -> None:
     save(figure, path)
 
 
-def draw_samples(path: Path, found: dict[str, tuple[Tensor, float]]) -> None:
-    """One-step samples by rule with their distance to the truth; of the truth, that to as many other real points."""
-    figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.4))
-    for axis, (name, (points, distance)) in zip(axes, found.items(), strict=True):
+def draw_samples(path: Path, results: dict[str, tuple[Tensor, float]]) -> None:
+    """One-step samples by rule with their distance to the truth; for the truth, that to as many other true points."""
+    figure, axes = plt.subplots(1, len(results), figsize=(3.1 * len(results), 3.4))
+    for axis, (name, (points, distance)) in zip(axes, results.items(), strict=True):
         plane(axis, f"{name}\nW2 {distance:.2f}")
         axis.scatter(*points.T, s=2, alpha=0.4, color=DATA if name == "truth" else PATH)
     save(figure, path)

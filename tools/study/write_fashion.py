@@ -2,8 +2,8 @@
 
     python tools/study/write_fashion.py --idx fashion-mnist --out data/fashion
 
-gives OUT/train/<class>/<number>.png (60,000) and OUT/test/... (10,000): 28x28 with two black pixels around, so
-32x32, RGB.
+gives OUT/train/<class>/<number>.png (60,000) and OUT/test/... (10,000), RGB, 28x28 padded with two black pixels on
+each side to 32x32.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def read_idx(path, shape):
             raise ValueError(f"its header is {header.tolist()}")
         return np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(header[1], *shape)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is no file of Fashion-MNIST ({error}); download it again") from None
+        raise UserError(f"{str(path)!r} is not a Fashion-MNIST file ({error}); download it again") from None
 
 
 if __name__ == "__main__":
