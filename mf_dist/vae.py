@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import Precision, computing_in
+from mf_dist.runtime.precision import Precision, compute_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -89,14 +89,14 @@ class Vae:
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> posterior mean and std (B, 2C, h, w) fp32, unscaled; input range is [-1, 1]."""
         x = (pixels.to(self.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with computing_in(self.precision, self.device):
+        with compute_precision(self.precision, self.device):
             posterior = self.model.encode(x).latent_dist
         return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8."""
-        with computing_in(self.precision, self.device):
+        with compute_precision(self.precision, self.device):
             return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
 
 

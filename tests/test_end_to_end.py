@@ -289,6 +289,15 @@ def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
     assert zygote.run(tmp_path / "log", command, script=ROOT / "tools/fid_eval.py") == [0]
     (entry,) = json.loads((tmp_path / "run/eval/metrics.json").read_text())
     assert entry["sampler"] == "euler"
+    assert (
+        "flow matching (meanflow.share_r_equals_t=1), whose samples in 3 steps are blurred"
+        in (tmp_path / "log").read_text()
+    )
+    for nfe, expected in ((1, "in 1 step are about the mean image of their class"), (8, None)):
+        out = tmp_path / f"log{nfe}"
+        command = ["--checkpoint", tmp_path / "run", "--nfe", nfe, "--class", 3, "--out", tmp_path / "grid.png"]
+        assert zygote.run(out, command, script=ROOT / "tools/sample.py") == [0]
+        assert expected in out.read_text() if expected else "warning" not in out.read_text()
 
 
 @pytest.mark.dist

@@ -117,7 +117,7 @@ def diff(args):
 
 def prune(args):
     from mf_dist.checkpoint.reader import open_checkpoint
-    from mf_dist.checkpoint.writer import Retention, remove
+    from mf_dist.checkpoint.writer import Retention, remove_checkpoint
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
     from mf_dist.training.resume import measured_ema_decays
@@ -140,7 +140,7 @@ def prune(args):
     for folder in rules.removable([checkpoint.folder for checkpoint in valid]):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
-            remove(folder)
+            remove_checkpoint(folder)
     return 0
 
 

@@ -163,6 +163,9 @@ def measure_model(args, ranks):
     side = args.resolution or trained.generator.resolution
     reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
     grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
+    for times in grids if ranks.is_rank_zero else []:
+        if warning := trained.generator.warning_of_few_steps(len(times) - 1):
+            print(warning, file=sys.stderr, flush=True)
     blocks = [measure_times(args, trained, times, network, reference, ranks, out) for times in grids]
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:

@@ -42,6 +42,8 @@ def main() -> None:
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:
         raise UserError(f"--class {wrong[0]} is not in 0..{known - 1}")
+    if warning := trained.generator.warning_of_few_steps(args.nfe):
+        print(warning, file=sys.stderr)
     trained.generator.grid([args.nfe], args.seed, args.out, trained.class_names, args.classes)
     print(f"{trained.checkpoint.folder}, {args.nfe} network calls an image: {args.out}")
 

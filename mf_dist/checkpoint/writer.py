@@ -220,7 +220,7 @@ class Retention:
         save; an error here does not make the save a failure."""
         try:
             for old in self.removable([path for path in step_folders(root) if path.name <= latest.name]):
-                remove(old)
+                remove_checkpoint(old)
         except Exception as error:
             print(f"warning: cannot remove older checkpoints ({error!r})", file=sys.stderr, flush=True)
 
@@ -252,7 +252,7 @@ class Retention:
         return [(value, step) for nfe, value, step in rows if nfe == min(rows)[0]]
 
 
-def remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint after renaming it, so that no partial one keeps its name; on failure it stays."""
     renamed = folder.with_suffix(".tmp")
     try:

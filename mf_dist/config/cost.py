@@ -14,7 +14,7 @@ GPUS_PER_NODE = 8
 BUS_WITHIN, BUS_BETWEEN = 300e9, 200e9
 """Assumed bytes/s that a rank sends in a collective within a node and between nodes: two thirds of NVLink 4's 450 GB/s,
 half of eight 400 Gbit/s network cards. The preflight measures the actual rates of a cluster."""
-REUSED = 10**9
+MAX_REUSED_WEIGHTS = 10**9
 """Largest number of weights that DeepSpeed's ZeRO-3 keeps gathered for later passes (stage3_max_reuse_distance)."""
 FEW_ROWS = 16
 """Rows per GPU below which the matrix products are too small to use it fully."""
@@ -75,7 +75,7 @@ def payload(config: Config, accumulation: int) -> dict[str, int]:
     count, stage = parameters(config.model), config.engine.zero_stage
     weights = (2 if config.engine.precision == "bf16" else 4) * count
     if stage == 3:
-        passes = (4 if config.meanflow.guided else 3) if count > REUSED else 1
+        passes = (4 if config.meanflow.guided else 3) if count > MAX_REUSED_WEIGHTS else 1
         return {"reduce-scatter": 4 * count * accumulation, "all-gather": passes * weights * accumulation}
     return {"all-reduce": 4 * count * (accumulation if stage == 2 else 1), "all-gather": weights}
 

@@ -31,7 +31,7 @@ from mf_dist.fault_tolerance.tool_status import count_finished_unit
 from mf_dist.runtime.atomic_files import write_json, write_npz
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import one_thread
+from mf_dist.runtime.precision import single_cpu_thread
 from mf_dist.runtime.progress import progress
 
 BLOCK = 50
@@ -85,7 +85,7 @@ class Blocks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class EachPart:
+class RepeatableParts:
     """One array block by block, as an iterable that can be iterated repeatedly."""
 
     def __init__(self, blocks: Blocks, name: str) -> None:
@@ -129,7 +129,7 @@ def compute_blocks(
     own_blocks = range(ranks.rank, total, ranks.world_size)
     with raise_on_all_ranks(ranks):
         missing = {number for number in own_blocks if not _is_complete(folder, number)}
-    with one_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_rank_zero) as bar:
+    with single_cpu_thread(ranks.device), progress(source.count, "img", f"{name} on rank 0", ranks.is_rank_zero) as bar:
         bar.update(min(source.count, (len(own_blocks) - len(missing)) * block * ranks.world_size))
         for begin in range(0, total, BLOCKS_PER_CHECK * ranks.world_size):
             with raise_on_all_ranks(ranks):

@@ -24,7 +24,7 @@ from mf_dist.objectives.sampler import uniform_grid
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import Precision, one_thread
+from mf_dist.runtime.precision import Precision, single_cpu_thread
 from mf_dist.sampling.generator import ImageGenerator, Samples, build_network
 from mf_dist.vae import Vae
 
@@ -84,7 +84,7 @@ class TrainingEvaluation:
         samples = Samples(generator, count, uniform_grid(nfe), settings.labels, settings.training_seed, {})
         sums = FeatureSums(self.real.mean)
         generator.seconds.clear()
-        with raise_on_all_ranks(ranks), one_thread(ranks.device):
+        with raise_on_all_ranks(ranks), single_cpu_thread(ranks.device):
             for number in range(ranks.rank, number_of_blocks(count, BLOCK), ranks.world_size):
                 pixels, _ = samples.read(number * BLOCK, (number + 1) * BLOCK)
                 features_start = time.perf_counter()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mf_dist.data.images import Pixels
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import computing_in
+from mf_dist.runtime.precision import compute_precision
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +54,7 @@ class FeatureNetwork(ABC):
             raise UserError(
                 f"features {self.name!r} take images of side {self.resolution}, got {pixels.shape[2]}x{pixels.shape[3]}"
             )
-        with computing_in("fp32", self.device):
+        with compute_precision("fp32", self.device):
             tensors = self.compute(torch.from_numpy(pixels).to(self.device))
         features = Features(*(tensor.float().cpu().numpy() for tensor in tensors))
         if not all(np.isfinite(part).all() for part in features):

@@ -18,7 +18,7 @@ from mf_dist.evaluation.sources import NpzImages, Source, open_source
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import one_thread
+from mf_dist.runtime.precision import single_cpu_thread
 
 PACKAGES = ("torch-fidelity", "torchvision", "scipy", "pillow")
 
@@ -138,7 +138,7 @@ def measure(
         kinds = choose_kinds(settings.kinds, network, reference, source.count) if reference is not None else ()
     blocks = compute_blocks(source, network, ranks, work, name, settings.block, settings.resume, keep_pixels)
     features_end = time.perf_counter()
-    with threadpool_limits(1 if settings.exact else None), one_thread(ranks.device):
+    with threadpool_limits(1 if settings.exact else None), single_cpu_thread(ranks.device):
         pooled, spatial = gaussians(blocks, network, ranks, settings.exact)
         values.seconds["statistics"] = time.perf_counter() - features_end
         with raise_on_all_ranks(ranks):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mf_dist.evaluation.blocks import Blocks, EachPart, number_of_blocks
+from mf_dist.evaluation.blocks import Blocks, RepeatableParts, number_of_blocks
 from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
@@ -91,7 +91,7 @@ def gaussians(
         dimension = network.dimension if name == "pooled" else network.spatial_dimension
         if exact or blocks.count <= dimension:
             with raise_on_all_ranks(ranks):
-                results.append(exact_gaussian(EachPart(blocks, name), dimension) if ranks.is_rank_zero else None)
+                results.append(exact_gaussian(RepeatableParts(blocks, name), dimension) if ranks.is_rank_zero else None)
             continue
         with raise_on_all_ranks(ranks):
             sums = FeatureSums(next(blocks.parts(name, range(1))).mean(axis=0, dtype=np.float64))

@@ -30,7 +30,7 @@ class Stop(IntEnum):
     SIGUSR1 = 3
     SIGTERM = 4
 
-    def words(self, stop_file: Path) -> str:
+    def describe(self, stop_file: Path) -> str:
         return {
             Stop.NO: "",
             Stop.TIME: "the time limit is near",

@@ -11,7 +11,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @contextmanager
-def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
+def compute_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     """torch's default allows TF32 in convolutions but not in matrix products; here in both or in neither."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -23,7 +23,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
+def single_cpu_thread(device: torch.device) -> Iterator[None]:
     """On a CPU: the last bits of a convolution depend on the number of threads, and results must not depend on the
     machine. Use more processes instead."""
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ from mf_dist.models.dit import DiT
 from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.precision import Precision, computing_in, one_thread
+from mf_dist.runtime.precision import Precision, compute_precision, single_cpu_thread
 from mf_dist.vae import Vae
 
 GRID_BATCH = 50
@@ -32,6 +32,8 @@ GRID_BATCH = 50
 GRID_COLUMNS = 8
 IMAGENET_GRID = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes shown in the figures of iMF and DiT."""
+FEW_FLOW_STEPS = 8
+"""With fewer Euler steps, samples of flow matching are visibly blurred (docs/experiments.md)."""
 
 
 def build_network(model: ModelConfig, seed: int) -> DiT:
@@ -80,7 +82,7 @@ class ImageGenerator:
     def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
         """noise (B, C, S, S), labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
         start = time.perf_counter()
-        with computing_in(self.precision, self.device):
+        with compute_precision(self.precision, self.device):
             x = self._sample(self.net, noise.to(self.device), labels.to(self.device), times)
         if not x.isfinite().all():  # also synchronises with the GPU
             raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
@@ -89,6 +91,16 @@ class ImageGenerator:
         self.seconds["sample"] += sampled - start
         self.seconds["decode"] += time.perf_counter() - sampled
         return pixels
+
+    def warning_of_few_steps(self, nfe: int) -> str | None:
+        """What `nfe` network calls per image will show, if the network knows velocities only and they are too few."""
+        if not self.is_flow or nfe >= FEW_FLOW_STEPS:
+            return None
+        shown = "about the mean image of their class" if nfe == 1 else "blurred"
+        return (
+            f"warning: this run is flow matching (meanflow.share_r_equals_t=1), whose samples in {nfe} "
+            f"step{'s' * (nfe > 1)} are {shown}; use --nfe 25 or more, or a MeanFlow run"
+        )
 
     def draw(self, indices: range, labels: str, seed: int) -> tuple[Tensor, Tensor]:
         """Noise (B, C, S, S) and labels (B,) of the samples `indices`; `labels` is 'random' or 'balanced'."""
@@ -112,7 +124,7 @@ class ImageGenerator:
         noise, _ = self.draw(range(len(classes) * columns), "random", seed)
         y = torch.tensor(classes).repeat_interleave(columns)
         batches = list(zip(noise.split(GRID_BATCH), y.split(GRID_BATCH), strict=True))
-        with one_thread(self.device):
+        with single_cpu_thread(self.device):
             groups = [
                 np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
             ]

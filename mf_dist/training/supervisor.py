@@ -106,7 +106,7 @@ class Supervisor:
         if self.ranks.is_rank_zero:
             if self.root.is_dir():
                 self.root.touch()  # tools/fid_eval.py uses the run that ended last
-            where, reason = f"step {self.step} ({images} images)", stop.words(self.stop_agreement.stop_file)
+            where, reason = f"step {self.step} ({images} images)", stop.describe(self.stop_agreement.stop_file)
             stopped_by = {"stopped_by": stop.name} if stop else {}
             self.status.end("stopped" if stop else "finished", self.step, reason, **stopped_by)
             self._info(f"stopped at {where}: {reason}" if stop else f"finished at {where}")

@@ -151,7 +151,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_cost_model(zygote, config, tmp_p
     from mf_dist.data.shards import read_manifest
 
     if reuse == "no-reuse":
-        monkeypatch.setattr(cost, "REUSED", 0)
+        monkeypatch.setattr(cost, "MAX_REUSED_WEIGHTS", 0)
     out, overrides = tmp_path / "bytes.json", [*overrides, "train.total_images=48", "model.hidden_size=384"]
     assert zygote.run(tmp_path / "log", [out, reuse, config, *overrides], 2, script=BYTES) == [0, 0]
     loaded = load_config(str(config), overrides)

@@ -68,13 +68,13 @@ class Part:
 
 def distances(args, network, ranks, work):
     """(series, strength, distance) of every row."""
-    from mf_dist.evaluation.blocks import EachPart, compute_blocks
+    from mf_dist.evaluation.blocks import RepeatableParts, compute_blocks
     from mf_dist.evaluation.sources import open_source
     from mf_dist.evaluation.statistics import exact_gaussian, frechet_distance
 
     def gaussian(part):
         blocks = compute_blocks(part, network, ranks, work, "part")
-        return exact_gaussian(EachPart(blocks, "pooled"), network.dimension)
+        return exact_gaussian(RepeatableParts(blocks, "pooled"), network.dimension)
 
     source = open_source(args.images, network.resolution or args.resolution)
     reference = gaussian(Part(source, 0, 2, args.count))
