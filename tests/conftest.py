@@ -1,5 +1,6 @@
 """Shared helpers and fixtures; small real datasets, encoded once per session with the shipped VAE."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,19 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parent.parent
 VAE = ROOT / "mf_dist/assets/digits-vae"
 FEATURES = ROOT / "mf_dist/assets/digits-features"
+
+
+def pytest_configure(config):
+    """Tests run on the CPU, also where there are GPUs: two ranks cannot share one. make test-gpu uses them."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def repository_files(folder: str, pattern: str, at_least: int) -> list[Path]:
+    """All below a folder of the repository; fails where there are so few that the scan must have missed them."""
+    found = sorted((ROOT / folder).rglob(pattern))
+    assert len(found) >= at_least, f"{folder} has {len(found)} files {pattern}: does this look at the right place?"
+    return found
 
 
 def run_python(*arguments: object, expect: int = 0, cwd: Path = ROOT, env: dict | None = None, timeout: int = 300):

@@ -62,8 +62,8 @@ def parse():
         "--statistics",
         choices=("exact", "streaming"),
         default="exact",
-        help="exact: the same bits for any number of"
-        " processes; streaming: each sums its share, equal to 1e-9 (default exact)",
+        help="exact: the same bits for any number of processes; streaming: each sums its share, equal to 1e-9 "
+        "(default exact)",
     )
     add("--resolution", type=int, help="centre crop of --images and of real images (default: as they are)")
     add("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")

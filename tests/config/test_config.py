@@ -8,7 +8,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, repository_files
 
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.schema import Config, MeanFlowConfig, load_config, resolve
@@ -127,7 +127,7 @@ def test_manifest_completes_the_config_and_must_match(latents):
         resolve(config, None, 1)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", repository_files("configs", "*.yaml", 11), ids=lambda path: path.stem)
 def test_shipped_configs_resolve_and_have_a_header(path):
     shape = [] if path.stem.startswith("imagenet") else LATENT
     resolve(load_config(str(path), shape), None, 8 if path.stem.startswith("imagenet") else 1)

@@ -22,9 +22,9 @@ def stage(folder, stage_dir):
 
 
 def test_staged_shards_are_read_and_equal(copy, latents, tmp_path):
-    shards, whole = LatentShards(copy, stage_dir=str(tmp_path / "near")), LatentShards(latents)
+    shards, whole = LatentShards(copy, stage_dir=str(tmp_path / "staged")), LatentShards(latents)
     assert np.array_equal(shards[70][0], whole[70][0])  # from the shared disk
-    assert stage(copy, tmp_path / "near")[-1] == f"staged 3 of 3 shards in {tmp_path / 'near'}"
+    assert stage(copy, tmp_path / "staged")[-1] == f"staged 3 of 3 shards in {tmp_path / 'staged'}"
     for i in range(1200):  # it looks for copies every 1000 reads
         shards[i % 150]
     assert shards._staged == {0, 1, 2}
@@ -35,10 +35,10 @@ def test_staged_shards_are_read_and_equal(copy, latents, tmp_path):
 
 
 def test_a_second_process_reuses_staged_shards(copy, tmp_path):
-    stage(copy, tmp_path / "near")
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "near").iterdir()}
-    assert len(stamps) == 3 and stage(copy, tmp_path / "near")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "near").iterdir()} == stamps
+    stage(copy, tmp_path / "staged")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").iterdir()}
+    assert len(stamps) == 3 and stage(copy, tmp_path / "staged")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").iterdir()} == stamps
 
 
 def test_a_damaged_shard_is_not_staged(copy, tmp_path):
@@ -46,40 +46,42 @@ def test_a_damaged_shard_is_not_staged(copy, tmp_path):
     raw = bytearray((copy / "shard-00001.tar").read_bytes())
     raw[3000] ^= 1
     (copy / "shard-00001.tar").write_bytes(raw)
-    assert "shard-00001.tar has another sha256 than the manifest" in stage(copy, tmp_path / "near")[-1]
-    assert [path.name for path in (tmp_path / "near").iterdir()] == [staged_path(tmp_path, manifest["shards"][0]).name]
+    assert "shard-00001.tar has another sha256 than the manifest" in stage(copy, tmp_path / "staged")[-1]
+    assert [path.name for path in (tmp_path / "staged").iterdir()] == [
+        staged_path(tmp_path, manifest["shards"][0]).name
+    ]
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped"])
 def test_a_damaged_copy_is_staged_again(copy, latents, tmp_path, damage):
     """As after a power cut. Until then readers use the shared disk, or name the damaged copy."""
-    near, shard = tmp_path / "near", LatentShards(copy).manifest["shards"][1]
-    stage(copy, near)
-    raw = bytearray(staged_path(near, shard).read_bytes())
+    staged, shard = tmp_path / "staged", LatentShards(copy).manifest["shards"][1]
+    stage(copy, staged)
+    raw = bytearray(staged_path(staged, shard).read_bytes())
     raw[LatentShards(copy)._indices[1].offsets[3]] ^= 1
-    staged_path(near, shard).write_bytes(b"" if damage == "empty" else raw)
+    staged_path(staged, shard).write_bytes(b"" if damage == "empty" else raw)
     if damage == "empty":
-        assert np.array_equal(LatentShards(copy, stage_dir=str(near))[63][0], LatentShards(latents)[63][0])
+        assert np.array_equal(LatentShards(copy, stage_dir=str(staged))[63][0], LatentShards(latents)[63][0])
     else:
         with pytest.raises(UserError, match=rf"{shard['sha256']}.tar: sample 000000063 .*remove that copy"):
-            LatentShards(copy, stage_dir=str(near))[63]
-    stage(copy, near)
-    assert staged_path(near, shard).read_bytes() == (copy / shard["name"]).read_bytes()
+            LatentShards(copy, stage_dir=str(staged))[63]
+    stage(copy, staged)
+    assert staged_path(staged, shard).read_bytes() == (copy / shard["name"]).read_bytes()
 
 
 def test_two_jobs_stage_into_one_folder(copy, tmp_path):
-    manifest, near, messages = LatentShards(copy).manifest, tmp_path / "near", []
-    jobs = [Staging(copy, manifest, near, messages.append) for _ in range(2)]
+    manifest, staged, messages = LatentShards(copy).manifest, tmp_path / "staged", []
+    jobs = [Staging(copy, manifest, staged, messages.append) for _ in range(2)]
     for job in jobs:
         job.wait()
-    assert messages.count(f"staged 3 of 3 shards in {near}") == 2 and not any("warning" in line for line in messages)
-    assert sorted(p.name for p in near.iterdir()) == sorted(f"{s['sha256']}.tar" for s in manifest["shards"])
+    assert messages.count(f"staged 3 of 3 shards in {staged}") == 2 and not any("warning" in line for line in messages)
+    assert sorted(p.name for p in staged.iterdir()) == sorted(f"{s['sha256']}.tar" for s in manifest["shards"])
 
 
 def test_a_full_disk_and_an_invalid_folder_are_warnings(copy, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("mf_dist.data.staging.shutil.disk_usage", lambda path: usage)
-    assert "GiB free, the shards need" in stage(copy, tmp_path / "near")[-1]
+    assert "GiB free, the shards need" in stage(copy, tmp_path / "staged")[-1]
     (tmp_path / "file").write_text("")
     assert stage(copy, tmp_path / "file")[-1].startswith("warning: staging stopped")
 

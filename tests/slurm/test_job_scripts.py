@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, repository_files
 
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "slurm/site.env.example", ROOT / "tests/slurm/node.sh"]
+SCRIPTS = [*repository_files("slurm", "*.sh", 6), ROOT / "slurm/site.env.example", ROOT / "tests/slurm/node.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -86,7 +86,8 @@ def report(name, vae, exact, pixels, seconds, flops, peak):
     a, b = vae.encode(pixels), exact.encode(pixels)
     print(
         f"{name:16}{rate:9.1f} images/s ({rates[0]:.1f} to {rates[-1]:.1f}), {rate * flops / 1e12:.2f} TFLOP/s, "
-        f"{rate * flops / peak:.0%} of the peak {peak / 1e12:.2f}; error {((a - b).norm() / b.norm()).item():.1e}"
+        f"{rate * flops / peak:.0%} of a matrix product's {peak / 1e12:.2f}; "
+        f"error {((a - b).norm() / b.norm()).item():.1e}"
     )
 
 
