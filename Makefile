@@ -1,6 +1,7 @@
 # make demo   the main job on real digits, offline, about 6 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
 # make test-slurm   jobs on a real SLURM that is set up here (root and apt; else skipped): about 20 minutes
+# make test-simcuda   the programs on simulated GPUs (needs g++), about 3 minutes;  make test-gpu   the same on real ones
 # make torture   every trial of kill -9 and the other faults (docs/reliability.md), about half an hour
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -11,7 +12,7 @@ MIN_SVC ?= 0.95
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
-.PHONY: install demo test test-dist test-slurm test-slurm-ci torture check format clean
+.PHONY: install demo test test-dist test-slurm test-slurm-ci test-simcuda test-gpu torture check format clean
 install: .venv/installed
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -49,6 +50,13 @@ test-slurm: install
 # submit, the time limit's signal, a lost node; and every script as sbatch sees it
 test-slurm-ci: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm_ci -rs --durations=0 tests/slurm
+
+# programs on simulated GPUs; and the same, and the kernels, on those of this machine
+test-simcuda: install
+	$(TEST) -m simcuda -rs --durations=5 tests/simcuda
+
+test-gpu: install
+	$(PY) -m pytest -m gpu -rs --durations=5 tests/simcuda tests/models
 
 torture: install
 	TORTURE=1 $(PY) -m pytest -m dist -s tests/distributed/test_faults.py tests/distributed/test_soak.py

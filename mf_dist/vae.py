@@ -15,6 +15,8 @@ from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, compute_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DECODED_PIXELS = 50 * 256 * 256
+"""Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them (docs/performance.md)."""
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
@@ -95,9 +97,12 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8."""
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8; in equal parts where one pass would take too much
+        memory. The parts depend on the size of the images only, so that their bits do too."""
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] * self.reduction**2
         with compute_precision(self.precision, self.device):
-            return to_pixels(self.model.decode(x.to(self.device) / self.scaling_factor).sample)
+            parts = (x.to(self.device) / self.scaling_factor).chunk(-(-pixels // DECODED_PIXELS))
+            return torch.cat([to_pixels(self.model.decode(part).sample) for part in parts])
 
 
 class _InFp32(torch.nn.Module):

@@ -36,6 +36,8 @@ export SLURM_EXPORT_ENV=ALL                  # srun passes all of this on, also 
 export PYTHONUNBUFFERED=1                    # the last output of a killed rank is in its log
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else every rank starts one thread per core
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # reasons of failures only
+# torch.compile starts up to 32 processes for every rank
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$((cpus / (NPROC_PER_NODE > 0 ? NPROC_PER_NODE : 8) + 1))}
 
 # ---- signals: recorded here, passed on to the ranks, which save at their next step
 asked='' # the signal that told this job to stop

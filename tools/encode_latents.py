@@ -92,13 +92,11 @@ def main() -> None:
     import torch
 
     from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
+    from mf_dist.runtime.distributed import choose_device
     from mf_dist.vae import Vae
 
-    if torch.cuda.is_available():
-        device = torch.device("cuda", rank_from_environment().local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = choose_device(rank_from_environment().local_rank)
+    if device.type == "cpu":
         torch.set_num_threads(1)  # it affects a convolution's last bits, and the bytes of shards must not vary
     compiled = device.type == "cuda" if args.compile is None else args.compile
     vae = Vae(args.vae, device, precision=args.precision, compiled=compiled)

@@ -29,15 +29,12 @@ def main() -> None:
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .png")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    import torch
-
     from mf_dist.checkpoint.reader import find_checkpoint, newest_run
+    from mf_dist.runtime.distributed import choose_device
     from mf_dist.sampling.generator import load_trained_model
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained_model(
-        find_checkpoint(args.checkpoint or newest_run(Path("runs"))), args.ema, args.vae, device
-    )
+    checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
+    trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0))
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:
@@ -45,7 +42,7 @@ def main() -> None:
     if warning := trained.generator.warning_of_few_steps(args.nfe):
         print(warning, file=sys.stderr)
     trained.generator.grid([args.nfe], args.seed, args.out, trained.class_names, args.classes)
-    print(f"{trained.checkpoint.folder}, {args.nfe} network calls an image: {args.out}")
+    print(f"{trained.checkpoint.folder}, {args.nfe} network calls per image: {args.out}")
 
 
 if __name__ == "__main__":

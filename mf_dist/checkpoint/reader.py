@@ -11,11 +11,12 @@ A folder is written as NAME.tmp, synced, then renamed (writer.py): one without a
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,6 +51,16 @@ class Checkpoint:
     def load(self, kind: str) -> dict[str, Tensor]:
         """Tensors by parameter name; `kind`: master, exp_avg, exp_avg_sq or ema-DECAY."""
         return load_tensors(self.folder / f"{kind}.safetensors")
+
+    def each(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, tensor) one by one, so that no whole kind has to fit into memory."""
+        path = self.folder / f"{kind}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no dict
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path} as safetensors: {error}") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -138,9 +138,13 @@ class EngineConfig:
     jvp_precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of the JVP pass if precision is bf16 (docs/performance.md: its effect on the target)."""
     compile: bool = True
-    """torch.compile: the whole step as one graph; block by block at ZeRO-3, whose hooks break graphs."""
+    """torch.compile: the step as one graph and the optimizer's update as another; at ZeRO-3 the step block by block,
+    cut further by its hooks."""
     checkpoint_activations: bool = False
     """Recompute each block in backward instead of saving its activations: less memory, one more forward."""
+    deterministic: bool = False
+    """On a GPU: only kernels whose sums have a fixed order, so that the same state and data give the same bits; slower.
+    A CPU is deterministic anyway."""
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,14 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
     """The result of one node. problems: one line each, none if it is fit to train."""
     import torch
 
+    from mf_dist.runtime.distributed import check_host_name
     from mf_dist.runtime.environment import versions
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
     checks = {
         "GPUs": lambda: _check_gpus(gpus),
+        "host name": check_host_name if ranks > max(1, gpus) else lambda: None,
         "shards": lambda: _check_shards(config),
         "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=False)),
         "staging": lambda: _check_scratch(config),

@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-BLOCK_QUERIES = 128
-BLOCK_KEYS = 32
 WARPS = 8
-"""Of the block sizes tried, these spill the fewest registers on sm_80 and sm_90, by ptxas -v (docs/performance.md)."""
+
+
+def block_sizes(dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and keys per block. Of those tried, bf16's spill the fewest registers on sm_80 and sm_90, by ptxas -v
+    (docs/performance.md); in fp32 a block of these sizes would not fit into shared memory."""
+    return (64, 16) if dtype == torch.float32 else (128, 32)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def _attend(
     do_ptr,
     heads,
     tokens,
-    scale,
+    scale: tl.constexpr,  # as an argument it is a double where torch.compile launches the kernel
     SIZE: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -122,9 +125,9 @@ def _launch(kernel: Any, qkv: Tensor, dqkv: Tensor, num_heads: int) -> tuple[Ten
     size = width // num_heads
     qkv, dqkv = qkv.contiguous(), dqkv.contiguous()
     o, do = qkv.new_empty(rows, tokens, width), qkv.new_empty(rows, tokens, width)
-    head, tail = _cut(size)
-    kernel[(triton.cdiv(tokens, BLOCK_QUERIES), rows * num_heads)](
-        qkv, dqkv, o, do, num_heads, tokens, size**-0.5, size, head, tail, BLOCK_QUERIES, BLOCK_KEYS, num_warps=WARPS
+    (head, tail), (queries, keys) = _cut(size), block_sizes(qkv.dtype)
+    kernel[(triton.cdiv(tokens, queries), rows * num_heads)](
+        qkv, dqkv, o, do, num_heads, tokens, size**-0.5, size, head, tail, queries, keys, num_warps=WARPS
     )
     return o, do
 

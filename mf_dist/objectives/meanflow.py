@@ -88,7 +88,7 @@ def log_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n
     names = ["raw_loss_r_equals_t", "raw_loss_r_below_t", "loss", "v_loss", "du_dt_norm"]
     counts = [n_eq, n_lt, len(s), len(s), n_lt]
     return {
-        name: torch.stack([total.float(), total.new_tensor(n)])
+        name: torch.stack([total.float(), torch.full_like(total, n, dtype=torch.float)])
         for name, total, n in zip(names, sums, counts, strict=True)
     }
 

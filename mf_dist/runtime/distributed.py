@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mf_dist.runtime.errors import SharedError, UserError
 from mf_dist.runtime.launch import rank_from_environment
+
+DEVICE_FILES = Path("/dev")
+"""Where a driver shows its GPUs as nvidia0, nvidia1, ..."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,55 @@ class Ranks:
         return self.rank == 0
 
 
+def choose_device(local_rank: int) -> torch.device:
+    """The GPU of this rank, made current, or the CPU if the machine has no GPU or CUDA_VISIBLE_DEVICES hides all.
+
+    Raises UserError if the machine has a GPU that torch cannot use: it would silently compute on the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
+    if not is_hidden and (visible is not None or any(DEVICE_FILES.glob("nvidia[0-9]*"))):
+        reason = (
+            f"is a build for CUDA {torch.version.cuda}, whose driver is missing or too old (see nvidia-smi)"
+            if torch.version.cuda
+            else "is a build without CUDA; install the one for GPUs"
+        )
+        raise UserError(
+            f"this machine has a GPU that torch cannot use: torch {torch.__version__} {reason}. "
+            "To run on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
+        )
+    return torch.device("cpu")
+
+
+def check_host_name() -> None:
+    """Raises UserError where gloo, over several nodes, would give others an address that leads back to themselves."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return  # gloo then takes an interface of its own choice
+    if address.startswith("127."):
+        raise UserError(
+            f"{socket.gethostname()} resolves to {address}, which other nodes cannot reach: set GLOO_SOCKET_IFNAME to "
+            "the network interface between the nodes (in slurm/site.env), or correct /etc/hosts"
+        )
+
+
 @contextmanager
 def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
     a rank may wait for the others in one operation."""
     rank, world_size, local_rank = rank_from_environment()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device = choose_device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed uses the GPU of this number: not the local rank where each rank sees only its own
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        check_host_name()
     if world_size > 1:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:

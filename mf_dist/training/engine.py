@@ -1,7 +1,7 @@
 """DeepSpeed engine around the loss. The only module that imports DeepSpeed.
 
 State is exchanged as full fp32 tensors by parameter name, independent of world size and ZeRO stage. Only
-`_create_states` and `load_state` use DeepSpeed's internals (0.19.8) for this.
+`_create_states` and `_set_partition` use DeepSpeed's internals (0.19.8) for this.
 """
 
 import contextlib
@@ -10,7 +10,10 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mf_dist.config.schema import Config
+from mf_dist.fault_tolerance.watchdog import process_group_timeout
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError
@@ -34,6 +38,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -51,15 +57,74 @@ def _forbid_shared_memory_build() -> None:
         __compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _read_memory_by_torch() -> None:
+    """DeepSpeed asks NVML for free memory where nvidia-ml-py is installed, and takes CUDA_VISIBLE_DEVICES for a list of
+    numbers, which UUIDs and MIG names are not. Without NVML it asks torch."""
+    from deepspeed.accelerator import cuda_accelerator
+
+    cuda_accelerator.pynvml = None
+
+
+def _mask_without_a_copy() -> None:
+    """DeepSpeed marks a norm that is not finite by a -1 that it copies from pageable memory, for which the host waits
+    until the GPU has done all before."""
+    from deepspeed.runtime import utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def mask(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~norm.isfinite(), val)
+
+    for module in (utils, stage_1_and_2, stage3):
+        module.mask_nan_or_inf_with_val_inplace = mask
+
+
+def _set_time_limit(seconds: float) -> None:
+    """For DeepSpeed's copy of the world group, which runs all its collectives. torch's default for NCCL is 10 minutes,
+    after which it could abort a rank before the watchdog reports."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=seconds), deepspeed.utils.groups._clone_world_group())
+
+
+def _make_deterministic() -> None:
+    """On a GPU: attention and embedding backward without atomics, and reductions whose block sizes are not chosen by
+    timing at each start. Operations without such a form then raise RuntimeError."""
+    import torch._inductor.config as inductor
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid, one more write of every tensor
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
+    inductor.deterministic = True
+
+
+def _check_compiler() -> None:
+    """Raises UserError without the compiler that torch.compile calls: g++ on a CPU; on a GPU, Triton builds its driver
+    by a C compiler and Python.h at the first launch."""
+    if not torch.cuda.is_available():
+        needed, names = "a C++ compiler on a CPU: install g++", (os.environ.get("CXX", "g++"), "g++", "clang++")
+    else:
+        needed, names = "a C compiler for Triton: install gcc", (os.environ.get("CC", "gcc"), "gcc", "clang")
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.is_file():
+            raise UserError(
+                f"engine.compile=true needs {header} for Triton: install the python headers (python3-dev), or set "
+                "engine.compile=false"
+            )
+    if not any(map(shutil.which, names)):
+        raise UserError(f"engine.compile=true needs {needed}, or set engine.compile=false")
+
+
 def _compile(loss: MeanFlowLoss, stage: int) -> None:
     """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step."""
-    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++"]
-    if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
-        raise UserError("engine.compile=true needs a C++ compiler on a CPU: install g++, or set engine.compile=false")
+    _check_compiler()
     if stage < 3:  # only forward: DeepSpeed registers hooks on the module, which a graph cannot contain
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         return
-    for block in loss.net.blocks:  # ZeRO-3 gathers weights in hooks around each module, which break graphs
+    # ZeRO-3 gathers weights in hooks around each module. They break each block's graph at every linear, and torch gives
+    # up on a function, running it eagerly, after 8 versions: Linear.forward has more.
+    torch._dynamo.config.recompile_limit = 64
+    for block in loss.net.blocks:
         block.compile(dynamic=False)
 
 
@@ -94,20 +159,25 @@ class Engine:
     def __init__(self, loss: MeanFlowLoss, config: Config, ranks: Ranks) -> None:
         assert config.train.micro_batch is not None
         _forbid_shared_memory_build()
+        _read_memory_by_torch()
+        _mask_without_a_copy()
+        if config.engine.deterministic and ranks.device.type == "cuda":
+            _make_deterministic()
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
         self.guard = GradientGuard(config.optim)
         self.steps = 0
         """Optimizer steps completed since this engine was created, skipped ones included."""
         self._judged_step, self._factor = -1, 1.0
-        self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor)
+        self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor, config.engine.compile)
         self.kinds = (MASTER, *self._optimizer.states)
         """Kinds of tensors that a checkpoint holds for each parameter."""
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
             _compile(loss, self.stage)
-        check_same_on_all_ranks(loss.net.named_parameters(), "initial weights")
+        weights = ((name, p.to(ranks.device)) for name, p in loss.net.named_parameters())  # NCCL takes none on the CPU
+        check_same_on_all_ranks(weights, "initial weights")
         self._first_gradient: FirstGradientCheck | None = FirstGradientCheck(loss.net.patch_out.weight, self.is_bf16)
         with contextlib.redirect_stdout(io.StringIO()):  # discards its memory tables
             self._engine, *_ = deepspeed.initialize(
@@ -120,13 +190,15 @@ class Engine:
                     "gradient_accumulation_steps": self.accumulation,
                     "zero_optimization": {"stage": self.stage},
                     "zero_allow_untested_optimizer": True,
-                    "bf16": {"enabled": self.is_bf16, "check_grad_overflow": True},
+                    "bf16": {"enabled": self.is_bf16, "check_grad_overflow": False},  # the guard judges the norm
                     "communication_data_type": "fp32",
                     "data_types": {"grad_accum_dtype": "fp32"},
                     "gradient_clipping": config.optim.grad_clip,
                     "steps_per_print": 10**9,
+                    "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
                 },
             )
+        _set_time_limit(process_group_timeout(config.train.hang_seconds))
         self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
@@ -174,21 +246,39 @@ class Engine:
         kind = ema_name(decay)
         return {name: safe_get_full_optimizer_state(p, kind).float().cpu() for name, p in self._parameters()}
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-        """The inverse of `state`, from any world size and stage: tensors[kind][parameter name]. `step`: number
-        of optimizer steps made, without skipped ones."""
-        for name, p in self._parameters():
-            safe_set_full_fp32_param(p, tensors[MASTER][name])
-            for kind in self._optimizer.states:
-                safe_set_full_optimizer_state(p, tensors[kind][name], kind)
-            # the network computes with low-precision copies: without this, the first step would use the initial weights
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
-                if self.stage < 3 or torch.distributed.get_rank() == 0:
-                    p.data.copy_(tensors[MASTER][name])
-        for state in self._optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-        if self.stage < 3:  # at stage 3 each weight exists only once
+    def load_state(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """The inverse of `state`, for one kind, from any world size and stage: (parameter name, full tensor) of all
+        parameters, in any order, the same one on every rank."""
+        parameters = dict(self._parameters())
+        for name, tensor in tensors:
+            p = parameters[name]
+            if self.stage == 3:
+                self._set_partition(p, tensor, kind)
+            elif kind == MASTER:
+                safe_set_full_fp32_param(p, tensor)
+            else:
+                safe_set_full_optimizer_state(p, tensor, kind)
+            if kind == MASTER:  # without these copies, the first step would compute with the initial weights
+                with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
+                    if self.stage < 3 or torch.distributed.get_rank() == 0:
+                        p.data.copy_(tensor)
+        if kind == MASTER and self.stage < 3:  # at stage 3 each weight exists only once
             check_same_on_all_ranks(self._parameters(), "resumed weights")
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """After load_state: how many steps the optimizer has made, without skipped ones."""
+        for state in self._optimizer.state.values():
+            state["step"] = torch.tensor(float(steps))
+
+    def _set_partition(self, p: Any, tensor: Tensor, kind: str) -> None:
+        """At stage 3, this rank's partition of a parameter. The last one is padded, which safe_set_full_* forgets."""
+        size, first = p.ds_tensor.numel(), p.ds_tensor.numel() * torch.distributed.get_rank()
+        own = tensor.flatten()[first : first + size]
+        own = nn.functional.pad(own, (0, size - len(own)))
+        if kind == MASTER:
+            safe_set_local_fp32_param(p, own)
+        else:
+            safe_set_local_optimizer_state(p, own, kind)
 
     def _create_states(self) -> None:
         """Creates the optimizer states on the flat partitions, as the first step would: their memory is allocated at

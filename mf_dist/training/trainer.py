@@ -52,10 +52,12 @@ class Trainer:
         try:
             self._build_or_refuse()
             self._train()
-        except torch.OutOfMemoryError:
-            error = self._out_of_memory()
-            self._fail(str(error))
-            raise error from None
+        except RuntimeError as error:
+            explained = self._explained(error)
+            self._fail(str(explained) or type(error).__name__)
+            if explained is error:
+                raise
+            raise explained from None
         except UnrecordedError:
             raise
         except KeyboardInterrupt:
@@ -129,14 +131,13 @@ class Trainer:
             return
         checkpoint = open_checkpoint(step_folder(self.checkpoints, self.step), verify=False)  # rank 0 has verified it
         self.messages += check_config_changes(checkpoint, self._state(), self.allow_config_change)
-        tensors = {}
         for kind in self.engine.kinds:
             is_new = kind.startswith("ema-") and kind not in checkpoint.kinds()
-            tensors[kind] = checkpoint.load(MASTER if is_new else kind)
+            self.engine.load_state(kind, checkpoint.each(MASTER if is_new else kind))
             if is_new:
                 self.messages.append(f"{kind} is new: it starts from the weights of step {self.step}")
         self.engine.guard.load_state(checkpoint.state["guard"])
-        self.engine.load_state(tensors, self.step - self.engine.guard.skipped)
+        self.engine.set_optimizer_steps(self.step - self.engine.guard.skipped)
 
     def _open_log(self) -> None:
         if self.ranks.is_rank_zero:
@@ -282,6 +283,14 @@ class Trainer:
             if line.startswith(("warning", "config changed", "passed over")):
                 self.status.note(self.step, line.removeprefix("warning: "))
             self.logger.info(line)
+
+    def _explained(self, error: RuntimeError) -> RuntimeError | UserError:
+        """torch's errors that a setting causes and another avoids, as one line; others unchanged."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return self._out_of_memory()
+        if self.config.engine.deterministic and "deterministic implementation" in str(error):
+            return UserError(f"engine.deterministic=true: {str(error).splitlines()[0]}; set engine.deterministic=false")
+        return error
 
     def _out_of_memory(self) -> UserError:
         train, engine = self.config.train, self.config.engine

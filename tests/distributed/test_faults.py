@@ -100,6 +100,26 @@ def test_other_world_sizes_and_stages_continue_with_the_same_batches(zygote, who
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero3_resumes_where_ranks_do_not_divide_the_weights(zygote, config, tmp_path, precision):
+    """3 and 5 ranks, whose last partition is padded, from stages 1 and 2 and to them. A run that only loads and saves
+    keeps every bit of the weights' fp32 masters, moments and EMAs."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    batch = ["train.batch_size=60", f"engine.precision={precision}", "checkpoint.every_images=60", "checkpoint.keep=9"]
+    for images, ranks, stage in ((60, 1, 1), (120, 3, 3), (180, 5, 3), (240, 3, 2), (300, 5, 3), (360, 1, 1)):
+        options = [*batch, f"train.total_images={images}", f"engine.zero_stage={stage}"]
+        assert set(zygote.run(log, [config, *options], ranks)) == {0}, log.read_text()
+    assert zygote.run(log, [config, *batch, "train.total_images=360", f"run_dir={tmp_path / 'alone'}"]) == [0]
+    alone = losses(tmp_path / "alone")
+    for line, other in zip(losses(run), alone, strict=True):
+        assert line["raw_loss_r_below_t"] == pytest.approx(other["raw_loss_r_below_t"], rel=1e-4)
+    before = tensors(run, 6)
+    skip = [{"poison": "gradient", "step": 7, "rank": rank} for rank in range(3)]  # the step is left out: nothing moves
+    options = [*batch, "train.total_images=420", "engine.zero_stage=3"]
+    assert set(zygote.run(log, [config, *options], 3, skip)) == {0}, log.read_text()
+    assert largest_difference(tensors(run, 7), before) == 0
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient", "tangent"])
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_non_finite_numbers_on_one_rank_leave_the_step_out(zygote, config, tmp_path, where, stage, precision):

@@ -1,0 +1,71 @@
+"""What a training step does on a GPU, counted on a simulated one: kernels that compile, bytes, waits of the host."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import simcuda_build
+from conftest import ROOT
+
+pytestmark = pytest.mark.simcuda
+HERE = ROOT / "tests/simcuda"
+CONFIG = """
+run_dir: unused
+data: {path: none, num_workers: 0}
+model: {depth: 6, hidden_size: 384, num_heads: 6, patch_size: 2}
+meanflow: {omega: 0.5, kappa: 0.5, guidance_end: 0.75}
+train: {total_images: 96, batch_size: 8}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _device():
+    reason = simcuda_build.why_not()
+    if reason:
+        pytest.skip(f"no simulated GPU here: {reason}")
+    simcuda_build.load()
+
+
+def measure(program, *arguments, **variables) -> dict:
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{HERE}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **variables,
+    }
+    del env["CUDA_VISIBLE_DEVICES"]
+    command = [sys.executable, "-m", "simcuda", HERE / program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compiled_step(*arguments) -> dict:
+    return measure("measure_step.py", "--depth", 1, *arguments, SIMCUDA_COMPILED="1")
+
+
+@pytest.mark.parametrize(("latent", "rows"), [(32, 32), (64, 4)], ids=["256 tokens", "1024 tokens"])
+def test_the_step_compiles_for_sm_90(latent, rows):
+    """XL/2's layers; from 1024 tokens on with the fused attention. The host waits for nothing inside."""
+    step = compiled_step("--latent", latent, "--rows", rows)
+    assert step["graphs"] == 2 and step["waits"] == 0  # forward and backward
+    assert step["forward"]["launches"] > 0 and step["backward"]["launches"] > 0
+
+
+def test_a_deterministic_step_has_no_sum_in_an_order_of_chance():
+    """No atomic addition, and no reduction whose block size is chosen by timing; the other step has both."""
+    fast, fixed = compiled_step(), compiled_step("--deterministic")
+    assert fast["atomics"] > 0 and fast["timed"]
+    assert fixed["atomics"] == 0 and not fixed["timed"]
+
+
+@pytest.mark.parametrize(("stage", "allowed"), [(1, 2), (2, 1)])
+def test_the_host_waits_for_the_gradient_norm_alone(tmp_path, stage, allowed):
+    """Once for DeepSpeed's own look at it, where its optimizer takes one, once for the guard's."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    step = measure("measure_engine.py", tmp_path / "config.yaml", f"engine.zero_stage={stage}", "engine.compile=false")
+    assert step["waits"] == allowed, step["waited_for"]
+    assert all("norm" in line or "_gradient_factor" in line for line in step["waited_for"])
