@@ -42,14 +42,13 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
     """The result of one node. problems: one line each, none if it is fit to train."""
     import torch
 
-    from mf_dist.runtime.distributed import check_host_name
     from mf_dist.runtime.environment import versions
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     same = {**versions(), "cuda": str(torch.version.cuda), "device": device}
     checks = {
         "GPUs": lambda: _check_gpus(gpus),
-        "host name": check_host_name if ranks > max(1, gpus) else lambda: None,
+        "host name": _check_host_name,
         "shards": lambda: _check_shards(config),
         "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=False)),
         "staging": lambda: _check_scratch(config),
@@ -74,6 +73,14 @@ def _check_gpus(expected: int) -> None:
         ones = torch.ones(512, 512, device=f"cuda:{number}")
         if float((ones @ ones).sum()) != 512.0**3:
             raise UserError(f"GPU {number} computes a wrong product")
+
+
+def _check_host_name() -> None:
+    """In a job of several nodes, others must reach this one by the address of its name."""
+    from mf_dist.runtime.distributed import check_host_name
+
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+        check_host_name()
 
 
 def _check_shards(config: Config) -> None:

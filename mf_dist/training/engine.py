@@ -31,7 +31,8 @@ from mf_dist.training.optimizer import AdamWEma, ema_name
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-import deepspeed  # noqa: E402
+with contextlib.redirect_stdout(io.StringIO()):  # without nvcc it lists the kernels of its own that it cannot build
+    import deepspeed
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
     safe_get_full_grad,

@@ -9,7 +9,9 @@ from processes import write_config
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.dist
-WORKER, FAULTS, BYTES = (Path(__file__).with_name(f"worker_{name}.py") for name in ("gradients", "faults", "bytes"))
+WORKER, FAULTS, BYTES, TIME_LIMIT = (
+    Path(__file__).with_name(f"worker_{name}.py") for name in ("gradients", "faults", "bytes", "time_limit")
+)
 
 
 def flat(tensors):
@@ -94,6 +96,14 @@ def test_every_run_checks_its_ranks(zygote, tmp_path, reference, fault, message,
     codes = zygote.run(log, [reference[1], fault, *options], 2, script=FAULTS)
     assert codes == ([2, 2] if message else [0, 0])
     assert "error" not in log.read_text().lower() if message is None else message in log.read_text()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_watchdog_reports_before_any_collective_times_out(zygote, tmp_path, reference, stage):
+    options, log = [f"engine.zero_stage={stage}", "train.micro_batch=4", "train.hang_seconds=40"], tmp_path / "log"
+    assert zygote.run(log, [reference[1], *options], 2, script=TIME_LIMIT) == [0, 0], log.read_text()
+    world, deepspeeds = json.loads(log.read_text().splitlines()[-1])
+    assert world == deepspeeds > 40 * 10  # ten times as long in phases such as compiling
 
 
 @pytest.mark.parametrize(

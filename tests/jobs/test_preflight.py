@@ -30,6 +30,18 @@ def test_missing_gpus_are_named(copied_config):
     assert check_node(copied_config, gpus=8, ranks=2)["problems"] == ["GPUs: 0 GPUs visible, 8 expected"]
 
 
+@pytest.mark.parametrize(("address", "interface"), [("127.0.1.1", ""), ("127.0.1.1", "ib0"), ("10.0.0.7", "")])
+def test_a_name_that_leads_back_to_the_node_is_named(copied_config, monkeypatch, address, interface):
+    """Debian's /etc/hosts has it so; gloo would give it to the other nodes."""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    monkeypatch.setattr("socket.gethostbyname", lambda name: address)
+    (problem,) = check_node(copied_config, gpus=0, ranks=2)["problems"] or [""]
+    assert ("resolves to 127.0.1.1, which other nodes cannot reach: set GLOO_SOCKET_IFNAME" in problem) == (
+        address.startswith("127.") and not interface
+    )
+
+
 @pytest.mark.parametrize("fault", ["gone", "cut"])
 def test_shards_that_cannot_be_read_are_named(copied_config, tmp_path, fault):
     last = tmp_path / "latents/shard-00002.tar"

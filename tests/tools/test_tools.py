@@ -200,3 +200,14 @@ def test_decode_bench_finds_only_rounding_differences():
     done = run_python("tools/bench/bench_decode.py", "--width", 16, "--latent-size", 8, "--rounds", 1, "--eager")
     plain, last, bf16 = (line.split()[-2:] for line in done.stdout.splitlines()[1:4])
     assert plain == ["0.00%", "0"] and int(last[1]) <= 1 and float(last[0][:-1]) < 1 < float(bf16[0][:-1])
+
+
+def test_bench_optimizer():
+    lines = run_python("tools/bench/bench_optimizer.py", "--parameters", 100_000, "--rounds", 1).stdout.splitlines()
+    assert [line[:22].strip() for line in lines[1:]] == [
+        "limit",
+        "one after the other",
+        "ours, in pieces",
+        "ours, compiled",
+        "torch, fused, no EMA",
+    ]
