@@ -27,8 +27,8 @@ mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may mean the whole array
 job=${job:-$SLURM_JOB_ID}
 start=$job.${SLURM_RESTART_COUNT:-0}
-deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' -) # runs a program with the job's signals ignored
-here=()                                         # prefix that runs a program in the container on this node
+ignoring_signals=(bash -c 'trap "" USR1 TERM; exec "$@"' -) # runs a program with the job's signals ignored
+here=()                                                     # prefix that runs a program in the container on this node
 [ ${#CONTAINER[@]} = 0 ] || here=(srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}")
 
 # ---- environment of the ranks
@@ -40,7 +40,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}        # reasons of failures only
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$((cpus / (NPROC_PER_NODE > 0 ? NPROC_PER_NODE : 8) + 1))}
 
 # ---- signals: recorded here, passed on to the ranks, which save at their next step
-asked='' # the signal that told this job to stop
+stop_signal='' # the signal that told this job to stop
 ask_again() { # repeats a signal to the steps while this script lives, since a starting program may miss it
   while kill -0 $$ 2> /dev/null; do
     # scancel itself retries while a job changes state, and would hit the next start
@@ -49,15 +49,15 @@ ask_again() { # repeats a signal to the steps while this script lives, since a s
   done
 }
 on_usr1() {
-  [ -z "$asked" ] || return 0
+  [ -z "$stop_signal" ] || return 0
   say "SIGUSR1: the time limit is near; asking for a save"
-  asked=SIGUSR1
+  stop_signal=SIGUSR1
   ask_again USR1 &
 }
 on_term() {
-  [ "$asked" != SIGTERM ] || return 0
+  [ "$stop_signal" != SIGTERM ] || return 0
   say "SIGTERM: cancelled, preempted, or a node is lost"
-  asked=SIGTERM
+  stop_signal=SIGTERM
   ask_again TERM &
 }
 trap on_usr1 USR1
@@ -69,7 +69,7 @@ srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --gres=none --mem=0 --node
 listener=$!
 
 # ---- steps
-ours() { "${here[@]}" "${deaf[@]}" "$PYTHON" -m "$@"; } # runs a module of mf_dist on this node
+run_module() { "${here[@]}" "${ignoring_signals[@]}" "$PYTHON" -m "$@"; } # runs a module of mf_dist on this node
 
 within=()                   # prefix that ends a step that takes too long
 patience=$PREFLIGHT_SECONDS # seconds to wait until all nodes have joined
@@ -104,18 +104,19 @@ task() { # a tool and its arguments: one process on one node; the same call resu
   export MF_DIST_STATUS=${JOBS_DIR:-runs/jobs}/$job # status.json of the tool, for mf_dist.jobs.attempt
   [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$MF_DIST_STATUS/status.json" # left by an older job with the same id
   say "job $job start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(ours mf_dist.jobs.attempt begin --tool "$MF_DIST_STATUS")
+  read -r verdict reason < <(run_module mf_dist.jobs.attempt begin --tool "$MF_DIST_STATUS")
   if [ "$verdict" = go ]; then
     step "$PYTHON" "$@" || code=$?
     reason="srun ended with code $code before the tool said why"
-    read -r verdict reason < <(ours mf_dist.jobs.attempt end --tool "$MF_DIST_STATUS" --reason "$reason" --asked "$asked")
+    read -r verdict reason < <(run_module mf_dist.jobs.attempt end --tool "$MF_DIST_STATUS" --reason "$reason" \
+      --stop-signal "$stop_signal")
   fi
   conclude ''
 }
 
 requeue() { # nodes to exclude, or an empty string. SLURM then ends this script
   local before
-  [ "$asked" != SIGTERM ] || return # cancelled, or already requeued by SLURM
+  [ "$stop_signal" != SIGTERM ] || return # cancelled, or already requeued by SLURM
   trap '' TERM
   before=$(scontrol show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   [ "$before" != '(null)' ] || before=''
@@ -142,13 +143,13 @@ preflight() { # config, overrides: sets verdict (good, bad, failed, refused), ba
   local into=$run_dir/preflight/$start why='' within=(timeout --kill-after=30 "$PREFLIGHT_SECONDS")
   local patience=$((PREFLIGHT_SECONDS / 3)) # shorter than the step, so that ranks can report what they wait for
   # one node that fails early must not end the others, which would then have no result
-  step --kill-on-bad-exit=0 --wait=0 "${deaf[@]}" "$PYTHON" -m mf_dist.jobs.preflight node \
+  step --kill-on-bad-exit=0 --wait=0 "${ignoring_signals[@]}" "$PYTHON" -m mf_dist.jobs.preflight node \
     --into "$into" --gpus "${GPUS_PER_NODE:-$NPROC_PER_NODE}" --ranks "$ranks" "$@" || why=$(ended $?)
   judge
   [ "$verdict" = good ] || return
   check_network "$into" || why="the all-reduce over all nodes failed, $(ended $?)"
   judge
-  [ "$verdict" = failed ] && [ -z "$asked" ] || return
+  [ "$verdict" = failed ] && [ -z "$stop_signal" ] || return
   if [ "$nodes" = 2 ]; then
     reason="$reason; which of two nodes is to blame cannot be told"
   elif [ "$nodes" -gt 2 ]; then
@@ -178,7 +179,7 @@ pairs() { # neighbours in the ring of nodes, no node in two pairs at once
       fi
     done
     [ ${#pids[@]} = 0 ] || wait "${pids[@]}"
-    [ -z "$asked" ] || return # a signal ended the wait
+    [ -z "$stop_signal" ] || return # a signal ended the wait
   done
 }
 pair() { # two nodes
@@ -186,7 +187,7 @@ pair() { # two nodes
   check_network "$into/pairs/$1+$2" &> /dev/null # its ranks' results are in the folder
 }
 judge() { # uses preflight's into and why
-  read -r verdict bad reason < <(ours mf_dist.jobs.preflight judge --into "$into" --reason "$why" "${names[@]}")
+  read -r verdict bad reason < <(run_module mf_dist.jobs.preflight judge --into "$into" --reason "$why" "${names[@]}")
 }
 
 count_ranks() { # sets NPROC_PER_NODE and ranks
@@ -206,11 +207,11 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
   fi
   count_ranks
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(ours mf_dist.jobs.attempt begin --ranks "$ranks" "$@")
+  read -r verdict reason < <(run_module mf_dist.jobs.attempt begin --ranks "$ranks" "$@")
   run_dir=$reason
   if [ "$verdict" = go ]; then
     preflight "$@"
-    if [ "$verdict" = good ] && [ -z "$asked" ]; then
+    if [ "$verdict" = good ] && [ -z "$stop_signal" ]; then
       say "preflight is good; training in $run_dir"
       on_ranks "$run_dir/logs/$start" -m mf_dist.train "$@" || code=$?
       reason="srun ended with code $code before the run said why"
@@ -219,7 +220,8 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
       reason="preflight: ${reason:-it does not run}"
     fi
     [ "$bad" != - ] || bad=''
-    read -r verdict reason < <(ours mf_dist.jobs.attempt end "${refused[@]}" --reason "$reason" --asked "$asked" "$@")
+    read -r verdict reason < <(run_module mf_dist.jobs.attempt end "${refused[@]}" --reason "$reason" \
+      --stop-signal "$stop_signal" "$@")
   fi
   conclude "$bad"
 }

@@ -130,3 +130,15 @@ def test_a_hub_id_without_network_gives_instructions():
         "cannot get VAE 'stabilityai/sd-vae-ft-mse'" in done.stdout
         and "hf download stabilityai/sd-vae-ft-mse" in done.stdout
     )
+
+
+def test_large_images_are_decoded_in_equal_parts(vae, monkeypatch):
+    """To the same pixels but for rounding; the parts depend on the images' size alone."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 4, 8, 8, generator=g)
+    whole, sizes = vae.decode(x), []
+    monkeypatch.setattr("mf_dist.vae.DECODED_PIXELS", 4 * 32 * 32)
+    decode = vae.model.decode
+    monkeypatch.setattr(vae.model, "decode", lambda part: sizes.append(len(part)) or decode(part))
+    assert (vae.decode(x).int() - whole.int()).abs().max() <= 1
+    assert sizes == [4, 4, 2]

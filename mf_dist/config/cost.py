@@ -16,6 +16,8 @@ BUS_WITHIN, BUS_BETWEEN = 300e9, 200e9
 half of eight 400 Gbit/s network cards. The preflight measures the actual rates of a cluster."""
 MAX_REUSED_WEIGHTS = 10**9
 """Largest number of weights that DeepSpeed's ZeRO-3 keeps gathered for later passes (stage3_max_reuse_distance)."""
+REDUCED_TOGETHER = 5 * 10**8
+"""Gradients in DeepSpeed's bucket (reduce_bucket_size)."""
 FEW_ROWS = 16
 """Rows per GPU below which the matrix products are too small to use it fully."""
 
@@ -54,17 +56,21 @@ def forwards_per_image(config: Config) -> float:
 
 
 def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
-    """Bytes that a rank holds during a step: weights, gradients (accumulated in fp32), optimizer (fp32 weights, two
-    moments, EMAs), activations saved for backward."""
+    """Bytes that a rank holds during a step: weights, gradients (accumulated in fp32; at ZeRO-1 in bf16 beside the bf16
+    ones of the backward), optimizer (fp32 weights, two moments, EMAs), DeepSpeed's buffer of gradients that are reduced
+    together, activations saved for backward."""
     model, stage, rows = config.model, config.engine.zero_stage, config.train.micro_batch
     assert rows is not None
     count, width = parameters(model), 2 if config.engine.precision == "bf16" else 4
     per_value = rows * tokens(model) * model.hidden_size * width
     values = model.depth + KEPT_PER_BLOCK if config.engine.checkpoint_activations else model.depth * KEPT_PER_BLOCK
+    has_bf16_optimizer = stage == 1 and width == 2  # DeepSpeed's, which reduces the gradients where they lie
+    bucket = 0 if has_bf16_optimizer else REDUCED_TOGETHER * (2 if stage == 2 and width == 2 else 4)
     return {
         "weights": width * count / (world_size if stage == 3 else 1),
-        "gradients": 4 * count / (world_size if stage >= 2 else 1),
+        "gradients": (6 if has_bf16_optimizer else 4) * count / (world_size if stage >= 2 else 1),
         "optimizer": checkpoint_bytes(config) / world_size,
+        "bucket": bucket,
         "activations": per_value * values,
     }
 

@@ -117,11 +117,11 @@ def answer(args: argparse.Namespace) -> Verdict:
     if args.tool:
         if args.what == "begin":
             return begin_tool(args.tool)
-        return judge(Status(args.tool).conclude(args.reason, args.asked))
+        return judge(Status(args.tool).conclude(args.reason, args.stop_signal))
     config = load_config(args.config, args.overrides)
     if args.what == "begin":
         return begin(config, args.ranks)
-    return end(config, args.reason, args.asked, args.refused)
+    return end(config, args.reason, args.stop_signal, args.refused)
 
 
 @command_line
@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; has no effect here")
     parser.add_argument("--ranks", type=int, default=1, help="processes that will train (default 1)")
     parser.add_argument("--reason", default="", help="end: what the launcher saw; used if the run recorded no reason")
-    parser.add_argument("--asked", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: signal to stop, if any")
+    parser.add_argument(
+        "--stop-signal", choices=("", "SIGUSR1", "SIGTERM"), default="", help="end: signal to stop, if any"
+    )
     parser.add_argument("--refused", action="store_true", help="end: --reason is a mistake in the call")
     args = parser.parse_intermixed_args()
     if (args.config is None) == (args.tool is None):

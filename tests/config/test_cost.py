@@ -30,7 +30,7 @@ def test_memory_per_rank_at_each_zero_stage():
         memory = cost.memory_per_rank(staged, 8)
         per_stage.append((memory["weights"], memory["gradients"], memory["optimizer"]))
     assert per_stage == [
-        (2 * count, 4 * count, 2 * count),
+        (2 * count, 6 * count, 2 * count),
         (2 * count, count / 2, 2 * count),
         (count / 4, count / 2, 2 * count),
     ]

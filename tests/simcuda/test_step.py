@@ -9,12 +9,15 @@ import pytest
 import simcuda_build
 from conftest import ROOT
 
+from mf_dist.config.cost import memory_per_rank
+from mf_dist.config.schema import load_config, resolve
+
 pytestmark = pytest.mark.simcuda
 HERE = ROOT / "tests/simcuda"
 CONFIG = """
 run_dir: unused
 data: {path: none, num_workers: 0}
-model: {depth: 6, hidden_size: 384, num_heads: 6, patch_size: 2}
+model: {depth: 1, hidden_size: 768, num_heads: 6, patch_size: 2}
 meanflow: {omega: 0.5, kappa: 0.5, guidance_end: 0.75}
 train: {total_images: 96, batch_size: 8}
 """
@@ -69,3 +72,15 @@ def test_the_host_waits_for_the_gradient_norm_alone(tmp_path, stage, allowed):
     step = measure("measure_engine.py", tmp_path / "config.yaml", f"engine.zero_stage={stage}", "engine.compile=false")
     assert step["waits"] == allowed, step["waited_for"]
     assert all("norm" in line or "_gradient_factor" in line for line in step["waited_for"])
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (1, "fp32"), (3, "fp32")])
+def test_the_dry_run_counts_the_memory_that_a_step_takes(tmp_path, stage, precision):
+    """Beside activations, which a network whose kernels do nothing leaves out as well."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    step = measure("measure_engine.py", tmp_path / "config.yaml", *overrides, SIMCUDA_COMPILED="1")
+    shape = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"]
+    config = resolve(load_config(str(tmp_path / "config.yaml"), [*shape, *overrides]), None, 1)
+    counted = memory_per_rank(config, 1)
+    assert sum(counted.values()) - counted["activations"] == pytest.approx(step["peak"] * step["parameters"], rel=0.1)

@@ -14,7 +14,6 @@ from simcuda_build import CACHE
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # cached results do not know of this module
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 
 import torch  # noqa: E402
@@ -150,6 +149,8 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = triton_heuristics.triton_helpers.set_driver_to_gpu = lambda: None
     inductor_config.compile_threads, inductor_config.use_static_cuda_launcher = 1, False
+    inductor_config.force_disable_caches = True  # graphs from a cache would not be counted
+    torch._functorch.config.enable_autograd_cache = False
     torch._functorch.config.graphsafe_rng_functionalization = False  # it needs a real CUDA generator
     triton_heuristics.TritonCompileResult.make_launcher = _make_launcher
     triton_heuristics.CachingAutotuner.run = _run
