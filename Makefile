@@ -21,7 +21,7 @@ install: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
 	@touch $@
 
-# flow matching first: tools take the newest run, and that shall be the one-step model
+# flow matching first: tools default to the newest run, which should be the one-step model
 demo: install
 	$(PY) tools/demo/write_digits.py --out data/digits --split data/digits-split
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
@@ -39,7 +39,7 @@ demo: install
 test: install
 	$(TEST)
 
-# what runs ranks of its own, and waits for them by the clock, has the machine for itself
+# tests that start ranks and wait for them with time limits run alone
 test-dist: install
 	$(TEST) -m dist --ignore=tests/distributed --durations=10
 	$(PY) -m pytest -m dist tests/distributed --durations=10
