@@ -122,9 +122,9 @@ def _compile(loss: MeanFlowLoss, stage: int) -> None:
     if stage < 3:  # only forward: DeepSpeed registers hooks on the module, which a graph cannot contain
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         return
-    # ZeRO-3 gathers weights in hooks around each module. They break each block's graph at every linear, and torch gives
-    # up on a function, running it eagerly, after 8 versions: Linear.forward has more.
-    torch._dynamo.config.recompile_limit = 64
+    # ZeRO-3 gathers weights in hooks around each module, which break each block's graph at every linear. torch gives up
+    # on a function, and runs it eagerly, after 8 versions: Linear.forward has more.
+    torch._dynamo.config.recompile_limit = 32
     for block in loss.net.blocks:
         block.compile(dynamic=False)
 
@@ -169,7 +169,7 @@ class Engine:
         self.guard = GradientGuard(config.optim)
         self.steps = 0
         """Optimizer steps completed since this engine was created, skipped ones included."""
-        self._judged_step, self._factor = -1, 1.0
+        self._judged_step, self._factor, self._is_first_micro_batch = -1, 1.0, True
         self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor, config.engine.compile)
         self.kinds = (MASTER, *self._optimizer.states)
         """Kinds of tensors that a checkpoint holds for each parameter."""
@@ -200,10 +200,13 @@ class Engine:
                 },
             )
         _set_time_limit(process_group_timeout(config.train.hang_seconds))
+        if self.stage == 1 and self.is_bf16:
+            self._write_gradients_once(ranks.world_size)
         self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Forward and backward; the last call of a batch also steps the optimizer. Returns the loss's log sums."""
+        self._is_first_micro_batch = self._engine.micro_steps % self.accumulation == 0
         loss, sums = self._engine(x, y, draws)
         self._engine.backward(loss)
         is_last = self._engine.is_gradient_accumulation_boundary()
@@ -295,6 +298,28 @@ class Engine:
             self._optimizer.init_state(partition)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _write_gradients_once(self, world_size: int) -> None:
+        """DeepSpeed's BF16_Optimizer clears its fp32 gradients twice a step, converts bf16 ones into temporary tensors,
+        adds these, and copies the sum onto itself even for one rank: 34 bytes per parameter. Here the first micro-batch
+        of a step overwrites, the others add: 6 and 10."""
+        zero: Any = self._engine.optimizer
+
+        def accumulate(p: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+            if p.grad is None:
+                return
+            sums = zero.fp32_groups_gradients[group][index]
+            if self._is_first_micro_batch:
+                sums.copy_(p.grad.view(sums.shape))
+            else:
+                sums.add_(p.grad.view(sums.shape))
+            p._hp_grad = sums
+            zero.fp32_groups_has_gradients[group][index] = True
+
+        zero._update_hp_grad = accumulate
+        zero.clear_hp_grads = lambda: None
+        if world_size == 1:
+            self._engine.enable_backward_allreduce = False
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         module: nn.Module = self._engine.module.net

@@ -3,7 +3,8 @@
     PYTHONPATH=tests/simcuda python -m simcuda tests/simcuda/measure_engine.py CONFIG [section.key=value ...]
 
 Runs the project's Engine eagerly on random batches and counts, per parameter, what the handling of gradients and the
-optimizer read and write, what memory is held, and what the host waits for in a step. Prints one JSON object.
+optimizer read and write, what memory is held, and what the host waits for in a step; with SIMCUDA_COMPILED=1 also what
+the compiled update does. Prints one JSON object.
 """
 
 import collections
@@ -20,6 +21,9 @@ from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import Engine
+
+compiled = sys.modules.get("simcuda.compiled")
+"""Counters of compiled kernels, with SIMCUDA_COMPILED=1."""
 
 SHAPE = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"]
 
@@ -44,8 +48,20 @@ def main() -> None:
             labels = torch.randint(0, 10, (rows,)).pin_memory().to(ranks.device, non_blocking=True)
             return torch.randn(shape).pin_memory().to(ranks.device, non_blocking=True), labels, Draws(*on_device)
 
+        update = engine._optimizer.step
+
+        def counted_update():
+            if compiled is not None:
+                compiled.phase[0] = "update"
+            update()
+            if compiled is not None:
+                compiled.phase[0] = ""
+
+        engine._optimizer.step = counted_update
         for step in range(4):
             if step == 3:
+                if compiled is not None:
+                    compiled.moved.clear()
                 records.clear()
                 device.reset_peak()
                 waits.count()
@@ -62,6 +78,9 @@ def main() -> None:
                 "bytes": round(sum(moved.values()) / count, 1),
                 "top": {operator: round(n / count, 1) for operator, n in moved.most_common(12) if n / count > 0.05},
             }
+        if compiled is not None:
+            moved = sum(n for (phase, _), n in compiled.moved.items() if phase == "update")
+            result["compiled_bytes"] = round(moved / count, 1)
         result["bytes"] = round(sum(result[name]["bytes"] for name in records), 1)
         result |= {"held": round(device.held() / count, 1), "peak": round(device.peak() / count, 1)}
         if ranks.is_rank_zero:

@@ -74,7 +74,15 @@ def test_the_host_waits_for_the_gradient_norm_alone(tmp_path, stage, allowed):
     assert all("norm" in line or "_gradient_factor" in line for line in step["waited_for"])
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (1, "fp32"), (3, "fp32")])
+def test_a_parameter_costs_few_bytes_outside_the_graph(tmp_path):
+    """At ZeRO-1 in bf16, one rank, no accumulation: gradients to fp32, the norm, weights to bf16 16, and the compiled
+    update, which reads the gradient and reads and writes weights, moments and EMA once, 36."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    step = measure("measure_engine.py", tmp_path / "config.yaml", SIMCUDA_COMPILED="1")
+    assert step["bytes"] <= 16.1 and step["compiled_bytes"] == pytest.approx(36, abs=0.1)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "fp32")])
 def test_the_dry_run_counts_the_memory_that_a_step_takes(tmp_path, stage, precision):
     """Beside activations, which a network whose kernels do nothing leaves out as well."""
     (tmp_path / "config.yaml").write_text(CONFIG)
