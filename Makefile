@@ -1,14 +1,14 @@
 # make demo   the main job on real digits, offline, about 6 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
-# make test-slurm   jobs on a real SLURM that is set up here (root and apt; else skipped): about 20 minutes
-# make test-simcuda   the programs on simulated GPUs (needs g++), about 3 minutes;  make test-gpu   the same on real ones
-# make torture   every trial of kill -9 and the other faults (docs/reliability.md), about half an hour
+# make test-slurm   jobs on a real SLURM that the tests install (root and apt; else skipped): about 20 minutes
+# make test-simcuda   the programs on simulated GPUs (needs g++), about 5 minutes;  make test-gpu   the same on real ones
+# make torture   all trials of kill -9 and the other faults (docs/reliability.md), about half an hour
 PYTHON ?= python3
 PY := .venv/bin/python
 IMAGES ?= 76_800
 FLOW_IMAGES ?= 121_600
 MIN_SVC ?= 0.95
-# two processes of one thread each: tests are short and torch's threads would only wait for each other
+# two processes of one thread each: the tests are too short to benefit from torch's threads
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
@@ -21,7 +21,7 @@ install: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
 	@touch $@
 
-# flow matching first: tools default to the newest run, which should be the one-step model
+# flow matching first: tools use the newest run by default, which should be the one-step model
 demo: install
 	$(PY) tools/demo/write_digits.py --out data/digits --split data/digits-split
 	$(PY) tools/encode_latents.py --images data/digits --out data/digits-latents --vae mf_dist/assets/digits-vae --resolution 32
@@ -47,11 +47,11 @@ test-dist: install
 test-slurm: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm
 
-# submit, the time limit's signal, a lost node; and every script as sbatch sees it
+# submission, the signal of the time limit, a lost node, and every script as sbatch parses it
 test-slurm-ci: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm_ci -rs --durations=0 tests/slurm
 
-# programs on simulated GPUs; and the same, and the kernels, on those of this machine
+# the programs on simulated GPUs; test-gpu: the same and the kernels on the GPUs of this machine
 test-simcuda: install
 	$(TEST) -m simcuda -rs --durations=5 tests/simcuda
 

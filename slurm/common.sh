@@ -41,7 +41,7 @@ export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$((cpus / 
 
 # ---- signals: recorded here, passed on to the ranks, which save at their next step
 stop_signal='' # the signal that told this job to stop
-ask_again() { # repeats a signal to the steps while this script lives, since a starting program may miss it
+repeat_signal() { # repeats a signal to the steps while this script lives, since a starting program may miss it
   while kill -0 $$ 2> /dev/null; do
     # scancel itself retries while a job changes state, and would hit the next start
     timeout 4 scancel --quiet --signal="$1" "$job"
@@ -52,13 +52,13 @@ on_usr1() {
   [ -z "$stop_signal" ] || return 0
   say "SIGUSR1: the time limit is near; asking for a save"
   stop_signal=SIGUSR1
-  ask_again USR1 &
+  repeat_signal USR1 &
 }
 on_term() {
   [ "$stop_signal" != SIGTERM ] || return 0
   say "SIGTERM: cancelled, preempted, or a node is lost"
   stop_signal=SIGTERM
-  ask_again TERM &
+  repeat_signal TERM &
 }
 trap on_usr1 USR1
 trap on_term TERM
