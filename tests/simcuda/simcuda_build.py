@@ -3,7 +3,10 @@
 import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("simcuda") / "device.cpp"
@@ -19,6 +22,11 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "it needs g++"
 
 
+def build() -> None:
+    """In another process, since loading the device changes torch for good."""
+    subprocess.run([sys.executable, __file__], check=True)
+
+
 def load():
     """The extension module, built if this machine does not have it. Several processes may ask at once."""
     import torch
@@ -31,10 +39,16 @@ def load():
     with (folder / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").is_file():
-            flags = ["-O1", "-w"]
+            flags, path = ["-O1", "-w"], os.environ["PATH"]
+            os.environ["PATH"] = f"{Path(sys.executable).parent}:{path}"  # ninja is installed beside python
             compile_extension("simcuda_device", [str(SOURCE)], build_directory=str(folder), extra_cflags=flags)
+            os.environ["PATH"] = path
             (folder / "complete").touch()
     spec = importlib.util.spec_from_file_location("simcuda_device", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    load()

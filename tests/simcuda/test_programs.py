@@ -89,7 +89,7 @@ def machine(request) -> Machine:
         reason = simcuda_build.why_not()
         if reason:
             pytest.skip(f"no simulated GPU here: {reason}")
-        simcuda_build.load()
+        simcuda_build.build()
     elif not torch.cuda.is_available():
         pytest.skip("torch sees no GPU here")
     return Machine(request.param)

@@ -28,7 +28,7 @@ def _device():
     reason = simcuda_build.why_not()
     if reason:
         pytest.skip(f"no simulated GPU here: {reason}")
-    simcuda_build.load()
+    simcuda_build.build()
 
 
 def measure(program, *arguments, **variables) -> dict:
