@@ -63,9 +63,12 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
 
 
 def _check_gpus(expected: int) -> None:
-    """Each must compute a matrix product correctly."""
+    """torch must be able to use them, and each must compute a matrix product correctly."""
     import torch
 
+    from mf_dist.runtime.distributed import choose_device
+
+    choose_device(0)
     visible = torch.cuda.device_count()
     if visible < expected:
         raise UserError(f"{visible} GPUs visible, {expected} expected")

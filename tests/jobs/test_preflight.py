@@ -30,6 +30,14 @@ def test_missing_gpus_are_named(copied_config):
     assert check_node(copied_config, gpus=8, ranks=2)["problems"] == ["GPUs: 0 GPUs visible, 8 expected"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_gpus_that_torch_cannot_use_are_named(copied_config, monkeypatch):
+    """As SLURM gives them to a node whose driver is too old."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (problem,) = check_node(copied_config, gpus=0, ranks=2)["problems"]
+    assert problem.startswith("GPUs: this machine has a GPU that torch cannot use")
+
+
 @pytest.mark.parametrize(("address", "interface"), [("127.0.1.1", ""), ("127.0.1.1", "ib0"), ("10.0.0.7", "")])
 def test_a_name_that_leads_back_to_the_node_is_named(copied_config, monkeypatch, address, interface):
     """Debian's /etc/hosts has it so; gloo would give it to the other nodes."""

@@ -216,7 +216,9 @@ class Cluster:
         config = CONFIG.format(host=host, net=self._net, port=port, root=self.root, nodes=nodes)
         hosts = {"localhost": "127.0.0.1", host: f"{self._net}.254", **addresses}
         (self.root / "slurm.conf").write_text(config)
-        (self.root / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.root}/dev/nvidia[0-7]\n")
+        # without CUDA_VISIBLE_DEVICES, since these GPUs are files: ranks refuse GPUs that torch does not see
+        gpus = f"Name=gpu Flags=no_gpu_env File={self.root}/dev/nvidia[0-7]"
+        (self.root / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
         (self.root / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
         (self.root / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
 
