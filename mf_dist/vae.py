@@ -16,7 +16,7 @@ from mf_dist.runtime.precision import Precision, compute_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DECODED_PIXELS = 50 * 256 * 256
-"""Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them (docs/performance.md)."""
+"""Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them in fp32 (docs/gpu.md)."""
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
