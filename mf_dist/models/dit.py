@@ -94,6 +94,19 @@ class DiT(nn.Module):
 
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
         The layers compute in the dtype of the weights, or in tangent_dtype; u and du have the dtype of z."""
+        x, c, dx, dc = self.embed(z, r, t, y, tangent)
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, dx = checkpoint(block, x, c, dx, dc, use_reentrant=False)
+            else:
+                x, dx = block(x, c, dx, dc)
+        u, du = self.head(x, c, dx, dc)
+        return u.to(z.dtype) if du is None else (u.to(z.dtype), du.to(z.dtype))
+
+    def embed(
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Before the blocks: tokens x (B, N, D), condition c (B, D), and their tangents."""
         dz, dr, dt = tangent if tangent is not None else (None, None, None)
         dtype = self.patch_in.weight.dtype
         if tangent is not None and self.tangent_dtype is not None:
@@ -101,18 +114,16 @@ class DiT(nn.Module):
         x, dx = self.patch_in(self._patchify(z).to(dtype), None if dz is None else self._patchify(dz).to(dtype))
         x = x + self.positions.to(dtype)
         c, dc = self._condition(r, t, y, dr, dt, dtype)
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, dx = checkpoint(block, x, c, dx, dc, use_reentrant=False)
-            else:
-                x, dx = block(x, c, dx, dc)
+        return x, c, dx, dc
+
+    def head(self, x: Tensor, c: Tensor, dx: Tensor | None, dc: Tensor | None) -> Dual:
+        """After the blocks: u (B, C, S, S) and its tangent."""
         m, dm = self.last_modulation(c, dc)
         h, dh = layer_norm(x, dx)
         shift, scale = m.chunk(2, dim=-1)
         dshift, dscale = dm.chunk(2, dim=-1) if dm is not None else (None, None)
         out, dout = self.patch_out(*modulate(h, shift, scale, dh, dshift, dscale))
-        u = self._unpatchify(out).to(z.dtype)
-        return u if dout is None else (u, self._unpatchify(dout).to(z.dtype))
+        return self._unpatchify(out), None if dout is None else self._unpatchify(dout)
 
     def _condition(
         self, r: Tensor, t: Tensor, y: Tensor, dr: Tensor | None, dt: Tensor | None, dtype: torch.dtype

@@ -1,7 +1,8 @@
 """DeepSpeed engine around the loss. The only module that imports DeepSpeed.
 
 State is exchanged as full fp32 tensors by parameter name, independent of world size and ZeRO stage. Only
-`_create_states` and `_set_partition` use DeepSpeed's internals (0.19.8) for this.
+`_create_states` and `_set_partition` use DeepSpeed's internals (0.19.8) for this, and data_parallel.py to overlap
+communication at ZeRO-1 in bf16.
 """
 
 import contextlib
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from mf_dist.config.cost import REDUCED_TOGETHER
 from mf_dist.config.schema import Config
 from mf_dist.fault_tolerance.watchdog import process_group_timeout
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError
+from mf_dist.training.data_parallel import DataParallel, parameter_groups
 from mf_dist.training.gradient_guard import GradientGuard
 from mf_dist.training.optimizer import AdamWEma, ema_name
 
@@ -116,17 +119,29 @@ def _check_compiler() -> None:
         raise UserError(f"engine.compile=true needs {needed}, or set engine.compile=false")
 
 
-def _compile(loss: MeanFlowLoss, stage: int) -> None:
-    """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step."""
+def _compile(loss: MeanFlowLoss, stage: int, is_bf16: bool, world_size: int) -> None:
+    """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step.
+
+    One rank at stage 1 or 2: one graph. Several ranks: one for each block and one for the layers after them, since the
+    backward of a graph returns all its gradients at its end, and none could be reduced earlier; what comes before the
+    blocks is small. Only functions are compiled, not modules, whose hooks a graph cannot contain."""
     _check_compiler()
-    if stage < 3:  # only forward: DeepSpeed registers hooks on the module, which a graph cannot contain
+    if is_bf16 and not torch.cuda.is_available():
+        # in torch 2.13.0, C++ of two equal sums in bf16 (of two biases' gradients) that are fused does not compile
+        torch._inductor.config.cpp.max_horizontal_fusion_size = 1
+    net = loss.net
+    if stage == 3:
+        # ZeRO-3 gathers weights in hooks around each module, which break each block's graph at every linear. torch
+        # gives up on a function, and runs it eagerly, after 8 versions: Linear.forward has more.
+        torch._dynamo.config.recompile_limit = 32
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    elif world_size == 1:
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
-        return
-    # ZeRO-3 gathers weights in hooks around each module, which break each block's graph at every linear. torch gives up
-    # on a function, and runs it eagerly, after 8 versions: Linear.forward has more.
-    torch._dynamo.config.recompile_limit = 32
-    for block in loss.net.blocks:
-        block.compile(dynamic=False)
+    else:
+        net.head = torch.compile(net.head, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        for block in net.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 class FirstGradientCheck:
@@ -166,17 +181,20 @@ class Engine:
             _make_deterministic()
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.accumulation = config.train.batch_size // (config.train.micro_batch * ranks.world_size)
-        self.guard = GradientGuard(config.optim)
+        self.guard, self._grad_clip = GradientGuard(config.optim), config.optim.grad_clip
         self.steps = 0
         """Optimizer steps completed since this engine was created, skipped ones included."""
-        self._judged_step, self._factor, self._is_first_micro_batch = -1, 1.0, True
-        self._optimizer = AdamWEma(loss.parameters(), config.optim, self._gradient_factor, config.engine.compile)
+        self._judged_step, self._factor = -1, 1.0
+        # with fp32 accumulation DeepSpeed uses another optimizer class here than at the other stages and in fp32
+        groups = parameter_groups(loss.net, ranks.world_size) if self.stage == 1 and self.is_bf16 else None
+        parameters = [{"params": group} for _, group in groups] if groups else loss.parameters()
+        self._optimizer = AdamWEma(parameters, config.optim, self._gradient_factor, config.engine.compile)
         self.kinds = (MASTER, *self._optimizer.states)
         """Kinds of tensors that a checkpoint holds for each parameter."""
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
-            _compile(loss, self.stage)
+            _compile(loss, self.stage, self.is_bf16, ranks.world_size)
         weights = ((name, p.to(ranks.device)) for name, p in loss.net.named_parameters())  # NCCL takes none on the CPU
         check_same_on_all_ranks(weights, "initial weights")
         self._first_gradient: FirstGradientCheck | None = FirstGradientCheck(loss.net.patch_out.weight, self.is_bf16)
@@ -189,9 +207,17 @@ class Engine:
                     "train_batch_size": config.train.batch_size,
                     "train_micro_batch_size_per_gpu": config.train.micro_batch,
                     "gradient_accumulation_steps": self.accumulation,
-                    "zero_optimization": {"stage": self.stage},
+                    "zero_optimization": {
+                        "stage": self.stage,
+                        "overlap_comm": ranks.world_size > 1,
+                        "reduce_bucket_size": REDUCED_TOGETHER,
+                    },
                     "zero_allow_untested_optimizer": True,
-                    "bf16": {"enabled": self.is_bf16, "check_grad_overflow": False},  # the guard judges the norm
+                    "bf16": {
+                        "enabled": self.is_bf16,
+                        "check_grad_overflow": False,  # the guard judges the norm
+                        "immediate_grad_update": True,  # each gradient is passed on during the backward
+                    },
                     "communication_data_type": "fp32",
                     "data_types": {"grad_accum_dtype": "fp32"},
                     "gradient_clipping": config.optim.grad_clip,
@@ -200,16 +226,21 @@ class Engine:
                 },
             )
         _set_time_limit(process_group_timeout(config.train.hang_seconds))
-        if self.stage == 1 and self.is_bf16:
-            self._write_gradients_once(ranks.world_size)
+        self._data_parallel: DataParallel | None = None
+        if groups:
+            self._engine.enable_backward_allreduce = False
+            self._data_parallel = DataParallel(self._engine.optimizer, groups, self._optimizer, self.accumulation)
         self._create_states()
 
     def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Forward and backward; the last call of a batch also steps the optimizer. Returns the loss's log sums."""
-        self._is_first_micro_batch = self._engine.micro_steps % self.accumulation == 0
         loss, sums = self._engine(x, y, draws)
-        self._engine.backward(loss)
         is_last = self._engine.is_gradient_accumulation_boundary()
+        if self._data_parallel:
+            self._data_parallel.begin(self._engine.micro_steps % self.accumulation)
+        self._engine.backward(loss)
+        if self._data_parallel and is_last:
+            self._data_parallel.finish()
         if self._first_gradient and is_last:
             self._first_gradient.check()
             self._first_gradient = None
@@ -226,6 +257,8 @@ class Engine:
         if self._judged_step != self.steps:
             norm = float(self._engine.optimizer._global_grad_norm)
             self._judged_step, self._factor = self.steps, self.guard.judge(norm)
+            if self._data_parallel and 0 < self._grad_clip < norm:
+                self._factor *= self._grad_clip / norm
         return self._factor
 
     def grad_norm(self) -> float:
@@ -240,6 +273,7 @@ class Engine:
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, parameter name, full fp32 tensor on the CPU) for all of `kinds`. Collective: every rank must consume
         it."""
+        self._finish_gathering()
         for name, p in self._parameters():
             yield MASTER, name, safe_get_full_fp32_param(p).float().cpu()
             for kind in self._optimizer.states:
@@ -247,8 +281,14 @@ class Engine:
 
     def ema(self, decay: float) -> dict[str, Tensor]:
         """Full EMA weights on the CPU. Collective: every rank must call it."""
+        self._finish_gathering()
         kind = ema_name(decay)
         return {name: safe_get_full_optimizer_state(p, kind).float().cpu() for name, p in self._parameters()}
+
+    def _finish_gathering(self) -> None:
+        """Before collectives of another process group, which must not run beside those of a step."""
+        if self._data_parallel:
+            self._data_parallel.wait_for_weights()
 
     def load_state(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The inverse of `state`, for one kind, from any world size and stage: (parameter name, full tensor) of all
@@ -298,28 +338,6 @@ class Engine:
             self._optimizer.init_state(partition)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-
-    def _write_gradients_once(self, world_size: int) -> None:
-        """DeepSpeed's BF16_Optimizer clears its fp32 gradients twice a step, converts bf16 ones into temporary tensors,
-        adds these, and copies the sum onto itself even for one rank: 34 bytes per parameter. Here the first micro-batch
-        of a step overwrites, the others add: 6 and 10."""
-        zero: Any = self._engine.optimizer
-
-        def accumulate(p: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-            if p.grad is None:
-                return
-            sums = zero.fp32_groups_gradients[group][index]
-            if self._is_first_micro_batch:
-                sums.copy_(p.grad.view(sums.shape))
-            else:
-                sums.add_(p.grad.view(sums.shape))
-            p._hp_grad = sums
-            zero.fp32_groups_has_gradients[group][index] = True
-
-        zero._update_hp_grad = accumulate
-        zero.clear_hp_grads = lambda: None
-        if world_size == 1:
-            self._engine.enable_backward_allreduce = False
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         module: nn.Module = self._engine.module.net

@@ -5,6 +5,7 @@ its operations on pieces that stay in the cache.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class AdamWEma(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | list[dict[str, Any]],
         config: OptimConfig,
         gradient_factor: Callable[[], float] = lambda: 1.0,
         compiles: bool = False,
@@ -43,6 +44,10 @@ class AdamWEma(torch.optim.Optimizer):
         self.config, self.gradient_factor, self.compiles = config, gradient_factor, compiles
         self.states = (*MOMENTS, *map(ema_name, config.ema_decay))
         """Names of the states that have the shape of their parameter; the state also has `step`."""
+        self.gradients: dict[Tensor, Tensor] = {}
+        """Gradients of parameters that have no .grad; their dtype may differ."""
+        self.copies: dict[Tensor, Tensor] = {}
+        """Copies of parameters in another dtype, which the update writes too."""
         self._compiled = torch.compile(self._update, fullgraph=True, dynamic=False) if compiles else None
 
     def init_state(self, p: Tensor) -> None:
@@ -55,20 +60,23 @@ class AdamWEma(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                grad = self.gradients.get(p, p.grad)
+                if grad is None:
                     continue
                 if not self.state[p]:
                     self.init_state(p)
                 if factor := self.gradient_factor():
-                    self._step(p, factor, group["lr"])
+                    self._step(p, grad, factor, group["lr"])
 
-    def _step(self, p: Tensor, factor: float, lr: float) -> None:
+    def _step(self, p: Tensor, grad: Tensor, factor: float, lr: float) -> None:
         config, state = self.config, self.state[p]
         state["step"] += 1
         n = int(state["step"])
         decays = [ema_decay_after(n, decay, config.ema_warmup) for decay in config.ema_decay]
         scalars = [factor, -lr / (1 - config.beta1**n), 1 - config.beta2**n, *(1 - decay for decay in decays)]
-        tensors = [p.detach(), p.grad, *(state[name] for name in self.states)]
+        tensors = [p.detach(), grad, *(state[name] for name in self.states)]
+        if p in self.copies:
+            tensors.append(self.copies[p])
         shrink = 1 - lr * config.weight_decay
         if self._compiled is not None:  # tensors, since it would be compiled anew for other numbers
             self._compiled(tensors, [torch.tensor(a, dtype=torch.float32) for a in scalars], shrink)
@@ -78,10 +86,12 @@ class AdamWEma(torch.optim.Optimizer):
             self._update(list(piece), scalars, shrink)
 
     def _update(self, tensors: list[Tensor], scalars: Sequence[Scalar], shrink: float) -> None:
-        """`tensors`: weights, their gradient and states; all but the gradient change in place. `scalars`: gradient
-        factor, - lr / (1 - beta1^n), 1 - beta2^n, and 1 - decay of each EMA. `shrink`: 1 - lr weight_decay."""
-        (p, grad, exp_avg, exp_avg_sq, *emas), (factor, rate, correction, *ema_weights) = tensors, scalars
-        config = self.config
+        """`tensors`: weights, their gradient, states and possibly a copy; all but the gradient change in place.
+        `scalars`: gradient factor, - lr / (1 - beta1^n), 1 - beta2^n, and 1 - decay of each EMA. `shrink`: 1 - lr
+        weight_decay."""
+        (p, grad, exp_avg, exp_avg_sq, *rest), (factor, rate, correction, *ema_weights) = tensors, scalars
+        config, emas, copies = self.config, rest[: len(ema_weights)], rest[len(ema_weights) :]
+        grad = grad.to(p.dtype)
         if isinstance(factor, Tensor) or factor != 1:
             grad = grad * factor
         exp_avg.lerp_(grad, 1 - config.beta1)
@@ -92,3 +102,5 @@ class AdamWEma(torch.optim.Optimizer):
         p.add_((exp_avg * rate).div_(root))
         for ema, weight in zip(emas, ema_weights, strict=True):
             ema.lerp_(p, weight)
+        for copy in copies:
+            copy.copy_(p)

@@ -65,6 +65,19 @@ def test_gradients_are_those_of_one_process(one_step, reference, ranks, override
     assert np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize(
+    "options", [["engine.compile=true"], ["train.micro_batch=4"], ["engine.checkpoint_activations=true"]]
+)
+def test_overlapped_reduction_gives_deepspeeds_gradient(one_step, reference, options):
+    """ZeRO-1 in bf16 reduces by itself, in several groups; ZeRO-2, by DeepSpeed, sums the same numbers."""
+    config, bf16 = reference[1], ["engine.precision=bf16", "optim.grad_clip=0.1", *options]
+    ours, moment, seen = one_step(config, 2, *bf16)
+    other, other_moment, other_seen = one_step(config, 2, *bf16, "engine.zero_stage=2")
+    assert np.linalg.norm(ours - other) <= 1e-6 * np.linalg.norm(other) and np.linalg.norm(other) > 0.1
+    assert np.linalg.norm(moment - other_moment) <= 1e-6 * np.linalg.norm(other_moment)
+    assert seen["norm"] == pytest.approx(other_seen["norm"], rel=1e-6)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_clipping_shrinks_the_whole_gradient(one_step, reference, stage):
     """The first moment after one step is (1 - beta1) times the clipped gradient; the log has the full norm."""
@@ -110,12 +123,18 @@ def test_the_watchdog_reports_before_any_collective_times_out(zygote, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "overrides", [["engine.zero_stage=1"], ["engine.zero_stage=2", "engine.checkpoint_activations=true"]]
+    ("ranks", "overrides", "graphs"),
+    [
+        (1, ["engine.zero_stage=1"], 1),
+        (1, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 1),
+        (2, ["engine.zero_stage=1"], 6),  # a block and the head: the null pass, the tangent's, the regression
+        (2, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 6),
+    ],
 )
-def test_compiled_is_one_graph_with_the_same_gradient(one_step, reference, overrides):
+def test_compiled_without_breaks_and_with_the_same_gradient(one_step, reference, ranks, overrides, graphs):
     exact, config = reference
-    compiled, _, seen = one_step(config, 2, "engine.compile=true", *overrides)
-    assert (seen["graphs"], seen["breaks"], seen["compiled_later"]) == (2, 0, 0)  # the step, and the optimizer's update
+    compiled, _, seen = one_step(config, ranks, "engine.compile=true", *overrides)
+    assert (seen["graphs"], seen["breaks"], seen["compiled_later"]) == (graphs + 1, 0, 0)  # with the optimizer's update
     assert np.linalg.norm(compiled - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
@@ -127,12 +146,19 @@ def test_zero3_compiles_block_by_block(one_step, reference):
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["engine.jvp_precision=fp32"], ["engine.zero_stage=2"], ["engine.zero_stage=3"]]
+    ("ranks", "overrides"),
+    [
+        (1, ["engine.compile=true"]),
+        (2, []),
+        (2, ["engine.jvp_precision=fp32"]),
+        (2, ["engine.zero_stage=2"]),
+        (2, ["engine.zero_stage=3"]),
+    ],
 )
-def test_bf16_gradients_are_near_those_of_fp32(one_step, reference, overrides):
+def test_bf16_gradients_are_near_those_of_fp32(one_step, reference, ranks, overrides):
     """Layers of 8 significant bits, random weights: 5 % of the gradient's norm."""
     exact, config = reference
-    other, *_ = one_step(config, 2, "engine.precision=bf16", *overrides)
+    other, *_ = one_step(config, ranks, "engine.precision=bf16", *overrides)
     assert 1e-5 < np.linalg.norm(other - exact) / np.linalg.norm(exact) < 0.05
 
 

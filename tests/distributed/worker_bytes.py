@@ -20,7 +20,9 @@ from mf_dist.training.trainer import Trainer
 KINDS = {
     "all_reduce": "all-reduce",
     "all_gather_into_tensor": "all-gather",
+    "all_gather_single": "all-gather",
     "reduce_scatter_tensor": "reduce-scatter",
+    "reduce_scatter_single": "reduce-scatter",
     "all_gather": "all-gather",
     "reduce_scatter": "reduce-scatter",
     "reduce": "reduce",

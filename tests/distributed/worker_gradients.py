@@ -20,8 +20,11 @@ from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
+from mf_dist.training import data_parallel
 from mf_dist.training.engine import Engine
 from mf_dist.vae import sample_posterior
+
+data_parallel.BLOCKS_TOGETHER = 1000  # so that a small network has several groups
 
 
 def main():

@@ -28,25 +28,35 @@ compiled = sys.modules.get("simcuda.compiled")
 SHAPE = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10"]
 
 
+def build(ranks, path, overrides):
+    """The engine of a config, its number of parameters, and a function that makes a random batch on the device."""
+    config = load_config(path, [*SHAPE, *overrides])
+    config = resolve(replace(config, data=replace(config.data, path="none")), None, ranks.world_size)
+    net = build_network(config.model, 0)
+    count = sum(p.numel() for p in net.parameters())
+    engine, rows = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks), config.train.micro_batch
+
+    def batch():
+        shape = (rows, 4, 8, 8)
+        draws = torch.randn(shape), torch.randn(rows, 2), torch.rand(rows)
+        on_device = [tensor.pin_memory().to(ranks.device, non_blocking=True) for tensor in draws]
+        labels = torch.randint(0, 10, (rows,)).pin_memory().to(ranks.device, non_blocking=True)
+        return torch.randn(shape).pin_memory().to(ranks.device, non_blocking=True), labels, Draws(*on_device)
+
+    return engine, count, batch
+
+
 def main() -> None:
     path, *overrides = sys.argv[1:]
-    config = load_config(path, [*SHAPE, *overrides])
     with process_group() as ranks:
-        config = resolve(replace(config, data=replace(config.data, path="none")), None, ranks.world_size)
-        net = build_network(config.model, 0)
-        count = sum(p.numel() for p in net.parameters())
-        engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
-        rows, records = config.train.micro_batch, collections.defaultdict(list)
+        engine, count, batch = build(ranks, path, overrides)
+        records = collections.defaultdict(list)
         record_phase(engine._engine, "_backward_epilogue", records)
         record_phase(engine._engine, "step", records)
         record_phase(engine._engine.optimizer, "backward_prologue", records)
-
-        def batch():
-            shape = (rows, 4, 8, 8)
-            draws = torch.randn(shape), torch.randn(rows, 2), torch.rand(rows)
-            on_device = [tensor.pin_memory().to(ranks.device, non_blocking=True) for tensor in draws]
-            labels = torch.randint(0, 10, (rows,)).pin_memory().to(ranks.device, non_blocking=True)
-            return torch.randn(shape).pin_memory().to(ranks.device, non_blocking=True), labels, Draws(*on_device)
+        if engine._data_parallel:
+            record_phase(engine._engine.optimizer, "_update_hp_grad", records)
+            record_phase(engine._data_parallel, "finish", records)
 
         update = engine._optimizer.step
 

@@ -65,9 +65,9 @@ def test_a_deterministic_step_has_no_sum_in_an_order_of_chance():
     assert fixed["atomics"] == 0 and not fixed["timed"]
 
 
-@pytest.mark.parametrize(("stage", "allowed"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("stage", "allowed"), [(1, 1), (2, 1)])
 def test_the_host_waits_for_the_gradient_norm_alone(tmp_path, stage, allowed):
-    """Once for DeepSpeed's own look at it, where its optimizer takes one, once for the guard's."""
+    """Once, for the guard, which decides whether the step is skipped."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     step = measure("measure_engine.py", tmp_path / "config.yaml", f"engine.zero_stage={stage}", "engine.compile=false")
     assert step["waits"] == allowed, step["waited_for"]
@@ -75,14 +75,14 @@ def test_the_host_waits_for_the_gradient_norm_alone(tmp_path, stage, allowed):
 
 
 def test_a_parameter_costs_few_bytes_outside_the_graph(tmp_path):
-    """At ZeRO-1 in bf16, one rank, no accumulation: gradients to fp32, the norm, weights to bf16 16, and the compiled
-    update, which reads the gradient and reads and writes weights, moments and EMA once, 36."""
+    """At ZeRO-1 in bf16, one rank, no accumulation: gradients into one tensor and their norm 6, and 36 of the compiled
+    update, which reads the gradient, reads and writes weights, moments and EMA once, and writes weights in bf16."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     step = measure("measure_engine.py", tmp_path / "config.yaml", SIMCUDA_COMPILED="1")
-    assert step["bytes"] <= 16.1 and step["compiled_bytes"] == pytest.approx(36, abs=0.1)
+    assert step["bytes"] <= 6.1 and step["compiled_bytes"] == pytest.approx(36, abs=0.1)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp32")])
 def test_the_dry_run_counts_the_memory_that_a_step_takes(tmp_path, stage, precision):
     """Beside activations, which a network whose kernels do nothing leaves out as well."""
     (tmp_path / "config.yaml").write_text(CONFIG)
