@@ -128,6 +128,7 @@ class DataParallel:
             self._reductions.append(dist.reduce_scatter_single(part, whole, async_op=True))
         self._next -= 1
 
+    @torch.no_grad()
     def _step(self) -> None:
         """In place of DeepSpeed's, which waits for the norm, clips in a pass of its own, and gathers before it returns.
         The optimizer is told by its gradient_factor what to do with a norm that is too large or not finite."""
