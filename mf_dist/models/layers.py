@@ -73,16 +73,29 @@ def gated_add(x: Tensor, gate: Tensor, h: Tensor, dx: Tensor | None, dgate: Tens
     return y, dx + (dgate.unsqueeze(1) * h + gate.unsqueeze(1) * dh)
 
 
+class LinearGelu(Linear):
+    """Linear, GELU-tanh."""
+
+    def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:  # type: ignore[override]
+        if dx is not None or torch.is_grad_enabled() or not x.is_cuda or x.dtype != torch.bfloat16:
+            return gelu(*super().forward(x, dx))
+        # cuBLAS applies the tanh form to the numbers that it has just computed: they are written once, instead of
+        # written, read and written. Of no use where x W^T + b is needed, for a tangent or a backward.
+        bias, weight = self.bias.to(x.dtype), self.weight.to(x.dtype)
+        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return y.view(*x.shape[:-1], -1), None
+
+
 class Mlp(nn.Module):
     """Linear, GELU-tanh, Linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
+        self.fc1 = LinearGelu(width, hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:
-        return self.fc2(*gelu(*self.fc1(x, dx)))
+        return self.fc2(*self.fc1(x, dx))
 
 
 class TimeEmbedding(nn.Module):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import small_dit
 
 from mf_dist.config.schema import load_config
 from mf_dist.models.dit import DiT, sine_cosine_positions
+from mf_dist.models.layers import LinearGelu, gelu
 from mf_dist.sampling.generator import build_network
 
 
@@ -78,3 +80,16 @@ def test_u_depends_on_label_and_both_times():
     base = net(z, r, t, y)
     for other in (net(z, r + 0.1, t, y), net(z, r, t + 0.1, y), net(z, r, t, y + 1), net(z, r, t, y + 2)):
         assert (base - other).abs().max() > 1e-3
+
+
+@pytest.mark.gpu
+def test_gelu_inside_a_product_is_gelu_after_it():
+    """On a GPU in bf16, without a backward: cuBLAS applies the GELU before rounding. 2 units of the last place."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    g = torch.Generator().manual_seed(0)
+    layer, x = LinearGelu(96, 384), torch.randn(4, 32, 96, generator=g)
+    exact = gelu(F.linear(x.bfloat16().double(), layer.weight.bfloat16().double(), layer.bias.bfloat16().double()))[0]
+    with torch.no_grad():
+        fused, _ = layer.to("cuda", torch.bfloat16)(x.to("cuda", torch.bfloat16))
+    assert (fused.double().cpu() - exact).abs().max() <= 2**-7 * exact.abs().max()

@@ -56,6 +56,7 @@ def test_the_step_compiles_for_sm_90(latent, rows):
     step = compiled_step("--latent", latent, "--rows", rows)
     assert step["graphs"] == 2 and step["waits"] == 0  # forward and backward
     assert step["forward"]["launches"] > 0 and step["backward"]["launches"] > 0
+    assert step["forward"]["calls"]["_addmm_activation"] == 1  # the block's pass without tangent and backward
 
 
 def test_a_deterministic_step_has_no_sum_in_an_order_of_chance():

@@ -166,6 +166,7 @@ def install() -> None:
     torch._C._conv_determine_backend_memory_format = _convolution_format
     for name in ("mm", "addmm", "bmm", "baddbmm"):
         setattr(extern_kernels, name, _count_only(name))
+    _shapes_only(_library, "_addmm_activation")
     compile_to_module = GraphLowering.compile_to_module
 
     def keep_code(self):
