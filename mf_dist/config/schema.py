@@ -18,6 +18,7 @@ NotNegative = Annotated[float, Check("a number >= 0", lambda a: a >= 0)]
 Share = Annotated[float, Check("a number in [0, 1]", lambda a: 0 <= a <= 1)]
 Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
 RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
+FewSteps = Annotated[int, Check("a whole number from 0 to 100", lambda n: 0 <= n <= 100)]
 Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
 Decays = Annotated[
     tuple[float, ...],
@@ -124,6 +125,9 @@ class TrainConfig:
     draws samples or loads."""
     max_hours: NotNegative = 0.0
     """Save and stop before this process has run this long; 0: no limit except SLURM's."""
+    profile_steps: FewSteps = 0
+    """Optimizer steps that rank 0 records at each start, after three of warm-up, into run_dir/profile: a trace and a
+    table of the largest costs, waits and idle time. Training goes on with the same numbers; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class Run:
     """Entries of history.jsonl: starts, ends and warnings in order."""
     state: Table = field(default_factory=dict)
     """state.json of the newest checkpoint: config, versions, data."""
+    profile: Table = field(default_factory=dict)
+    """profile/profile.json of train.profile_steps (training/profile.py)."""
     checkpoints: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """A sentence for each part that could not be read."""
@@ -121,6 +123,7 @@ def read_run(folder: Path, name: str) -> Run:
     run.history = _json_lines(folder / "history.jsonl", run.problems)
     run.status = _json(folder / "status.json", run.problems, dict) or {}
     run.measurements = _measurements(_json(folder / "eval/metrics.json", run.problems, list) or [], run.problems)
+    run.profile = _json(folder / "profile/profile.json", run.problems, dict) or {}
     for checkpoint in reversed(step_folders(folder / "checkpoints")):
         if (checkpoint / "manifest.json").is_file():
             run.checkpoints.insert(0, checkpoint.name)

@@ -140,6 +140,32 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
 
 
+def profile(run: Run) -> Table:
+    """The profile of a few steps: a sentence, and tables with a title, heads and rows; empty if there is none."""
+    found = run.profile
+    first, steps, idle = (number(found.get(key)) for key in ("first_step", "steps", "idle_share"))
+    if first is None or steps is None:
+        return {}
+    titles = {"classes": "By class", "costs": "The largest costs", "waits": "What the host waits in"}
+    heads = {"name": "", "class": "class", "ms": "ms per step", "share": "of the step", "calls": "calls per step"}
+    tables = []
+    for key, title in titles.items():
+        entries = [table(entry) for entry in found[key]][:MAX_ROWS] if isinstance(found.get(key), list) else []
+        shown = [name for name in heads if any(name in entry for entry in entries)]
+        rows = [[_profile_cell(name, entry.get(name)) for name in shown] for entry in entries]
+        tables.append({"title": title, "heads": [heads[name] for name in shown], "rows": rows})
+    sentence = (
+        f"Steps {format_value(first)} to {format_value(first + steps - 1)} on {found.get('device')}: "
+        f"{format_value(number(found.get('ms')))} ms per step while recorded"
+    )
+    return {"sentence": sentence + ("" if idle is None else f", GPU idle {idle:.1%}"), "tables": tables}
+
+
+def _profile_cell(name: str, value: Any) -> str:
+    share = number(value)
+    return f"{share:.1%}" if name == "share" and share is not None else format_value(value)[:140]
+
+
 def history(run: Run) -> list[Row]:
     """Time, event, step and reason of every start, end and warning."""
     rows: list[Row] = []

@@ -77,6 +77,7 @@ def _run(number: int, run: Run, pictures: dict[str, Selection]) -> dict[str, Any
         "measured": measured(run),
         "history": facts.history(run),
         "faults": facts.faults(run),
+        "profile": facts.profile(run),
         "config": facts.sections(run),
         "environment": facts.environment(run),
         "problems": run.problems,

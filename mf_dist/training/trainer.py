@@ -30,6 +30,7 @@ from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
 from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import MASTER, Engine
 from mf_dist.training.logger import Logger
+from mf_dist.training.profile import StepProfile
 from mf_dist.training.resume import check_config_changes, load_initial_weights
 from mf_dist.training.snapshots import Snapshots
 from mf_dist.training.supervisor import Supervisor
@@ -98,6 +99,7 @@ class Trainer:
         self._load_checkpoint()
         self.supervisor.committed_step = self.supervisor.saved_step = self.supervisor.step = self.step
         self.throughput = Throughput(ranks.device)
+        self.profile = StepProfile(config.train.profile_steps, self.run_dir, ranks)
         self._open_log()
 
     def _find_checkpoint(self) -> tuple[int, list[str]]:
@@ -174,8 +176,12 @@ class Trainer:
                 self._show(self.snapshots.draw)
             if measures:
                 self._show(self.snapshots.measure)
+            if self.profile.step():
+                self._show(lambda _engine, step, _logger: self._info(self.profile.write(step)))
         if self.step == config.total_steps:
             stop = Stop.NO
+        if line := self.profile.end():
+            self._info(line)
         self.supervisor.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
         if ranks.is_rank_zero:
             self.logger.close()
@@ -246,7 +252,7 @@ class Trainer:
             self.logger.log(entry)
 
     def _show(self, show: Callable[[Engine, int, Logger | None], None]) -> None:
-        """Draws or measures with the EMA. Every rank takes part; training waits."""
+        """Draws, measures or writes a profile. Every rank takes part; training waits."""
         with self.throughput.pausing(), self.supervisor.watchdog.extended_limit():
             show(self.engine, self.step, self.logger if self.ranks.is_rank_zero else None)
             broadcast_int(0, self.ranks.device)  # all ranks leave extended_limit together, after rank 0

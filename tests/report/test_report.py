@@ -15,15 +15,15 @@ from report_runs import CONFIG, MARKUP, Page, line, report, write_run, write_sam
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.report.collect import newest_run, read_run, read_runs
 from mf_dist.report.curves import STRETCHES
-from mf_dist.report.facts import differing
+from mf_dist.report.facts import differing, format_value
 from mf_dist.report.page import LIMIT
 from mf_dist.report.pictures import classes
 from mf_dist.runtime.errors import UserError
 
 
 def test_training_writes_the_report(tiny_config, tmp_path):
-    """The curves and frames of the page equal the run's files."""
-    done = run_python("-m", "mf_dist.train", tiny_config)
+    """The curves, frames and profile of the page equal the run's files."""
+    done = run_python("-m", "mf_dist.train", tiny_config, "train.profile_steps=2")
     run = tmp_path / "run"
     assert "no report" not in done.stdout and (run / "report.html").stat().st_size < 10_000_000
     written = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
@@ -41,6 +41,10 @@ def test_training_writes_the_report(tiny_config, tmp_path):
     assert shown.size == drawn.size and np.abs(np.asarray(shown, int) - np.asarray(drawn, int)).mean() < 4
     text = page.text()
     assert "finished" in text and "6 of 6" in text and "No Frechet distance in" in text and "resumed" not in text
+    profile = json.loads((run / "profile/profile.json").read_text())
+    assert f"Steps 4 to 5 on CPU: {format_value(profile['ms'])} ms per step while recorded" in text
+    for row in (*profile["classes"], *profile["waits"]):
+        assert f"{row['name']} {format_value(row['ms'])} {row['share']:.1%} {format_value(row['calls'])}" in text
 
     (run / "report.html").unlink()
     (run / "report.html").mkdir()  # the next report cannot be written, which must not fail the run
@@ -113,6 +117,8 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path):
     (run / "status.json").write_text("[]")
     (run / "eval").mkdir()
     (run / "eval/metrics.json").write_text('{"fd_digits": 3.0}')
+    (run / "profile").mkdir()
+    (run / "profile/profile.json").write_text('{"first_step": 4, "steps": 2, "costs": [3, {"name": 5, "ms": "x"}]}')
     (run / "history.jsonl").write_text('{"status": "running", "step": 0, "time": 1e99, "host": 3}\n{"sta')
     page, data = report(run)
     text = page.text()

@@ -168,10 +168,14 @@ def test_two_ranks_go_on_alone(machine, config, tmp_path):
 
 
 def test_every_option_of_a_step(machine, config, tmp_path):
-    """Accumulation, clipping, recomputed activations, an fp32 JVP and loader processes."""
+    """Accumulation, clipping, recomputed activations, an fp32 JVP, loader processes and a profile."""
     options = ["engine.jvp_precision=fp32", "engine.checkpoint_activations=true", "optim.grad_clip=0.5"]
-    machine.train(config, tmp_path / "run", *options, "train.micro_batch=4", "data.num_workers=2")
+    options += ["train.micro_batch=4", "data.num_workers=2", "train.profile_steps=2"]
+    machine.train(config, tmp_path / "run", *options)
     assert len(losses(tmp_path / "run")) == 6
+    profile = json.loads((tmp_path / "run/profile/profile.json").read_text())
+    assert "CPU" not in profile["device"] and {"optimizer", "attention"} <= {row["name"] for row in profile["classes"]}
+    assert (profile["idle_share"] is None) == machine.is_simulated  # the simulation records no kernels
 
 
 @pytest.mark.parametrize("stage", [1, 3])
