@@ -41,6 +41,7 @@ class Status:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "status.json"
+        self._run_lock: int | None = None
 
     def read(self) -> dict[str, Any]:
         """The file's entry; empty if the file is missing or damaged."""
@@ -118,10 +119,14 @@ class Status:
             ) from None
         except OSError:  # a file system without locks
             pass
+        # else a forked process, such as the data loader's, would hold it for seconds after a kill -9 of this one
+        os.register_at_fork(after_in_child=self.unlock_run)
 
     def unlock_run(self) -> None:
         """Releases the lock before this process ends."""
-        os.close(self._run_lock)
+        if self._run_lock is not None:
+            os.close(self._run_lock)
+            self._run_lock = None
 
     def refuse(self, reason: str, has_begun: bool) -> None:
         """Records that a mistake in the call ended the start; `has_begun`: begin() has counted it. The start does not

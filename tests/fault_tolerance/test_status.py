@@ -1,6 +1,7 @@
 """status.json: how a run ended, and when starting again is pointless."""
 
 import json
+import time
 
 import pytest
 
@@ -80,6 +81,26 @@ def test_a_run_belongs_to_one_process(tmp_path):
     holder.lock_run()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is being trained by process" in done.stderr and done.returncode == 1
+
+
+def test_a_forked_process_does_not_hold_the_run(tmp_path):
+    """As the data loader's processes, which live on for seconds after a kill -9 of the run."""
+    from multiprocessing import get_context
+
+    first, second, context = Status(tmp_path), Status(tmp_path), get_context("fork")
+    first.lock_run()
+    has_started = context.Event()
+    child = context.Process(target=lambda: (has_started.set(), time.sleep(60)), daemon=True)
+    child.start()
+    try:
+        assert has_started.wait(30)
+        with pytest.raises(UserError, match="is being trained by process"):
+            second.lock_run()
+        first.unlock_run()
+        second.lock_run()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_mistakes_in_the_call_do_not_make_a_crash_loop(tmp_path):
