@@ -189,6 +189,13 @@ def check_pipeline(words: list[str]) -> None:
     check_sbatch([train, f"run_dir={run}", f"data.path={data}", *rest[cut + 1 :]])
 
 
+def check_shell(words: list[str]) -> None:
+    """A shell script of tools/, which has no parser to ask: its options stand in it."""
+    text = (ROOT / words[0]).read_text(encoding="utf-8")
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert re.search(rf"^ +.*{option}\b.*\)", text, re.M), f"{words[0]} has no {option}"
+
+
 def check_make(words: list[str]) -> None:
     """Targets, and variables that the Makefile has."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -210,6 +217,8 @@ def check_command(command: str) -> None:
         check_torchrun(words[1:])
     elif words[0] == "slurm/pipeline.sh":
         check_pipeline(words[1:])
+    elif words[0].endswith(".sh"):
+        check_shell(words)
     else:
         check_python(words if words[0].startswith("tools/") else words[1:], 1)
 
@@ -238,6 +247,7 @@ def test_command(document, command, tmp_path, monkeypatch):
         "sbatch slurm/fid_eval.sh --no-such-option",
         "make demo NO_SUCH_VARIABLE=3",
         "make no_such_target",
+        "tools/bench/first_contact.sh OUT --no-such-option",
     ],
 )
 def test_a_wrong_command_is_seen(command, tmp_path, monkeypatch):

@@ -246,3 +246,22 @@ def test_compiled_step(machine, config, tmp_path, stage):
 def test_compiled_encoding(machine, images, tmp_path):
     command = ["--images", images, "--out", tmp_path / "out", "--vae", VAE, "--resolution", 32]
     machine.run("tools/encode_latents.py", *command, compiled=True)
+
+
+def test_first_contact(machine, tmp_path):
+    """A few lines of the list; the one that fails, for want of its inputs, does not stop the next."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    if machine.is_simulated:
+        env |= {"PYTHONPATH": str(HERE), "PYTHON": f"{sys.executable} -m simcuda"}
+        del env["CUDA_VISIBLE_DEVICES"]
+    command = [ROOT / "tools/bench/first_contact.sh", tmp_path / "out", "--tiny", "--only", "device,twins,b4-32"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "out/first_contact.json").read_text())["checks"]
+    outcomes = {check["name"]: check["outcome"] for check in checks if check["outcome"] != "not run"}
+    assert list(outcomes) == ["device", "twins", "b4-32"]
+    assert "passed" in outcomes["device"] and "passed" in outcomes["b4-32"]
+    assert "FAILED: exit code 2" in outcomes["twins"] and "there is no dataset at" in outcomes["twins"]
+    measured = {check["name"]: check["measured"] for check in checks}
+    assert measured["device"]["device"] == measured["b4-32"]["device"] != "CPU"
+    assert measured["b4-32"]["ms"] > 0 and measured["b4-32"]["ms_of.optimizer"] > 0

@@ -9,9 +9,11 @@ mf_dist/models/attention.py.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=72, help="head size (default 72: XL)")
     parser.add_argument("--tokens", default="256,512,1024,2048,4096", help="token counts, comma-separated")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     if not all(text.isdigit() and int(text) for text in args.tokens.split(",")):
         raise UserError(f"--tokens {args.tokens!r}: expected whole numbers such as 256,1024")
@@ -40,6 +43,7 @@ def main() -> None:
         f"{'tokens':>8}{'plain ms':>10}{'fused ms':>10}{'ratio':>7}{'spread':>14}{'plain MiB':>11}{'fused MiB':>11}"
         f"{'error':>10}"
     )
+    results = {}
     for tokens in map(int, args.tokens.split(",")):
         row = compare(args, tokens)
         ratios = [f / p for p, f in zip(*row["ms"], strict=True)]
@@ -49,6 +53,9 @@ def main() -> None:
             f"{tokens:8}{plain:10.3f}{fused:10.3f}{statistics.median(ratios):7.2f}{spread:>14}"
             f"{row['mib'][0]:11.1f}{row['mib'][1]:11.1f}{row['error']:10.1e}"
         )
+        results[f"{tokens} tokens"] = {"plain_ms": plain, "fused_ms": fused, "ratio": statistics.median(ratios)}
+    if args.json:
+        args.json.write_text(json.dumps(results), encoding="utf-8")
 
 
 def compare(args, tokens):
@@ -65,9 +72,9 @@ def compare(args, tokens):
     def fused(qkv, dqkv):
         return fused_attention_with_tangent(qkv, dqkv, args.heads)
 
-    g = torch.Generator("cuda").manual_seed(tokens)
+    g = torch.Generator().manual_seed(tokens)
     shape = (2, args.rows, tokens, 3 * args.heads * args.size)
-    pair = torch.randn(shape, generator=g, device="cuda").bfloat16()
+    pair = torch.randn(shape, generator=g).bfloat16().to("cuda")
     exact = plain(*pair[:, :1].double())[1]
     error = ((fused(*pair[:, :1])[1] - exact).norm() / exact.norm()).item()
     del exact

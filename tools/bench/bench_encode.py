@@ -9,6 +9,7 @@ kernels of the last form are listed.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def parse():
     parser.add_argument("--precisions", default="fp32,tf32,bf16", help="comma-separated (default fp32,tf32,bf16)")
     parser.add_argument("--forms", default="eager,compiled", help="comma-separated (default eager,compiled)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the median images/s to this file")
     args = parser.parse_args()
     for text, known in ((args.precisions, {"fp32", "tf32", "bf16"}), (args.forms, {"eager", "compiled"})):
         if set(text.split(",")) - known:
@@ -76,6 +78,9 @@ def main() -> None:
     peaks = {precision: matmul_peak(device, precision) for precision in {vae.precision for vae in forms.values()}}
     for name, vae in forms.items():
         report(name, vae, exact, pixels, seconds[name], flops, peaks[vae.precision])
+    if args.json:
+        rates = {name: args.batch / statistics.median(taken) for name, taken in seconds.items()}
+        args.json.write_text(json.dumps(rates), encoding="utf-8")
     if on_gpu:
         list_kernels(list(forms.values())[-1], pixels)
 

@@ -10,8 +10,10 @@ Prints the median, the spread, and multiples of the limit.
 """
 
 import argparse
+import json
 import statistics
 import sys
+from pathlib import Path
 
 from bench_measure import now
 
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=131_000_000, help="weights (default 131 million)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
+    parser.add_argument("--json", type=Path, help="also write the median seconds to this file")
     args = parser.parse_args()
     for name in SIZES:
         if getattr(args, name) < 1:
@@ -98,6 +101,9 @@ def main() -> None:
     for name, taken in seconds.items():
         middle, spread = statistics.median(taken), f"{min(taken):.3f} to {max(taken):.3f}"
         print(f"{name:22}{middle:8.3f} s ({spread}), {middle / limit:5.2f} of the limit")
+    if args.json:
+        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        args.json.write_text(json.dumps(medians), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,10 @@ def report(cases, first, args, device):
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "matmul_peak_flops": peak,
     }
-    return {"setting": setting, "results": rows}
+    ratios = {
+        f"{row['variant']} {row['guidance']}": row["ratio"] for row in rows if row["compiled"] and row["guidance"]
+    }
+    return {"setting": setting, "ratios": ratios, "results": rows}
 
 
 def print_table(result):
