@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -49,6 +50,21 @@ def test_finished_run_ends_at_once(runs):
     again = run_python("-m", "mf_dist.train", root / "whole.yaml")
     assert "resuming" in again.stdout and "finished at step 6" in again.stdout
     assert [m["step"] for m in metrics(root / "whole")] == [2, 3, 4, 6]
+
+
+def test_another_batch_size_continues_with_the_next_image(runs):
+    """From image 48: one batch of 32 and 10 images less than another."""
+    root, _ = runs
+    shutil.copytree(root / "whole/checkpoints/step-00000003", root / "other/checkpoints/step-00000003")
+    sizes = ["train.batch_size=32", "train.total_images=90", f"run_dir={root / 'other'}"]
+    done = run_python("-m", "mf_dist.train", root / "whole.yaml", *sizes, "--allow-config-change")
+    assert (
+        "32 does not divide the 42 images left of train.total_images 90: the last 10 are not trained on" in done.stdout
+    )
+    assert "finished at step 4 (80 images)" in done.stdout
+    assert [(m["step"], m["samples_seen"]) for m in metrics(root / "other")] == [(4, 80)]
+    state = open_checkpoint(root / "other/checkpoints/step-00000004").state
+    assert (state["samples_seen"], state["saved_images_ago"]) == (80, 32)
 
 
 def test_metrics_have_every_field(runs):

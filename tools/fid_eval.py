@@ -214,6 +214,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
         **made_by,
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
+        "samples_seen": checkpoint.samples_seen,
         "precision": generator.precision,
         "vae": generator.vae.source,
         "vae_sha256": generator.vae.sha256,

@@ -42,6 +42,10 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def samples_seen(self) -> int:
+        return int(self.state["samples_seen"])
+
     def ema_decays(self) -> list[str]:
         return sorted(path.stem.removeprefix("ema-") for path in self.folder.glob("ema-*.safetensors"))
 

@@ -144,7 +144,8 @@ def run_hours(config: Config, world_size: int) -> float:
     assert train.micro_batch is not None
     accumulation = train.batch_size // (world_size * train.micro_batch)
     step = compute_seconds(config, train.batch_size // world_size)
-    return config.total_steps * (step + exposed_seconds(config, world_size, train.micro_batch, accumulation)) / 3600
+    exposed = exposed_seconds(config, world_size, train.micro_batch, accumulation)
+    return config.steps_left(0) * (step + exposed) / 3600
 
 
 def weak_scaling(config: Config) -> list[str]:
@@ -194,7 +195,7 @@ def describe(config: Config, world_size: int) -> str:
         f"step            {per_image:.2f} forwards per image, {per_image * flops * train.batch_size / 1e12:,.3f} TFLOP "
         "(plain flow matching: 3)",
         f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x {accumulation} accumulation",
-        f"run             {config.total_steps:,} steps, {per_image * flops * train.total_images:.2e} FLOP",
+        f"run             {config.steps_left(0):,} steps, {per_image * flops * train.total_images:.2e} FLOP",
         f"time            {run_hours(config, world_size):,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
         "per rank and the collective speeds below",
         f"memory per rank {sum(memory.values()):,.2f} GiB: "
@@ -203,6 +204,8 @@ def describe(config: Config, world_size: int) -> str:
     ]
     wire = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in payload(config, accumulation).items())
     lines += [f"wire            {wire} GiB per step", *weak_scaling(config)]
+    if remainder := config.remainder(0):
+        lines.append(f"note: {remainder}")
     if train.micro_batch < FEW_ROWS and world_size > 1:
         lines.append(
             f"warning: {train.micro_batch} rows per rank and pass are too few to fill a GPU; use {FEW_ROWS} or more"

@@ -109,9 +109,10 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     total_images: Count
-    """Length of the run in images; a remainder smaller than one batch is dropped."""
+    """Length of the run in images; a remainder smaller than one batch is not trained on."""
     batch_size: Count = 256
-    """Images per optimizer step over all ranks; the batches are the same for any number of ranks."""
+    """Images per optimizer step over all ranks; the batches are the same for any number of ranks. A changed one
+    continues with the next image."""
     micro_batch: Count | None = None
     """Images per rank and forward pass; None: batch_size / ranks. Smaller values accumulate gradients."""
     seed: Seed = 0
@@ -218,9 +219,19 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    @property
-    def total_steps(self) -> int:
-        return self.train.total_images // self.train.batch_size
+    def steps_left(self, samples_seen: int) -> int:
+        """Steps from `samples_seen` images to the end of the run. All batches are complete."""
+        return max(0, self.train.total_images - samples_seen) // self.train.batch_size
+
+    def remainder(self, samples_seen: int) -> str:
+        """A sentence on the last images of the run if they are fewer than a batch, else empty."""
+        left, batch = max(0, self.train.total_images - samples_seen), self.train.batch_size
+        if not left % batch:
+            return ""
+        return (
+            f"train.batch_size {batch:,} does not divide the {left:,} images left of train.total_images "
+            f"{self.train.total_images:,}: the last {left % batch:,} are not trained on"
+        )
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
@@ -280,7 +291,7 @@ def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:
             f"meanflow.share_r_equals_t {share} of train.micro_batch {micro_batch} is not a whole number of rows; "
             f"choose a multiple of {share.denominator}"
         )
-    if config.total_steps < 1:
+    if config.steps_left(0) < 1:
         raise UserError(f"train.total_images {config.train.total_images} is less than one batch of {batch}")
 
 

@@ -1,7 +1,8 @@
 """The stream of training batches: a pure function of (seed, samples_seen), for any ranks, workers and micro-batches.
 
 Global slot i is image order(seed, i // N)[i % N]: batches cross epochs, none is incomplete. With share n/d of
-r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows come first.
+r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows come first. A micro-batch is a multiple of
+d, so its number of r = t rows is the same at whatever slot it begins: a run may change its batch size at any image.
 """
 
 import os
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class LatentStream(Dataset[Batch]):
-    """stream[j] is micro-batch j of the global stream: slots [j m, (j + 1) m)."""
+    """stream[i] is the micro-batch of the slots [i, i + m) of the global stream."""
 
     def __init__(
         self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction, flip: bool
@@ -50,8 +51,8 @@ class LatentStream(Dataset[Batch]):
         self.flip = flip
         self._orders: dict[int, npt.NDArray[np.int32]] = {}
 
-    def __getitem__(self, j: int) -> Batch:
-        slots = np.arange(j * self.micro_batch, (j + 1) * self.micro_batch)
+    def __getitem__(self, first_slot: int) -> Batch:
+        slots = np.arange(first_slot, first_slot + self.micro_batch)
         r_below_t = slots % self.share.denominator >= self.share.numerator
         slots = slots[np.argsort(r_below_t, kind="stable")]
         channels, *side = self.shards.moments_shape
@@ -68,19 +69,6 @@ class LatentStream(Dataset[Batch]):
         if epoch not in self._orders:
             self._orders = {epoch: rng.order(self.seed, epoch, self.shards.count)}
         return int(self._orders[epoch][position])
-
-
-class _MicroBatchesOfRank:
-    """Micro-batch numbers of one rank: of each global batch of A x W micro-batches, numbers rank, rank + W, ..."""
-
-    def __init__(self, samples_seen: int, total: int, micro_batch: int, rank: int, world_size: int) -> None:
-        self.numbers = range(samples_seen // micro_batch + rank, total // micro_batch, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
 
 def _ignore_launcher_signals(worker: int) -> None:
@@ -102,14 +90,15 @@ def _ignore_launcher_signals(worker: int) -> None:
 def training_batches(
     shards: LatentShards, config: Config, samples_seen: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from `samples_seen` to the end of the run. Raises UserError if the data is damaged."""
+    """This rank's micro-batches from slot `samples_seen`, any number, to the end of the run: of each global batch of
+    A x W micro-batches, numbers rank, rank + W, ... Raises UserError if the data is damaged."""
     micro_batch = config.train.micro_batch
-    assert micro_batch is not None and samples_seen % config.train.batch_size == 0
-    total = config.total_steps * config.train.batch_size
+    assert micro_batch is not None
+    end = samples_seen + config.steps_left(samples_seen) * config.train.batch_size
     loader = DataLoader(
         LatentStream(shards, config.train.seed, micro_batch, config.meanflow.share_r_equals_t, config.data.flip),
         batch_size=None,
-        sampler=_MicroBatchesOfRank(samples_seen, total, micro_batch, rank, world_size),
+        sampler=range(samples_seen + rank * micro_batch, end, world_size * micro_batch),
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_launcher_signals,

@@ -60,7 +60,7 @@ class TrainingEvaluation:
         total = sum_over_ranks(flat.to(self.ranks.device)).cpu().numpy()
         return Gaussian(total[:d], total[d:].reshape(d, d))
 
-    def measure(self, ema: dict[str, Tensor], decay: float, step: int) -> dict[str, float]:
+    def measure(self, ema: dict[str, Tensor], decay: float, step: int, samples_seen: int) -> dict[str, float]:
         """Name -> value for this EMA at every eval.nfe, recorded in eval/metrics.json; on rank 0 (else empty)."""
         net = build_network(self.config.model, self.config.train.seed)
         net.load_state_dict(ema)
@@ -71,6 +71,7 @@ class TrainingEvaluation:
             if value is not None:
                 values[f"{self.name}/nfe{nfe}/ema{decay}"] = value
                 entry = self._entry(value, nfe, decay, step, generator.is_flow, seconds)
+                entry["samples_seen"] = samples_seen
                 try:
                     record(entry, Path(self.config.run_dir) / "eval")
                 except (OSError, UserError) as error:

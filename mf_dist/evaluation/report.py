@@ -18,7 +18,8 @@ from mf_dist.runtime.errors import UserError
 
 METRIC_SETTINGS = ("pr_real_images", "kid_subset_size", "kid_real_images")
 """Settings of single metrics."""
-RESULTS = ("metrics", "seconds", "versions", "device", "ranks", "warnings", "arguments", *METRIC_SETTINGS)
+MACHINE = ("seconds", "versions", "device", "ranks")
+RESULTS = ("metrics", "samples_seen", *MACHINE, "warnings", "arguments", *METRIC_SETTINGS)
 """Keys of an entry that are not part of its protocol; entries of the same protocol and pixels are merged."""
 SHOWN = (
     "num_samples",

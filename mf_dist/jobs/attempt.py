@@ -36,7 +36,8 @@ def begin(config: Config, ranks: int, patience: float = LOCK_SECONDS) -> Verdict
     process to release the run. Raises UserError if the run cannot train."""
     status, stop_file = Status(Path(config.run_dir)), Path(config.run_dir) / "STOP"
     entry = status.read()
-    if entry.get("status") == "finished" and entry["step"] >= config.total_steps:
+    seen = entry.get("samples_seen")
+    if entry.get("status") == "finished" and isinstance(seen, int) and not config.steps_left(seen):
         return Verdict("finished", f"{config.run_dir} has finished, at step {entry['step']}; nothing to do")
     if stop_file.exists():
         return Verdict("stopped", f"{stop_file} exists; remove it to go on")

@@ -2,7 +2,9 @@
 
 import json
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +80,23 @@ class Run:
         """The lines of training steps, without those of measurements."""
         return [line for line in self.lines if "seconds_per_step" in line]
 
+    @cached_property
+    def progress(self) -> list[tuple[float, float]]:
+        """(step, images seen), sorted: the start, the lines of metrics.jsonl and the newest checkpoint."""
+        entries = [{"step": 0, "samples_seen": 0}, self.state, *self.lines]
+        pairs = {(number(entry.get("step")), number(entry.get("samples_seen"))) for entry in entries}
+        return sorted((step, seen) for step, seen in pairs if step is not None and seen is not None)
+
     def images(self, step: float) -> float | None:
-        """Images seen by a step; None if the batch size is unknown."""
-        batch = table(self.config.get("train")).get("batch_size")
-        if isinstance(batch, int):
-            return step * batch
-        known = [line for line in self.lines if line["step"] > 0]
-        return step * known[-1]["samples_seen"] / known[-1]["step"] if known else None
+        """Images seen by a step: interpolated in `progress`, since the batch size may have changed; after its end by
+        the config's batch size. None if neither is known."""
+        after = bisect_right(self.progress, (step, math.inf))
+        (at, seen), rest = self.progress[max(0, after - 1)], self.progress[after:]
+        if rest:
+            return seen + (step - at) * (rest[0][1] - seen) / (rest[0][0] - at)
+        batch = number(table(self.config.get("train")).get("batch_size"))
+        batch = seen / at if batch is None and at else batch
+        return None if batch is None else seen + (step - at) * batch
 
 
 def table(value: Any) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from mf_dist.config.cost import forward_flops, forwards_per_image
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config
-from mf_dist.report.collect import Run, describe_gaps, table
+from mf_dist.report.collect import Run, describe_gaps, number, table
 from mf_dist.runtime.errors import UserError
 
 POINTS, STRETCHES = 600, 300
@@ -139,7 +139,8 @@ def _distance_points(run: Run) -> dict[tuple[str, str, str, bool], list[Point]]:
         entry = measured.protocol
         step, nfe, ema = entry.get("step"), entry.get("nfe"), str(entry.get("ema"))
         if measured.is_distance and not entry.get("in_training") and isinstance(step, int) and isinstance(nfe, int):
-            seen = run.images(step)
+            recorded = number(entry.get("samples_seen"))
+            seen = run.images(step) if recorded is None else recorded
             if seen is not None:
                 series.setdefault((measured.name, str(nfe), ema, True), []).append((seen, measured.value, step))
     return {key: sorted(points) for key, points in sorted(series.items())}

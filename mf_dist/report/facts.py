@@ -90,7 +90,8 @@ def _overview(run: Run) -> list[Row]:
     if lines:
         last = lines[-1]
         batch, total = number(train.get("batch_size")), number(train.get("total_images"))
-        of = f" of {int(total // batch):,}" if batch and total else ""
+        left = max(0, total - last["samples_seen"]) // batch if batch and total else None
+        of = f" of {int(last['step'] + left):,}" if left is not None else ""
         rows.append(["Steps", f"{int(last['step']):,}{of}"])
         rows.append(["Images seen", format_value(last["samples_seen"])])
         rows.append(["Time in training steps", _duration(training_seconds(lines))])

@@ -21,18 +21,19 @@ SHOWN = {
 
 
 class Logger:
-    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        """`step`: the step the run resumes from. Lines of later steps in metrics.jsonl are removed; at step 0 an
-        existing file is moved to metrics.jsonl.old."""
-        self.total_steps = config.total_steps
+    def __init__(self, config: Config, run_dir: Path, step: int, samples_seen: int) -> None:
+        """`step`, `samples_seen`: where the run resumes. Later lines of metrics.jsonl are removed; at step 0 an old
+        file is moved to metrics.jsonl.old."""
+        steps_left = config.steps_left(samples_seen)
+        self.total_steps = step + steps_left
         self._path = run_dir / "metrics.jsonl"
         if step:
             _keep_lines_up_to(self._path, step)
         elif self._path.is_file():
             self._path.replace(run_dir / "metrics.jsonl.old")
         self._bar = tqdm(
-            total=config.total_steps * config.train.batch_size,
-            initial=step * config.train.batch_size,
+            total=samples_seen + steps_left * config.train.batch_size,
+            initial=samples_seen,
             unit="img",
             unit_scale=True,
             disable=not sys.stderr.isatty(),

@@ -53,13 +53,13 @@ class Snapshots:
             return
         logger.log_picture("samples", path, step)
 
-    def measure(self, engine: Engine, step: int, logger: Logger | None) -> None:
+    def measure(self, engine: Engine, step: int, logger: Logger | None, samples_seen: int) -> None:
         """Logs the distances of the measured EMAs and the seconds that training waited. All ranks share the work."""
         assert self.evaluation is not None
         start = time.perf_counter()
-        values: dict[str, Any] = {"step": step, "samples_seen": step * self.config.train.batch_size}
+        values: dict[str, Any] = {"step": step, "samples_seen": samples_seen}
         for decay in measured_ema_decays(self.config):
-            values |= self.evaluation.measure(engine.ema(decay), decay, step)
+            values |= self.evaluation.measure(engine.ema(decay), decay, step, samples_seen)
             if logger is not None:
                 for problem in self.evaluation.problems:
                     logger.info(problem)

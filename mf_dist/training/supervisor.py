@@ -34,6 +34,8 @@ class Supervisor:
         """Step of the last save begun, or of the checkpoint resumed from; -1 after a failed save."""
         self.committed_step = 0
         """Step of the last committed checkpoint."""
+        self.committed_images = self._saved_images = 0
+        """Images seen by the last committed checkpoint, and by the last save begun."""
         timeout = timedelta(seconds=process_group_timeout(config.train.hang_seconds))
         self.stop_agreement = StopAgreement(Path(config.run_dir), ranks.is_rank_zero, config.train.max_hours, timeout)
         self.watchdog = Watchdog(config.train.hang_seconds, ranks.rank, local_peers(ranks.device), self.fail)
@@ -43,6 +45,11 @@ class Supervisor:
         retention = Retention(options.keep, options.keep_every_images, options.keep_best, metrics, ema)
         self.writer = CheckpointWriter(self.root, WriterRank(ranks.rank, ranks.world_size), retention)
         self._is_saving, self._save_start, self._failures = False, 0.0, 0
+
+    def resume(self, step: int, samples_seen: int) -> None:
+        """Sets the checkpoint that training starts from."""
+        self.step = self.saved_step = self.committed_step = step
+        self.committed_images = self._saved_images = samples_seen
 
     def begin_save(self, engine: Engine, state: dict[str, Any]) -> None:
         """Waits for the previous save, gathers the state of self.step and starts writing it in the background."""
@@ -60,7 +67,7 @@ class Supervisor:
             gathering, waited = time.perf_counter() - self._save_start, self._save_start - start
             before = f" after {waited:.2f} s for the previous save" if waited > 0.1 else ""
             self._info(f"saving step {self.step}: training waited {gathering:.2f} s for it{before}")
-            self.saved_step, self._is_saving = self.step, True
+            self.saved_step, self._saved_images, self._is_saving = self.step, state["samples_seen"], True
 
     def agree_at_step_boundary(self) -> Stop:
         """Called between two steps: all ranks agree on the outcome of the background save and whether to stop."""
@@ -72,7 +79,8 @@ class Supervisor:
             self.writer.wait()
             self._note_failure(self.writer.error)
         elif self._is_saving and not is_running:
-            self._is_saving, self._failures, self.committed_step = False, 0, self.saved_step
+            self._is_saving, self._failures = False, 0
+            self.committed_step, self.committed_images = self.saved_step, self._saved_images
             if self.writer.committed:
                 seconds = time.perf_counter() - self._save_start
                 self.stop_agreement.margin = MARGIN + 2 * seconds
@@ -97,7 +105,7 @@ class Supervisor:
             reason = problem or "another rank failed to write"
             raise UserError(f"{self._failures} consecutive saves failed; the last one: {reason}")
 
-    def end(self, engine: Engine, state: dict[str, Any], stop: Stop, images: int) -> None:
+    def end(self, engine: Engine, state: dict[str, Any], stop: Stop) -> None:
         """Saves the last step, with up to MAX_FAILED_SAVES attempts, and records why the run ended."""
         while self.committed_step != self.step:
             self.begin_save(engine, state)
@@ -106,9 +114,10 @@ class Supervisor:
         if self.ranks.is_rank_zero:
             if self.root.is_dir():
                 self.root.touch()  # tools/fid_eval.py uses the run that ended last
-            where, reason = f"step {self.step} ({images} images)", stop.describe(self.stop_agreement.stop_file)
+            images, reason = state["samples_seen"], stop.describe(self.stop_agreement.stop_file)
+            where = f"step {self.step} ({images} images)"
             stopped_by = {"stopped_by": stop.name} if stop else {}
-            self.status.end("stopped" if stop else "finished", self.step, reason, **stopped_by)
+            self.status.end("stopped" if stop else "finished", self.step, reason, samples_seen=images, **stopped_by)
             self._info(f"stopped at {where}: {reason}" if stop else f"finished at {where}")
 
     def fail(self, reason: str) -> None:

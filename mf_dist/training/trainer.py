@@ -1,4 +1,5 @@
-"""The training loop. Progress is counted in optimizer steps of batch_size images.
+"""The training loop. Progress is counted in images (`samples_seen`), which schedules and the end of the run follow; the
+optimizer's steps only name checkpoints. So the batch size may change at a start.
 
 Order within a step: micro-batches through the engine; all ranks agree whether to stop; then whichever is due of log,
 checkpoint, sample grid and measurement.
@@ -7,6 +8,7 @@ checkpoint, sample grid and measurement.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, allow_config_change: bool = False) -> None:
         self.config, self.ranks, self.run_dir = config, ranks, Path(config.run_dir)
         self.checkpoints, self.status = self.run_dir / "checkpoints", Status(self.run_dir)
-        self.allow_config_change, self.step = allow_config_change, 0
+        self.allow_config_change, self.step, self.samples_seen = allow_config_change, 0, 0
         self.supervisor = Supervisor(config, ranks, self.status, self._info)
 
     def run(self) -> None:
@@ -97,7 +99,9 @@ class Trainer:
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
         self._load_checkpoint()
-        self.supervisor.committed_step = self.supervisor.saved_step = self.supervisor.step = self.step
+        if remainder := config.remainder(self.samples_seen):
+            self.messages.append(remainder)
+        self.supervisor.resume(self.step, self.samples_seen)
         self.throughput = Throughput(ranks.device)
         self.profile = StepProfile(config.train.profile_steps, self.run_dir, ranks)
         self._open_log()
@@ -113,7 +117,7 @@ class Trainer:
                 self.status.lock_run()
                 newest, messages = newest_checkpoint(self.checkpoints)
                 self.status.begin(newest.step if newest else 0)
-                if not newest or newest.step < self.config.total_steps:
+                if not newest or self.config.steps_left(newest.samples_seen):
                     check_free_space(self.checkpoints, checkpoint_bytes(self.config))
             except UserError as caught:
                 error = caught
@@ -128,10 +132,11 @@ class Trainer:
         return step, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {reason}"]
 
     def _load_checkpoint(self) -> None:
-        """Loads the checkpoint of step self.step into the engine; nothing at step 0."""
+        """Loads the checkpoint of step self.step; nothing at step 0."""
         if not self.step:
             return
         checkpoint = open_checkpoint(step_folder(self.checkpoints, self.step), verify=False)  # rank 0 has verified it
+        self.samples_seen = checkpoint.samples_seen
         self.messages += check_config_changes(checkpoint, self._state(), self.allow_config_change)
         for kind in self.engine.kinds:
             is_new = kind.startswith("ema-") and kind not in checkpoint.kinds()
@@ -144,28 +149,27 @@ class Trainer:
     def _open_log(self) -> None:
         if self.ranks.is_rank_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.logger = Logger(self.config, self.run_dir, self.step)
+            self.logger = Logger(self.config, self.run_dir, self.step, self.samples_seen)
         for line in self.messages:
             self._info(line)
 
     def _train(self) -> None:
         config, ranks = self.config, self.ranks
-        seen, on_gpu = self.step * config.train.batch_size, ranks.device.type == "cuda"
-        batches = training_batches(self.shards, config, seen, ranks.rank, ranks.world_size, on_gpu)
+        on_gpu = ranks.device.type == "cuda"
+        batches = training_batches(self.shards, config, self.samples_seen, ranks.rank, ranks.world_size, on_gpu)
         if config.data.stage != "off" and ranks.is_local_rank_zero:
             stage_dir = Path(config.data.stage_dir) if config.data.stage_dir else None
             Staging(self.shards.folder, self.shards.manifest, stage_dir, self._info)
         first_step, stop = self.step + 1, self.supervisor.agree_at_step_boundary()
-        while self.step < config.total_steps and not stop:
+        while not self._is_finished() and not stop:
             self._one_step(batches)
             if self.step == first_step:
                 seconds = time.perf_counter() - self.throughput.since
                 self._info(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
                 self.supervisor.watchdog.begin_regular_steps()
             stop = self.supervisor.agree_at_step_boundary()
-            is_last = self.step == config.total_steps
             measures = not stop and self._is_due_or_last(config.eval.every_images)
-            saves = is_last or stop or self._is_due(config.checkpoint.every_images)
+            saves = self._is_finished() or stop or self._is_due(config.checkpoint.every_images)
             saves = saves or (measures and config.checkpoint.keep_best is not None)
             if saves or self.step % config.log.every_steps == 0:
                 self._log()
@@ -175,14 +179,14 @@ class Trainer:
             if not stop and self._is_due_or_last(config.log.sample_every_images):
                 self._show(self.snapshots.draw)
             if measures:
-                self._show(self.snapshots.measure)
+                self._show(partial(self.snapshots.measure, samples_seen=self.samples_seen))
             if self.profile.step():
                 self._show(lambda _engine, step, _logger: self._info(self.profile.write(step)))
-        if self.step == config.total_steps:
+        if self._is_finished():
             stop = Stop.NO
         if line := self.profile.end():
             self._info(line)
-        self.supervisor.end(self.engine, self._state(), stop, self.step * config.train.batch_size)
+        self.supervisor.end(self.engine, self._state(), stop)
         if ranks.is_rank_zero:
             self.logger.close()
 
@@ -193,6 +197,7 @@ class Trainer:
                 batch = next(batches)
             sums.append(self._train_micro_batch(batch))
         self.step += 1
+        self.samples_seen += self.config.train.batch_size
         self.supervisor.step = self.step
         guard = self.engine.guard
         if guard.last_event:
@@ -219,21 +224,24 @@ class Trainer:
         draws = Draws(on_device.e, on_device.time_normals, on_device.drop_uniforms)
         return self.engine.train_micro_batch(x, on_device.labels, draws)
 
+    def _is_finished(self) -> bool:
+        return not self.config.steps_left(self.samples_seen)
+
     def _is_due(self, every_images: int) -> bool:
         """Whether this step reached or passed a multiple of `every_images`."""
-        seen, batch = self.step * self.config.train.batch_size, self.config.train.batch_size
-        return seen // every_images > (seen - batch) // every_images
+        before = self.samples_seen - self.config.train.batch_size
+        return self.samples_seen // every_images > before // every_images
 
     def _is_due_or_last(self, every_images: int) -> bool:
         """Whether it is due, or this is the last step; never if every_images is 0."""
-        return every_images > 0 and (self.step == self.config.total_steps or self._is_due(every_images))
+        return every_images > 0 and (self._is_finished() or self._is_due(every_images))
 
     def _log(self) -> None:
         guard = self.engine.guard
         norm = self.engine.grad_norm()
         entry = {
             "step": self.step,
-            "samples_seen": self.step * self.config.train.batch_size,
+            "samples_seen": self.samples_seen,
             **self.throughput.means(),
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": self.config.optim.lr,
@@ -271,11 +279,10 @@ class Trainer:
             self.logger.info(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
 
     def _state(self) -> dict[str, Any]:
-        batch = self.config.train.batch_size
         return {
             "step": self.step,
-            "samples_seen": self.step * batch,
-            "saved_images_ago": (self.step - self.supervisor.committed_step) * batch,
+            "samples_seen": self.samples_seen,
+            "saved_images_ago": self.samples_seen - self.supervisor.committed_images,
             "guard": self.engine.guard.state(),
             "config": to_tree(self.config),
             "classes": self.shards.manifest["classes"],

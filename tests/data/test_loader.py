@@ -23,7 +23,7 @@ def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
         for rank in range(world_size)
     ]
     accumulation = batch // (config.train.micro_batch * world_size)
-    for _ in range(config.total_steps - samples_seen // batch):
+    for _ in range(config.steps_left(samples_seen)):
         rows = {}
         for iterator in iterators:
             for _ in range(accumulation):
@@ -61,11 +61,25 @@ def test_resumed_stream_is_the_rest_of_the_full_one(tiny_config, latents):
     assert global_rows(tiny_config, [], latents, 2, samples_seen=48) == reference[3:]
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(24, 2), (32, 1), (8, 7), (12, 4)])
+def test_another_batch_size_continues_with_the_next_image(tiny_config, latents, batch, steps):
+    """44 images seen, which neither the new batch nor the micro-batches divide: the next steps are of the images
+    44, 45, ..., in complete batches, for any number of ranks."""
+    options = [f"train.batch_size={batch}", "train.total_images=100", "meanflow.share_r_equals_t=1/2"]
+    by_draw = {rng.train_draws(0, slot, (4, 8, 8))[1].tobytes(): slot for slot in range(100)}
+    resumed = global_rows(tiny_config, options, latents, 1, samples_seen=44)
+    assert [sorted(by_draw[e] for e in rows) for rows in resumed] == [
+        list(range(first, first + batch)) for first in range(44, 44 + steps * batch, batch)
+    ]
+    for world_size, more in [(2, []), (1, [f"train.micro_batch={batch // 2}"])]:
+        assert global_rows(tiny_config, [*options, *more], latents, world_size, samples_seen=44) == resumed
+
+
 def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
     """With r = t on every row nothing is reordered, so the rows must be the concatenated permutations."""
     shards = LatentShards(latents)
     stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(1), flip=False)
-    rows = torch.cat([stream[j].moments for j in range(300 // 8)]).numpy()  # 150 is not a multiple of 8
+    rows = torch.cat([stream[first].moments for first in range(0, 293, 8)]).numpy()  # 150 is not a multiple of 8
     slots = [*rng.order(3, 0, shards.count), *rng.order(3, 1, shards.count)]
     for row, image in zip(rows, slots, strict=False):
         assert np.array_equal(row, shards[int(image)][0])
@@ -83,12 +97,12 @@ def test_stream_can_be_pickled_for_loader_processes(latents):
 def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, share):
     share, m = Fraction(share), 8
     stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, share_r_equals_t=share, flip=False)
-    for j in (0, 5):
-        expected = [rng.train_draws(0, slot, (4, 8, 8))[1] for slot in range(j * m, j * m + m)]
-        equal = [e for k, e in enumerate(expected) if (j * m + k) % share.denominator < share.numerator]
-        below = [e for k, e in enumerate(expected) if (j * m + k) % share.denominator >= share.numerator]
+    for first in (0, 40, 43):
+        expected = {slot: rng.train_draws(0, slot, (4, 8, 8))[1] for slot in range(first, first + m)}
+        equal = [e for slot, e in expected.items() if slot % share.denominator < share.numerator]
+        below = [e for slot, e in expected.items() if slot % share.denominator >= share.numerator]
         assert len(equal) == m * share
-        assert np.array_equal(stream[j].e.numpy(), np.stack([*equal, *below]))
+        assert np.array_equal(stream[first].e.numpy(), np.stack([*equal, *below]))
 
 
 def test_seeking_takes_constant_time(latents):
@@ -124,7 +138,7 @@ def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tm
     config = resolve(load_config(str(tiny_config), options), shards.manifest, 3)
     ranks = [training_batches(shards, config, 0, rank, 3, pin_memory=False) for rank in range(3)]
     seen = []
-    for _ in range(config.total_steps):
+    for _ in range(config.steps_left(0)):
         step = np.empty(60, int)
         for rank, batches in enumerate(ranks):
             batch = next(batches)

@@ -43,6 +43,30 @@ def test_a_changed_config_is_reported_and_needs_consent_if_it_matters(zygote, co
     assert "choose another run_dir" in log.read_text().splitlines()[-1]
 
 
+def test_a_changed_batch_size_continues_with_the_next_image_on_any_number_of_ranks(zygote, config, tmp_path):
+    """16 images a step to image 160, 24 to image 304, 20 to image 444; the rest is less than a batch of 40."""
+    runs = {}
+    for ranks, accumulation in ((1, 1), (2, 1), (1, 2)):
+        run, log = tmp_path / f"run{ranks}{accumulation}", tmp_path / f"log{ranks}{accumulation}"
+        options = [f"run_dir={run}", "checkpoint.keep=9", "checkpoint.keep_every_images=100"]
+        for batch, images in ((16, 160), (24, 320), (20, 460), (40, 470)):
+            micro_batch = 4 if batch == 20 else batch // ranks // accumulation
+            sizes = [f"train.batch_size={batch}", f"train.total_images={images}", f"train.micro_batch={micro_batch}"]
+            world = 1 if batch == 20 else ranks
+            codes = zygote.run(log, [config, *options, *sizes, "--allow-config-change"], world)
+            assert set(codes) == {0}, log.read_text()
+        text = log.read_text()
+        assert "24 does not divide the 160 images left of train.total_images 320: the last 16 are not trained" in text
+        assert "40 does not divide the 26 images left" in text and "finished at step 23 (444 images)" in text
+        assert status(run)["samples_seen"] == 444
+        runs[ranks, accumulation] = losses(run)
+        seen = [*range(16, 161, 16), *range(184, 305, 24), *range(324, 445, 20)]
+        assert [line["samples_seen"] for line in losses(run)] == seen
+    for line, *others in zip(*runs.values(), strict=True):
+        for other in others:
+            assert line["raw_loss_r_below_t"] == pytest.approx(other["raw_loss_r_below_t"], rel=1e-4), line["step"]
+
+
 def test_other_versions_are_a_warning(zygote, config, tmp_path):
     log, run = tmp_path / "log", tmp_path / "run"
     assert zygote.run(log, [config, "train.total_images=160"]) == [0]

@@ -88,8 +88,9 @@ def test_what_the_run_recorded_is_not_replaced(config, tiny_config):
     assert end(config, "srun ended with code 1", "SIGUSR1") == ("resume", "stopped at step 5: SIGUSR1")
     begin(config, 1)
     status.begin(5)
-    status.end("finished", config.total_steps)
+    status.end("finished", 40, samples_seen=90)  # in smaller batches; the rest is less than one of 16
     assert begin(config, 1).word == "finished"
+    assert begin(load_config(str(tiny_config), ["train.total_images=112"]), 1).word == "go"
     assert begin(load_config(str(tiny_config), ["train.total_images=960"]), 1).word == "go"  # a longer run
 
 

@@ -15,7 +15,7 @@ from report_runs import CONFIG, line, report, write_run
 from mf_dist.fault_tolerance.status import NO_REASON, Status
 from mf_dist.report.collect import read_run, read_runs
 from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_image, thin
-from mf_dist.report.facts import faults, history, status, training_seconds
+from mf_dist.report.facts import faults, history, overview, status, training_seconds
 from mf_dist.report.page import write_report
 from mf_dist.report.pictures import fit, grids, last_grids
 from mf_dist.report.results import compared, headline
@@ -176,6 +176,15 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     (chart, *_) = report(run)[1]["plots"]["curves"]
     traces = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
     assert traces == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
+
+
+def test_images_are_those_recorded_where_the_batch_size_has_changed(tmp_path):
+    """4 steps of 16 images, then 8; the config has the last batch size."""
+    config = {**CONFIG, "train": {"total_images": 112, "batch_size": 8}}
+    lines = [line(2), line(4), line(6, samples_seen=80), line(8, samples_seen=96)]
+    run = read_run(write_run(tmp_path / "run", lines, config), "run")
+    assert [run.images(step) for step in (0, 1, 4, 5, 6, 8, 9)] == [0, 16, 64, 72, 80, 96, 104]
+    assert ["Steps", "8 of 10"] in overview([run])
 
 
 def test_rates_follow_from_the_config(tmp_path):

@@ -22,9 +22,10 @@ def test_later_and_damaged_lines_are_removed_on_resume(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
     path.write_text("\n".join([*lines, '{"step": 4', "null", '{"x": 1}']))
-    logger = Logger(load_config("configs/digits_cpu.yaml", []), tmp_path, step=20)
+    options = ["train.total_images=1050", "train.batch_size=10"]
+    logger = Logger(load_config("configs/digits_cpu.yaml", options), tmp_path, step=20, samples_seen=995)
     logger.log({"step": 25, **LINE})
     logger.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
     out = capsys.readouterr().out
-    assert out.startswith("step 25/") and "raw r=t 2 " in out and "640 img/s" in out and "raw r<t" not in out
+    assert out.startswith("step 25/25 ") and "raw r=t 2 " in out and "640 img/s" in out and "raw r<t" not in out

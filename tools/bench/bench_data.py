@@ -150,8 +150,8 @@ def reading_forms(folder, samples):
 
     def whole():
         stream = LatentStream(shards, 0, BATCH, Fraction(3, 4), False)
-        for j in range(samples // BATCH):
-            yield len(stream[j].labels)
+        for first in range(0, samples - BATCH + 1, BATCH):
+            yield len(stream[first].labels)
 
     return {"WebDataset, decoded, in order": theirs, "ours, read, random order": read, "ours, whole": whole}
 
@@ -234,7 +234,7 @@ def bench_index(args):
         rng.order(0, 1, args.index)
         shuffling = time.perf_counter() - start
         start = time.perf_counter()
-        _ = LatentStream(opened, 0, 32, Fraction(3, 4), False)[100 * args.index // 32]
+        _ = LatentStream(opened, 0, 32, Fraction(3, 4), False)[100 * args.index]
         seeking = time.perf_counter() - start
         del opened
         write_index(Path(small), 1000)
@@ -288,8 +288,8 @@ def one_rank(folder, rank, pipe):
 
     send_memory()
     stream = LatentStream(LatentShards(folder), 0, 32, Fraction(3, 4), False)
-    numbers = range(rank, rank + 400 * RANKS, RANKS)
-    batches = iter(DataLoader(stream, batch_size=None, sampler=numbers, num_workers=WORKERS))
+    slots = range(32 * rank, 32 * (rank + 400 * RANKS), 32 * RANKS)
+    batches = iter(DataLoader(stream, batch_size=None, sampler=slots, num_workers=WORKERS))
     for _ in range(100):
         next(batches)
     send_memory()
