@@ -25,7 +25,7 @@ def parse():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list a run's checkpoints").add_argument("run", type=Path)
     verify = commands.add_parser("verify", help="check every byte against the manifest")
-    verify.add_argument("path", type=Path, help="run or step-N folder")
+    verify.add_argument("path", type=Path, help="run or checkpoint folder")
     diff = commands.add_parser("diff", help="compare two checkpoints")
     diff.add_argument("a", type=Path)
     diff.add_argument("b", type=Path)
@@ -40,23 +40,27 @@ def parse():
     )
     prune.add_argument("--dry-run", action="store_true", help="print what would be deleted, delete nothing")
     export = commands.add_parser("export", help="write the EMA as one safetensors file")
-    export.add_argument("path", type=Path, help="run or step-N folder")
+    export.add_argument("path", type=Path, help="run or checkpoint folder")
     export.add_argument("--out", type=Path, required=True, help="file name ending in .safetensors")
     export.add_argument("--ema", help="decay (default: the run's first)")
     return parser.parse_args()
 
 
 def folders(path):
-    """[path] if it is a step-N folder, else all step-N folders of a run, oldest first."""
-    from mf_dist.checkpoint.reader import step_folders
+    """[path] if it is a checkpoint's folder, else all checkpoints of a run, oldest first."""
+    from mf_dist.checkpoint.reader import checkpoint_folders, folder_of_checkpoints, number_of
 
-    steps = [path] if path.name.startswith("step-") else step_folders(path / "checkpoints")
-    if not steps or not steps[0].is_dir():
-        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder)")
-    return steps
+    if (path / "manifest.json").is_file() or (number_of(path) >= 0 and path.is_dir()):
+        return [path]
+    found = checkpoint_folders(folder_of_checkpoints(path))
+    if not found:
+        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a checkpoint's folder)")
+    return found
 
 
 def ls(args):
+    from mf_dist.checkpoint.reader import number_of
+
     print(f"{'step':>10}{'images':>14}{'GiB':>9}  EMAs")
     for folder in folders(args.run):
         try:
@@ -67,7 +71,8 @@ def ls(args):
             continue
         size = sum(path.stat().st_size for path in folder.iterdir()) / 2**30
         emas = ", ".join(sorted(path.stem.removeprefix("ema-") for path in folder.glob("ema-*.safetensors")))
-        print(f"{step:10}{images:14,}{size:9.2f}  {emas}")
+        name = "" if number_of(folder) == step else f"  in {folder.name}"
+        print(f"{step:10}{images:14,}{size:9.2f}  {emas}{name}")
     return 0
 
 
@@ -116,7 +121,7 @@ def diff(args):
 
 
 def prune(args):
-    from mf_dist.checkpoint.reader import open_checkpoint
+    from mf_dist.checkpoint.reader import number_of, open_checkpoint
     from mf_dist.checkpoint.writer import Retention, remove_checkpoint
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
@@ -137,7 +142,10 @@ def prune(args):
     rules = Retention(args.keep, args.keep_every_images, args.keep_best, args.run / "eval/metrics.json", ema)
     if args.keep_best and not rules.scores():
         raise UserError(f"--keep-best {args.keep_best}: {rules.metrics} has no value of that metric for EMA {ema}")
-    for folder in rules.removable([checkpoint.folder for checkpoint in valid]):
+    named = [checkpoint.folder for checkpoint in valid if number_of(checkpoint.folder) == checkpoint.step]
+    for folder in sorted({checkpoint.folder for checkpoint in valid} - {*named}):
+        print(f"{folder}: left alone, a person gave it its name")
+    for folder in rules.removable(named):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
             remove_checkpoint(folder)

@@ -46,7 +46,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
+    add("--checkpoint", type=Path, help="run or checkpoint folder (default: the newest run under runs/)")
     add("--images", help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
@@ -74,7 +74,7 @@ def parse():
     )
     add("--block", type=int, default=50, help="images computed together (default 50); can change last bits")
     add("--compile", action="store_true", help="torch.compile the network and the decoder")
-    add("--out", type=Path, help="default: eval/ in the run folder")
+    add("--out", type=Path, help="folder for the results (default: eval/ in the run folder)")
     add("--save-images", type=int, metavar="N", help="also write the first N samples as PNG")
     add("--save-npz", action="store_true", help="also write all samples as .npz for ADM's evaluator")
     add(
@@ -159,7 +159,7 @@ def measure_model(args, ranks):
 
     with raise_on_all_ranks(ranks):
         trained, network = load(args, ranks)
-    out = args.out or trained.checkpoint.folder.parent.parent / "eval"
+    out = args.out
     side = args.resolution or trained.generator.resolution
     reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
     grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
@@ -175,14 +175,20 @@ def measure_model(args, ranks):
 
 
 def load(args, ranks):
-    """The trained model and the feature network; fills in options not given from the run's config."""
-    from mf_dist.checkpoint.reader import find_checkpoint, newest_run
+    """The trained model and the feature network; fills in options not given from the run and its config."""
+    from mf_dist.checkpoint.reader import find_checkpoint
+    from mf_dist.checkpoint.runs import evaluation_folder, newest_run
     from mf_dist.evaluation.features import WITH_WEIGHTS, open_features
     from mf_dist.sampling.generator import load_trained_model
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
+    args.out = args.out or evaluation_folder(checkpoint)
+    if args.out is None:
+        raise UserError(
+            f"{checkpoint.folder} is not in the folder checkpoints/ of a run: give --out FOLDER for results"
+        )
     if ranks.is_rank_zero:
-        print(f"evaluating {checkpoint.folder}")
+        print(f"evaluating {checkpoint.folder}\nresults go to {args.out}", flush=True)
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
     trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
     defaults = ["features", "reference", "num_samples", "labels", "seed"]

@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, help="run or step-N folder (default: the newest run under runs/)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="run or checkpoint folder (default: the newest run under runs/)"
+    )
     parser.add_argument("--class", type=int, action="append", dest="classes", help="class index; may be repeated")
     parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -29,7 +31,8 @@ def main() -> None:
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .png")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    from mf_dist.checkpoint.reader import find_checkpoint, newest_run
+    from mf_dist.checkpoint.reader import find_checkpoint
+    from mf_dist.checkpoint.runs import newest_run
     from mf_dist.runtime.distributed import choose_device
     from mf_dist.sampling.generator import load_trained_model
 

@@ -6,7 +6,8 @@
         state.json       step, samples_seen, config, latent shape, classes, VAE, versions, guard
         manifest.json    size and sha256 of the others, written last
 
-A folder is written as NAME.tmp, synced, then renamed (writer.py): one without a valid manifest is no checkpoint.
+A folder is written as NAME.tmp, synced, then renamed (writer.py): one with a valid manifest is a checkpoint, whatever
+its name and place; one without is none.
 """
 
 import json
@@ -76,19 +77,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint under `root`, and a warning for each newer one that was skipped. Raises UserError if
-    none is valid and a disk fault hides one: it may be intact, and a start from scratch would replace it."""
+    """The valid checkpoint of the highest step under `root`, and a warning for each that was skipped before it. Raises
+    UserError if none is valid and a disk fault hides one: it may be intact, and a start from scratch would replace
+    it."""
+    newest: Checkpoint | None = None
     warnings: list[str] = []
     disk_error: UserError | None = None
-    for folder in reversed(step_folders(root)):
+    for folder in reversed(checkpoint_folders(root)):
+        if newest and _likely_step(folder) <= newest.step:
+            break
         try:
-            return open_checkpoint(folder), warnings
+            checkpoint = open_checkpoint(folder)
         except UserError as error:
             warnings.append(f"passed over a damaged checkpoint: {error}")
             disk_error = error if is_disk_fault(error) else disk_error
-    if disk_error:
+            continue
+        if newest is None or checkpoint.step > newest.step:
+            newest = checkpoint
+    if disk_error and newest is None:
         raise disk_error
-    return None, warnings
+    return newest, warnings
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
@@ -104,8 +112,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         missing = [name for name in REQUIRED if name not in entries] + [key for key in STATE if key not in state]
         if missing or not any(name.startswith("ema-") for name in entries):
             raise KeyError(missing[0] if missing else "ema-DECAY.safetensors")
-        if step_folder(folder.parent, state["step"]).name != folder.name:
-            raise ValueError(f"it holds step {state['step']}")
+        int(state["step"]), int(state["samples_seen"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a valid checkpoint ({error})") from None
     return Checkpoint(folder, state, sha256_of(folder / "manifest.json"))
@@ -116,30 +123,54 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint folder, or the newest checkpoint of a run folder, with a warning on stderr for each newer one
-    that is damaged. Raises UserError if no checkpoint is found."""
+    """Opens a checkpoint folder of any name, or the newest checkpoint of a run folder or of a folder of checkpoints,
+    with a warning on stderr for each newer one that is damaged. Raises UserError if no checkpoint is found."""
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
-    checkpoint, warnings = newest_checkpoint(path / "checkpoints")
+    checkpoint, warnings = newest_checkpoint(folder_of_checkpoints(path))
     if checkpoint is None:
         detail = f"; {warnings[0]}" if warnings else ""
-        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a step-N folder){detail}")
+        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a checkpoint's folder){detail}")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return checkpoint
 
 
-def newest_run(root: Path) -> Path:
-    """The run folder under `root` whose training command ended last, by the mtime of checkpoints/."""
-    folders = [folder for folder in root.glob("**/checkpoints") if step_folders(folder)]
-    if not folders:
-        raise UserError(f"no trained run under {str(root)!r}; train one, or give --checkpoint DIR")
-    return max(folders, key=lambda folder: folder.stat().st_mtime).parent
+def folder_of_checkpoints(path: Path) -> Path:
+    """The folder checkpoints/ of a run folder; any other folder itself."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def step_folders(root: Path) -> list[Path]:
-    """step-N folders in order of N, without unfinished .tmp ones."""
+    """step-N folders, named by training, in order of N; without unfinished .tmp ones."""
     if not root.is_dir():
         return []
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in root.iterdir() if path.is_dir() and number_of(path) >= 0), key=number_of)
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """step-N folders, and those of any other name that hold a checkpoint, in order of their steps. One whose name ends
+    in .tmp is unfinished."""
+    if not root.is_dir():
+        return []
+
+    def is_checkpoint(path: Path) -> bool:
+        holds_one = path.suffix != ".tmp" and all((path / name).is_file() for name in ("manifest.json", "state.json"))
+        return holds_one or (number_of(path) >= 0 and path.is_dir())
+
+    return sorted(filter(is_checkpoint, root.iterdir()), key=lambda path: (_likely_step(path), number_of(path)))
+
+
+def number_of(folder: Path) -> int:
+    """N of a folder step-N; -1 for another name."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits != folder.name and digits.isdecimal() else -1
+
+
+def _likely_step(folder: Path) -> int:
+    """The larger of the step in the name and of that recorded, before anything is verified."""
+    try:
+        recorded = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        recorded = -1
+    return max(number_of(folder), recorded)

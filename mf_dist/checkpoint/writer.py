@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint.reader import step_folder, step_folders
+from mf_dist.checkpoint.reader import number_of, step_folder, step_folders
 from mf_dist.runtime.atomic_files import fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
@@ -133,7 +133,7 @@ class CheckpointWriter:
 def remove_unfinished(root: Path) -> None:
     """Removes the step-N.tmp folders of interrupted saves."""
     for stale in root.glob("step-*.tmp"):
-        shutil.rmtree(stale)
+        remove_folder(stale)
 
 
 def check_free_space(root: Path, checkpoint_bytes: int) -> None:
@@ -190,10 +190,30 @@ def commit(partial: Path, folder: Path, kinds: list[str], state: dict[str, Any])
         files[f"{kind}.safetensors"] = json.loads((partial / f"{kind}.json").read_text(encoding="utf-8"))
         (partial / f"{kind}.json").unlink()
     write_json(partial / "manifest.json", {"files": files})
-    if folder.exists():  # only an invalid one can exist
-        shutil.rmtree(folder)
+    if folder.exists():
+        _check_replaceable(folder, state["step"])
+        remove_folder(folder)
     os.replace(partial, folder)
     fsync_folder(folder.parent)
+
+
+def _check_replaceable(folder: Path, step: int) -> None:
+    """Raises ValueError if `folder` holds another step: a person gave it its name. One of the same step is invalid, or
+    the run would have resumed from it."""
+    try:
+        held = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if held != step:
+        raise ValueError(f"{folder} is in the way and holds step {held}; give it another name")
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with its content, or a link to a folder alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -213,13 +233,13 @@ class Retention:
         scores = self.scores()
         best = min(scores)[1] if scores else None
         candidates = folders[: -max(1, self.newest)]
-        return [path for path in candidates if not self._is_milestone(path) and int(path.name[5:]) != best]
+        return [path for path in candidates if not self._is_milestone(path) and number_of(path) != best]
 
     def apply(self, root: Path, latest: Path) -> None:
         """Removes old checkpoints after `latest` was committed. What cannot be removed is tried again after the next
         save; an error here does not make the save a failure."""
         try:
-            for old in self.removable([path for path in step_folders(root) if path.name <= latest.name]):
+            for old in self.removable([path for path in step_folders(root) if number_of(path) <= number_of(latest)]):
                 remove_checkpoint(old)
         except Exception as error:
             print(f"warning: cannot remove older checkpoints ({error!r})", file=sys.stderr, flush=True)
@@ -259,4 +279,5 @@ def remove_checkpoint(folder: Path) -> None:
         os.replace(folder, renamed)
     except OSError:
         return
-    shutil.rmtree(renamed, ignore_errors=True)
+    with suppress(OSError):
+        remove_folder(renamed)

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mf_dist.checkpoint.reader import step_folders
+from mf_dist.checkpoint.reader import checkpoint_folders
+from mf_dist.checkpoint.runs import folders_below
 from mf_dist.runtime.errors import UserError
 
 Table = dict[str, Any]
@@ -117,12 +118,12 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def newest_run(root: Path) -> Path:
-    """The run under `root` whose RUN_MARKERS were modified last. Raises UserError if there is no run."""
+    """The run under `root`, links followed, whose RUN_MARKERS were modified last. Raises UserError without one."""
     modified: dict[Path, float] = {}
-    for marker in (path for name in RUN_MARKERS for path in root.glob(f"**/{name}")):
+    for marker in (folder / name for folder in folders_below(root) for name in RUN_MARKERS):
         try:
             modified[marker.parent] = max(modified.get(marker.parent, 0.0), marker.stat().st_mtime)
-        except OSError:  # replaced meanwhile
+        except OSError:  # missing, or replaced meanwhile
             continue
     if not modified:
         raise UserError(f"no run under {str(root)!r}: train one, or name a run's folder")
@@ -136,7 +137,7 @@ def read_run(folder: Path, name: str) -> Run:
     run.status = _json(folder / "status.json", run.problems, dict) or {}
     run.measurements = _measurements(_json(folder / "eval/metrics.json", run.problems, list) or [], run.problems)
     run.profile = _json(folder / "profile/profile.json", run.problems, dict) or {}
-    for checkpoint in reversed(step_folders(folder / "checkpoints")):
+    for checkpoint in reversed(checkpoint_folders(folder / "checkpoints")):
         if (checkpoint / "manifest.json").is_file():
             run.checkpoints.insert(0, checkpoint.name)
             run.state = run.state or _json(checkpoint / "state.json", run.problems, dict) or {}

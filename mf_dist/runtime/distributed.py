@@ -123,13 +123,13 @@ def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
     dist.all_reduce(failed, dist.ReduceOp.MIN)
     first = int(failed)
     if unexpected is not None:
-        _broadcast_text(first, text or "", ranks)
+        broadcast_text(first, text or "", ranks)
         raise unexpected
     if first < ranks.world_size:
-        raise SharedError(_broadcast_text(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
+        raise SharedError(broadcast_text(first, text or "", ranks) + (f" (found by rank {first})" if first else ""))
 
 
-def _broadcast_text(rank: int, text: str, ranks: Ranks) -> str:
+def broadcast_text(rank: int, text: str, ranks: Ranks) -> str:
     """The text of `rank`, on every rank."""
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=ranks.device)
     length = torch.tensor(len(raw), device=ranks.device)

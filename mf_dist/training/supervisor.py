@@ -112,8 +112,6 @@ class Supervisor:
             with self.watchdog.extended_limit():
                 self.finish_save()
         if self.ranks.is_rank_zero:
-            if self.root.is_dir():
-                self.root.touch()  # tools/fid_eval.py uses the run that ended last
             images, reason = state["samples_seen"], stop.describe(self.stop_agreement.stop_file)
             where = f"step {self.step} ({images} images)"
             stopped_by = {"stopped_by": stop.name} if stop else {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint, step_folder
+from mf_dist.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
 from mf_dist.checkpoint.writer import check_free_space
 from mf_dist.config.cost import checkpoint_bytes
 from mf_dist.config.loader import to_tree
@@ -26,7 +26,7 @@ from mf_dist.data.staging import Staging
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
-from mf_dist.runtime.distributed import Ranks, broadcast_int
+from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
 from mf_dist.sampling.generator import build_network
@@ -92,13 +92,14 @@ class Trainer:
     def _build(self) -> None:
         config, ranks = self.config, self.ranks
         self.shards = LatentShards(config.data.path, stage_dir=config.data.stage_dir)
-        self.step, self.messages = self._find_checkpoint()
+        checkpoint, self.messages = self._find_checkpoint()
         net = build_network(config.model, config.train.seed)
-        if not self.step and config.train.init_from:
+        if not checkpoint and config.train.init_from:
             self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
-        self._load_checkpoint()
+        if checkpoint:
+            self._load_checkpoint(checkpoint)
         if remainder := config.remainder(self.samples_seen):
             self.messages.append(remainder)
         self.supervisor.resume(self.step, self.samples_seen)
@@ -106,9 +107,9 @@ class Trainer:
         self.profile = StepProfile(config.train.profile_steps, self.run_dir, ranks)
         self._open_log()
 
-    def _find_checkpoint(self) -> tuple[int, list[str]]:
-        """Step of the newest valid checkpoint, 0 if there is none, and messages for the log. Counts the start. Raises
-        UserError for a crash loop or a lack of disk space."""
+    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The folder of the newest valid checkpoint, and messages for the log. Counts the start. Raises UserError for a
+        crash loop or a lack of disk space."""
         newest: Checkpoint | None = None
         error: UserError | OSError | None = None
         messages: list[str] = []
@@ -123,20 +124,17 @@ class Trainer:
                 error = caught
             except OSError as caught:
                 error = caught if is_disk_fault(caught) else UserError(f"{caught.filename}: {caught.strerror}")
-        step = broadcast_int(-1 if error else newest.step if newest else 0, self.ranks.device)
-        if step < 0:
+        if broadcast_int(int(error is not None), self.ranks.device):
             raise error or UnrecordedError("rank 0 refuses to start, see its message")
-        if newest:
-            return step, [*messages, f"resuming {self.run_dir} from {newest.folder.name}"]
+        if name := broadcast_text(0, newest.folder.name if newest else "", self.ranks):
+            return self.checkpoints / name, [*messages, f"resuming {self.run_dir} from {name}"]
         reason = "none of its checkpoints is valid" if messages else "it has no checkpoint"
-        return step, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {reason}"]
+        return None, [*messages, f"starting {self.run_dir} from {self.config.train.init_from or 'scratch'}: {reason}"]
 
-    def _load_checkpoint(self) -> None:
-        """Loads the checkpoint of step self.step; nothing at step 0."""
-        if not self.step:
-            return
-        checkpoint = open_checkpoint(step_folder(self.checkpoints, self.step), verify=False)  # rank 0 has verified it
-        self.samples_seen = checkpoint.samples_seen
+    def _load_checkpoint(self, folder: Path) -> None:
+        """Continues from the checkpoint in `folder`, which rank 0 has verified."""
+        checkpoint = open_checkpoint(folder, verify=False)
+        self.step, self.samples_seen = checkpoint.step, checkpoint.samples_seen
         self.messages += check_config_changes(checkpoint, self._state(), self.allow_config_change)
         for kind in self.engine.kinds:
             is_new = kind.startswith("ema-") and kind not in checkpoint.kinds()

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mf_dist.checkpoint.reader import find_checkpoint, newest_checkpoint, newest_run, open_checkpoint
+from mf_dist.checkpoint.reader import find_checkpoint, newest_checkpoint, open_checkpoint
+from mf_dist.checkpoint.runs import evaluation_folder, newest_run
 from mf_dist.checkpoint.writer import CheckpointWriter, Retention, WriterRank, check_free_space, write_tensors
+from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError, is_disk_fault
 
@@ -133,6 +135,64 @@ def test_finding_runs_and_checkpoints(tmp_path):
     assert newest_run(tmp_path / "runs") == tmp_path / "runs/a"
     with pytest.raises(UserError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
+
+
+def test_the_newest_run_is_found_through_links_and_by_its_last_training(tmp_path):
+    """A link to a run, a link back to its parent, and an old run that is tidied up later."""
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    save(runs / "old/checkpoints", 1)
+    Status(runs / "old").end("finished", 1)
+    save(elsewhere / "exp/checkpoints", 1)
+    Status(elsewhere / "exp").end("finished", 1)
+    (runs / "a").symlink_to(runs, target_is_directory=True)
+    (runs / "gone").symlink_to(tmp_path / "nowhere")
+    assert newest_run(runs) == runs / "old"
+    (runs / "exp").symlink_to(elsewhere / "exp", target_is_directory=True)
+    os.utime(runs / "old/checkpoints", (2**31, 2**31))
+    assert newest_run(runs) == runs / "exp"
+    Status(runs / "old").refuse("a mistake in a call", has_begun=False)  # says nothing about training
+    os.utime(runs / "old/checkpoints", (1, 1))
+    assert newest_run(runs) == runs / "exp"
+    (tmp_path / "linked").symlink_to(runs, target_is_directory=True)
+    assert newest_run(tmp_path / "linked") == tmp_path / "linked/exp"
+
+
+def test_a_checkpoint_may_have_any_name_and_place(tmp_path):
+    root = tmp_path / "run/checkpoints"
+    for step in (50, 100):
+        save(root, step)
+    shutil.copytree(root / "step-00000050", tmp_path / "best")
+    assert (
+        find_checkpoint(tmp_path / "best").step == 50 and evaluation_folder(find_checkpoint(tmp_path / "best")) is None
+    )
+    (root / "step-00000100").rename(root / "good one")
+    (tmp_path / "link").symlink_to(root / "good one", target_is_directory=True)
+    for path in (root, root.parent, root / "good one", tmp_path / "link"):
+        assert find_checkpoint(path).step == newest_checkpoint(root)[0].step == 100
+        assert evaluation_folder(find_checkpoint(path)).resolve() == tmp_path / "run/eval"
+    (root / "good one").rename(root / "step-00000007")  # a number that is not its step
+    assert newest_checkpoint(root)[0].step == 100
+    (root / "step-00000007").rename(root / "step-00000200")
+    assert newest_checkpoint(root)[0].step == 100 and newest_checkpoint(root)[1] == []
+    writer = CheckpointWriter(root, WriterRank(0, 1), Retention(1))
+    begin(writer, random_tensors(200), 200)
+    writer.wait()
+    assert "step-00000200 is in the way and holds step 100; give it another name" in writer.error
+    assert open_checkpoint(root / "step-00000200").step == 100
+    save(root, 150, keep=1)
+    assert {path.name for path in root.iterdir()} == {"step-00000150", "step-00000200"}
+
+
+def test_a_checkpoint_moved_to_another_disk_is_removed_as_its_link(tmp_path):
+    folder, _ = save(tmp_path / "run", 1)
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    save(tmp_path / "run", 2, keep=1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
+    assert open_checkpoint(tmp_path / "elsewhere").step == 1
+    (tmp_path / "run/step-00000003.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    save(tmp_path / "run", 3)
+    assert open_checkpoint(tmp_path / "elsewhere").step == 1
 
 
 def test_files_hold_the_same_as_the_librarys(tmp_path):
@@ -263,9 +323,9 @@ def edit(folder, name, change):
         ("manifest.json", lambda m: {"files": {k: v for k, v in m["files"].items() if "ema" not in k}}),
         ("manifest.json", lambda m: {"files": {k: v for k, v in m["files"].items() if "avg_sq" not in k}}),
         ("state.json", lambda s: {"step": 2}),
-        ("state.json", lambda s: {**s, "step": 3}),
+        ("state.json", lambda s: {**s, "step": "two"}),
     ],
-    ids=["nothing", "no EMA", "no moment", "no state", "another step"],
+    ids=["nothing", "no EMA", "no moment", "no state", "no step"],
 )
 def test_what_cannot_be_resumed_is_not_a_valid_checkpoint(tmp_path, name, change):
     save(tmp_path, 1)

@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run or step-N folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run or checkpoint folder")
     parser.add_argument("--batches", type=int, default=8, help="micro-batches to average over (default 8)")
     args = parser.parse_args()
     if args.batches < 1:
