@@ -207,7 +207,8 @@ train() { # config, overrides: one attempt, from the check whether there is anyt
   fi
   count_ranks
   say "job $job start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $NPROC_PER_NODE ranks on $SLURM_JOB_NODELIST: $*"
-  read -r verdict reason < <(run_module mf_dist.jobs.attempt begin --ranks "$ranks" "$@")
+  IFS= read -r reason < <(run_module mf_dist.jobs.attempt begin --ranks "$ranks" "$@") # blanks in a path are kept
+  verdict=${reason%% *} reason=${reason#* }
   run_dir=$reason
   if [ "$verdict" = go ]; then
     preflight "$@"

@@ -24,7 +24,12 @@ Decays = Annotated[
     tuple[float, ...],
     Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
 ]
-Text = Annotated[str, Check("a non-empty string", lambda text: bool(text.strip()))]
+Text = Annotated[
+    str,
+    Check(
+        "a non-empty string without line breaks", lambda text: bool(text.strip()) and not {*text} & {"\n", "\r", "\0"}
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class EvalConfig:
     """File with the Inception weights; its sha256 must match the published one."""
     reference: Text | None = None
     """Statistics of real images (.npz), or the images: a folder, tar or .npz; during training only statistics."""
-    vae: str | None = None
+    vae: Text | None = None
     """Folder or hub id of the VAE; None: the one recorded in the dataset manifest."""
     every_images: Whole = 0
     """Images between measurements of the EMA during training, with another one at the end; 0: none."""

@@ -155,7 +155,7 @@ def main() -> None:
         verdict = Verdict("failed" if isinstance(error, CrashLoopError) else "refused", str(error))
     except OSError as error:  # an unavailable disk, which is no verdict on the run
         verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
-    print(verdict.word, " ".join(verdict.reason.split()))
+    print(verdict.word, verdict.reason if verdict.word == "go" else " ".join(verdict.reason.split()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Configs: every mistake gives a one-line error before torch is imported."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, repository_files
@@ -59,7 +61,24 @@ WRONG = [
     (["meanflow.label_drop=0"], "guidance needs the null class"),
     (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
     (["train.seed=18446744073709551616"], r"train\.seed"),
-    (["run_dir=2026-02-03"], r"run_dir: expected a non-empty string"),
+    (["run_dir=null"], r"run_dir: expected a non-empty string"),
+    (["run_dir=a\nb"], r"run_dir: expected a non-empty string without line breaks, got 'a\\nb'"),
+    (["train.total_images=06400"], r"expected a whole number >= 1, got '06400' \(numbers are decimal, without leading"),
+    (["train.total_images=0x1900"], "got '0x1900' .numbers are decimal"),
+    (["train.total_images=0b11"], "got '0b11'"),
+    (["train.total_images=1e5"], "got '1e5'"),
+    (["train.total_images=1__0"], "got '1__0'"),
+    (["train.total_images=٦٤٠٠"], "got '٦٤٠٠'"),
+    (["train.max_hours=1:30"], r"expected a number >= 0, got '1:30' \(numbers are decimal"),
+    (["train.max_hours=010.5"], r"expected a number >= 0, got '010.5'"),
+    (["train.max_hours=.inf"], r"expected a number >= 0, got '\.inf'"),
+    (["train.max_hours=1e999"], "train.max_hours: expected a number >= 0"),
+    (["meanflow.share_r_equals_t=1:2"], "share_r_equals_t: expected a fraction"),
+    (["meanflow.share_r_equals_t=1e999999999"], "share_r_equals_t: expected a fraction"),
+    (["eval.nfe=[1, 010]"], r"eval\.nfe"),
+    (["data.flip=y"], r"data\.flip: expected true or false, got 'y'"),
+    (["log.wandb=no"], r"log\.wandb: expected off or online or offline, got 'no'"),
+    (["train.seed=[1]"], r"train\.seed"),
     (["eval.nfe=0"], r"eval\.nfe: expected whole numbers >= 1"),
     (["eval.nfe=[1, x]"], r"eval\.nfe"),
     (["eval.every_images=64", "eval.reference="], r"eval\.every_images needs eval\.reference"),
@@ -86,7 +105,15 @@ def test_mistake_is_named(overrides, message):
         ("run_dir: a\n", "data is missing"),
         ("\x00", "not valid YAML"),
         ("", "expected sections"),
-        ("run_dir: 2026-02-31", "not valid YAML"),
+        ("run_dir: 2026-02-31", "data is missing"),
+        ("run_dir: !!str a", "data is missing"),
+        ("run_dir: a\ntrain: {seed: !!int 3}", r"line 2: the tag tag:yaml.org,2002:int is not supported"),
+        ("a: &a [*a]", "line 1: an alias stands for something that contains it"),
+        ("<<: 3", "<< needs the alias of a section"),
+        ("[a]: 3", "a key is not a text"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("a: " + 2000 * "[", "not valid YAML"),
+        ("run_dir: a\ndata: {path: b}\nmodel: 1\ntrain: {total_images: 06400}", r"model: expected a section"),
     ],
 )
 def test_invalid_file_is_named(tmp_path, text, message):
@@ -110,6 +137,86 @@ def test_number_list_and_off_notations():
     assert config.optim.lr == 1e-4 and config.meanflow.share_r_equals_t == Fraction(3, 4)
     assert config.train.total_images == 1000 and config.eval.nfe == (1, 4)
     assert load("log.wandb=off").log.wandb == "off"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "runs/exp #3",
+            "2026-02-03",
+            "1:30",
+            "06400",
+            "1e5",
+            "yes",
+            "off",
+            "0x10",
+            "a: b",
+            "[a",
+            "{a}",
+            "*a",
+            "&a b",
+            "@b",
+        ),
+        *("!!int 3", "it's", "- a", "%a", "a # b", " a ", "Größe", "1_000", ".nan", "a\\b"),
+    ],
+)
+def test_texts_are_taken_as_typed(tmp_path, text):
+    """By an override, and quoted in a file, where YAML needs it for some."""
+    assert load(f"run_dir={text}").run_dir == text
+    assert load(f"eval.reference={text}").eval.reference == text
+    path = tmp_path / "config.yaml"
+    path.write_text(Path(DIGITS).read_text().replace("run_dir: runs/digits", f"run_dir: {json.dumps(text)}"))
+    assert load_config(str(path), []).run_dir == text
+
+
+def test_values_of_a_file_are_read_by_the_type_of_their_field(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run_dir: 2026-02-03  # a comment\n"
+        "data: {path: 1:30, stage_dir: ~, flip: Yes}\n"
+        "model: &model {depth: 12, hidden_size: 768, num_heads: 12, patch_size: 2}\n"
+        "optim: {lr: 1e-4, ema_decay: [0.99, .9]}\n"
+        "train: {total_images: 1_000}\n"
+        "log: {wandb: off}\n"
+        "eval: {reference: null, vae: 'null', inception_weights: no, features: 1e5}\n"
+    )
+    config = load_config(str(path), [])
+    assert (config.run_dir, config.data.path, config.data.stage_dir, config.data.flip) == (
+        "2026-02-03",
+        "1:30",
+        None,
+        True,
+    )
+    assert (config.optim.lr, config.optim.ema_decay, config.train.total_images) == (1e-4, (0.99, 0.9), 1000)
+    settings = config.eval
+    assert (settings.reference, settings.vae, settings.inception_weights, settings.features) == (
+        None,
+        "null",
+        "no",
+        "1e5",
+    )
+    path.write_text(path.read_text().replace("1_000", "06400"))
+    with pytest.raises(UserError, match="train.total_images: expected a whole number >= 1, got '06400'"):
+        load_config(str(path), [])
+
+
+def test_quoted_lists_and_sections_of_overrides():
+    config = load("run_dir='a b'", 'eval.vae="null"', "optim={lr: 1, beta1: 0.5}", "optim.beta2=.25", "eval.vae=' x'")
+    assert (config.run_dir, config.eval.vae) == ("a b", " x")
+    assert (config.optim.lr, config.optim.beta1, config.optim.beta2) == (1, 0.5, 0.25)
+
+
+def test_aliases_and_merged_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run_dir: a\ndata: {path: b}\ntrain: {total_images: 640}\n"
+        "model: {depth: &n 2, hidden_size: 32, num_heads: *n, patch_size: *n}\n"
+        "log: &log {every_steps: 7}\n"
+    )
+    assert load_config(str(path), ["log.every_steps=9"]).model.num_heads == 2
+    path.write_text(path.read_text() + "meanflow: {<<: [{kappa: 0.5}, {kappa: 0.25, omega: 2}], omega: 3}\n")
+    assert load_config(str(path), []).meanflow.kappa == 0.5 and load_config(str(path), []).meanflow.omega == 3
 
 
 def test_from_tree_inverts_to_tree():
