@@ -13,9 +13,9 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 def parse():
@@ -23,14 +23,14 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="list a run's checkpoints").add_argument("run", type=Path)
+    commands.add_parser("ls", help="list a run's checkpoints").add_argument("run", type=expanded_path)
     verify = commands.add_parser("verify", help="check every byte against the manifest")
-    verify.add_argument("path", type=Path, help="run or checkpoint folder")
+    verify.add_argument("path", type=expanded_path, help="run or checkpoint folder")
     diff = commands.add_parser("diff", help="compare two checkpoints")
-    diff.add_argument("a", type=Path)
-    diff.add_argument("b", type=Path)
+    diff.add_argument("a", type=expanded_path)
+    diff.add_argument("b", type=expanded_path)
     prune = commands.add_parser("prune", help="delete older checkpoints")
-    prune.add_argument("run", type=Path)
+    prune.add_argument("run", type=expanded_path)
     prune.add_argument("--keep", type=int, required=True, help="newest valid ones to keep, at least 1")
     prune.add_argument(
         "--keep-every-images", type=int, default=0, help="also keep those that passed a multiple of this"
@@ -40,8 +40,8 @@ def parse():
     )
     prune.add_argument("--dry-run", action="store_true", help="print what would be deleted, delete nothing")
     export = commands.add_parser("export", help="write the EMA as one safetensors file")
-    export.add_argument("path", type=Path, help="run or checkpoint folder")
-    export.add_argument("--out", type=Path, required=True, help="file name ending in .safetensors")
+    export.add_argument("path", type=expanded_path, help="run or checkpoint folder")
+    export.add_argument("--out", type=expanded_path, required=True, help="file name ending in .safetensors")
     export.add_argument("--ema", help="decay (default: the run's first)")
     return parser.parse_args()
 

@@ -18,20 +18,20 @@ manifest.json.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.launch import rank_from_environment
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="image folder, .tar, or folder of tars")
-    parser.add_argument("--out", type=Path, help="the dataset's folder")
-    parser.add_argument("--vae", required=True, help="folder or hub id of a diffusers AutoencoderKL")
+    parser.add_argument("--images", type=expanded, required=True, help="image folder, .tar, or folder of tars")
+    parser.add_argument("--out", type=expanded_path, help="the dataset's folder")
+    parser.add_argument("--vae", type=expanded, required=True, help="folder or hub id of a diffusers AutoencoderKL")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square crop in pixels")
     parser.add_argument("--shard-size", type=int, default=10_000, help="images per shard (default 10000)")
     parser.add_argument("--batch", type=int, default=32, help="images encoded together (default 32)")

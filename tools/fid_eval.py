@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 MODEL_ONLY = (
     "checkpoint",
@@ -46,17 +47,21 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="run or checkpoint folder (default: the newest run under runs/)")
-    add("--images", help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
+    add("--checkpoint", type=expanded_path, help="run or checkpoint folder (default: the newest run under runs/)")
+    add("--images", type=expanded, help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
     add("--seed", type=int, help="seed of noise and labels (default: the run's, 0)")
     add("--ema", help="decay of the EMA to sample from (default: the run's first)")
-    add("--features", help="inception, inception-other, inception-random, efflite0, or a folder (default: the run's)")
-    add("--inception-weights", help="file of the Inception weights")
-    add("--reference", help=".npz of statistics, or real images: folder, .tar, .npz")
+    add(
+        "--features",
+        type=expanded,
+        help="inception, inception-other, inception-random, efflite0, or a folder (default: the run's)",
+    )
+    add("--inception-weights", type=expanded, help="file of the Inception weights")
+    add("--reference", type=expanded, help=".npz of statistics, or real images: folder, .tar, .npz")
     add("--metrics", help="some of fid,sfid,is,pr,kid (default: all that features and reference allow)")
     add(
         "--statistics",
@@ -66,7 +71,7 @@ def parse():
         "(default exact)",
     )
     add("--resolution", type=int, help="centre crop of --images and of real images (default: as they are)")
-    add("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
+    add("--vae", type=expanded, help="folder or hub id of the VAE (default: the one the latents were made with)")
     add(
         "--precision",
         choices=("fp32", "tf32", "bf16"),
@@ -74,7 +79,7 @@ def parse():
     )
     add("--block", type=int, default=50, help="images computed together (default 50); can change last bits")
     add("--compile", action="store_true", help="torch.compile the network and the decoder")
-    add("--out", type=Path, help="folder for the results (default: eval/ in the run folder)")
+    add("--out", type=expanded_path, help="folder for the results (default: eval/ in the run folder)")
     add("--save-images", type=int, metavar="N", help="also write the first N samples as PNG")
     add("--save-npz", action="store_true", help="also write all samples as .npz for ADM's evaluator")
     add(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 def parse():
@@ -19,13 +20,13 @@ def parse():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("verify", "check everything"), ("stats", "print a summary")):
-        commands.add_parser(name, help=text).add_argument("data", type=Path, help="dataset folder")
+        commands.add_parser(name, help=text).add_argument("data", type=expanded_path, help="dataset folder")
     show = commands.add_parser("show", help="decode some samples beside their sources")
-    show.add_argument("data", type=Path, help="dataset folder")
-    show.add_argument("--images", required=True, help="what was encoded: folder, .tar or folder of tars")
+    show.add_argument("data", type=expanded_path, help="dataset folder")
+    show.add_argument("--images", type=expanded, required=True, help="what was encoded: folder, .tar or folder of tars")
     show.add_argument("--count", type=int, default=8, help="samples, evenly spread (default 8)")
-    show.add_argument("--vae", help="folder or hub id (default: the recorded one)")
-    show.add_argument("--out", type=Path, default=Path("latents.png"))
+    show.add_argument("--vae", type=expanded, help="folder or hub id (default: the recorded one)")
+    show.add_argument("--out", type=expanded_path, default=Path("latents.png"))
     return parser.parse_args()
 
 

@@ -13,9 +13,9 @@ stopped.
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 @command_line
@@ -23,11 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="folder, .tar, or .npz with arr_0")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    parser.add_argument("--images", type=expanded, required=True, help="folder, .tar, or .npz with arr_0")
+    parser.add_argument("--out", type=expanded_path, required=True, help="the .npz to write")
     parser.add_argument("--resolution", type=int, help="ADM centre crop to this side (default: images as they are)")
-    parser.add_argument("--features", default="inception", help="as in tools/fid_eval.py (default inception)")
-    parser.add_argument("--inception-weights", help="file of the Inception weights")
+    parser.add_argument(
+        "--features", type=expanded, default="inception", help="as in tools/fid_eval.py (default inception)"
+    )
+    parser.add_argument("--inception-weights", type=expanded, help="file of the Inception weights")
     parser.add_argument("--block", type=int, default=50, help="images computed together (default 50)")
     args = parser.parse_args()
     if args.out.suffix != ".npz" or args.out.is_dir():

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 @command_line
@@ -21,11 +22,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)"
+        "runs", nargs="*", type=expanded_path, metavar="RUN", help="run folder (default: the newest under runs/)"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=expanded_path,
         help="HTML file to write (default: report.html, or comparison.html for several, in the first run's folder)",
     )
     args = parser.parse_args()

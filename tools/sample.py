@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 @command_line
@@ -17,14 +18,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="run or checkpoint folder (default: the newest run under runs/)"
+        "--checkpoint", type=expanded_path, help="run or checkpoint folder (default: the newest run under runs/)"
     )
     parser.add_argument("--class", type=int, action="append", dest="classes", help="class index; may be repeated")
     parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", help="decay of the EMA to sample from (default: the run's)")
-    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the one the latents were made with)")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (default grid.png)")
+    parser.add_argument(
+        "--vae", type=expanded, help="folder or hub id of the VAE (default: the one the latents were made with)"
+    )
+    parser.add_argument("--out", type=expanded_path, default=Path("grid.png"), help="PNG to write (default grid.png)")
     args = parser.parse_args()
     if not 1 <= args.nfe <= 10_000 or not 0 <= args.seed < 2**63:
         raise UserError("--nfe must be from 1 to 10000 and --seed from 0 to 2^63 - 1")

@@ -8,9 +8,9 @@ writes OUT/config.json and OUT/model.safetensors; the printed accuracy is that o
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 @command_line
@@ -18,9 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="image folder; sub-folders are classes")
+    parser.add_argument("--images", type=expanded, required=True, help="image folder; sub-folders are classes")
     parser.add_argument("--name", required=True, help="the metric will be called fd_NAME")
-    parser.add_argument("--out", type=Path, required=True, help="the network's folder")
+    parser.add_argument("--out", type=expanded_path, required=True, help="the network's folder")
     parser.add_argument("--resolution", type=int, default=32, help="side of the square images (default 32)")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 images (default 1500)")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded
 
 
 @command_line
@@ -18,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="image folder; sub-folders are classes")
-    parser.add_argument("--out", required=True, help="the new VAE's folder")
+    parser.add_argument("--images", type=expanded, required=True, help="image folder; sub-folders are classes")
+    parser.add_argument("--out", type=expanded, required=True, help="the new VAE's folder")
     parser.add_argument("--resolution", type=int, default=32, help="side of the square images (default 32)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from mf_dist.config.loader import Check, read_config
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.paths import expanded
 
 Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
 Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
@@ -239,9 +240,24 @@ class Config:
         )
 
 
+PATHS = {
+    "data": ("path", "stage_dir"),
+    "train": ("init_from",),
+    "eval": ("features", "inception_weights", "reference", "vae"),
+}
+"""Fields that are paths, or may be, besides run_dir."""
+
+
 def load_config(path: str, overrides: list[str]) -> Config:
-    """Reads the YAML file and applies `section.key=value` overrides; raises UserError for any mistake."""
-    return read_config(Config, path, overrides)
+    """Reads the YAML file, applies `section.key=value` overrides and expands ~ and $NAME in paths; raises UserError for
+    any mistake."""
+    config = read_config(Config, expanded(path), overrides)
+    sections: dict[str, Any] = {}
+    for section, names in PATHS.items():
+        given = getattr(config, section)
+        texts = {name: getattr(given, name) for name in names}
+        sections[section] = replace(given, **{name: expanded(text) for name, text in texts.items() if text})
+    return replace(config, run_dir=expanded(config.run_dir), **sections)
 
 
 def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) -> Config:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError, is_disk_fault
 from mf_dist.runtime.launch import rank_from_environment
+from mf_dist.runtime.paths import shell_expansion
 
 STATUS_VARIABLE = "MF_DIST_STATUS"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,7 +33,7 @@ def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
     def run() -> int | None:
         if not _reports():
             return main()
-        status = Status(Path(os.environ[STATUS_VARIABLE]))
+        status = _status()
         status.begin(_step(status))
         for number in SIGNALS:
             signal.signal(number, _stop)
@@ -54,8 +55,12 @@ def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
 def count_finished_unit() -> None:
     """Records that one more shard or block is complete."""
     if _reports():
-        status = Status(Path(os.environ[STATUS_VARIABLE]))
+        status = _status()
         status.checkpoint_committed(_step(status) + 1)
+
+
+def _status() -> Status:
+    return Status(Path(shell_expansion(os.environ[STATUS_VARIABLE])))
 
 
 def _reports() -> bool:

@@ -20,6 +20,7 @@ from mf_dist.config.schema import Config, load_config
 from mf_dist.data.shards import read_manifest
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 from mf_dist.train import check
 
 LOCK_SECONDS = 120.0
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="YAML file, as for mf_dist.train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
-        "--tool", type=Path, metavar="FOLDER", help="folder of a tool's status.json, instead of a config"
+        "--tool", type=expanded_path, metavar="FOLDER", help="folder of a tool's status.json, instead of a config"
     )
     parser.add_argument("--allow-config-change", action="store_true", help="as for mf_dist.train; has no effect here")
     parser.add_argument("--ranks", type=int, default=1, help="processes that will train (default 1)")

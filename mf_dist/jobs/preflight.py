@@ -24,6 +24,7 @@ from typing import Any
 from mf_dist.config.schema import Config, load_config
 from mf_dist.runtime.atomic_files import write_json
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 from mf_dist.train import check
 
 GPU_NUMBERS = 64 << 20
@@ -285,7 +286,7 @@ def main() -> None:
     )
     parser.add_argument("step", choices=("node", "network", "judge"))
     parser.add_argument("rest", nargs="*", metavar="ARG", help="node: CONFIG [section.key=value ...]; judge: nodes")
-    parser.add_argument("--into", type=Path, required=True, help="folder that all nodes share")
+    parser.add_argument("--into", type=expanded_path, required=True, help="folder that all nodes share")
     parser.add_argument("--gpus", type=int, default=0, help="node: number of GPUs expected")
     parser.add_argument("--ranks", type=int, default=1, help="node: processes that will train (default 1)")
     parser.add_argument("--patience", type=float, default=120, help="network: seconds to wait for others (default 120)")

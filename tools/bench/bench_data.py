@@ -20,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded
 
 BATCH = 256
 RANKS, WORKERS = 8, 2
@@ -29,7 +30,7 @@ def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", help="folder, .tar or folder of tars to decode")
+    parser.add_argument("--images", type=expanded, help="folder, .tar or folder of tars to decode")
     parser.add_argument("--resolution", type=int, default=256, help="side of the crop (default 256)")
     parser.add_argument("--samples", type=int, help="latents (8, 32, 32) fp16 to write and read")
     parser.add_argument("--index", type=int, help="samples of a synthetic dataset to open")

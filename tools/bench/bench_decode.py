@@ -14,6 +14,7 @@ import tempfile
 import time
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded
 
 FORMS = {
     "fp32": ("fp32", False, False),
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--vae", help="folder or hub id (default: random weights)")
+    parser.add_argument("--vae", type=expanded, help="folder or hub id (default: random weights)")
     parser.add_argument("--width", type=int, default=128, help="width of the random VAE's first layer (default 128)")
     parser.add_argument("--latent-size", type=int, default=32, help="side of the latents (default 32)")
     parser.add_argument("--batch", type=int, default=1, help="images decoded together (default 1)")

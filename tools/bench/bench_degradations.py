@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded
 
 SERIES = {
     "JPEG, quality": (90, 50, 20, 5),
@@ -94,8 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", required=True, help="photographs: folder, .tar, or .npz with arr_0")
-    parser.add_argument("--other", help="images of another kind, for the last row")
+    parser.add_argument("--images", type=expanded, required=True, help="photographs: folder, .tar, or .npz with arr_0")
+    parser.add_argument("--other", type=expanded, help="images of another kind, for the last row")
     parser.add_argument("--resolution", type=int, help="centre crop (default: images as they are)")
     parser.add_argument("--count", type=int, default=500, help="images per row (default 500)")
     parser.add_argument(
@@ -105,8 +106,10 @@ def main() -> None:
         default=4,
         help="strengths of each degradation, including the strongest (default 4)",
     )
-    parser.add_argument("--features", default="efflite0", help="as in tools/fid_eval.py (default efflite0)")
-    parser.add_argument("--inception-weights", help="file of the Inception weights")
+    parser.add_argument(
+        "--features", type=expanded, default="efflite0", help="as in tools/fid_eval.py (default efflite0)"
+    )
+    parser.add_argument("--inception-weights", type=expanded, help="file of the Inception weights")
     args = parser.parse_args()
     if args.count < 2:
         raise UserError(f"--count must be at least 2, got {args.count}")

@@ -17,13 +17,14 @@ from pathlib import Path
 from bench_measure import matmul_peak, now
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--vae", required=True, help="folder or hub id of a diffusers AutoencoderKL")
+    parser.add_argument("--vae", type=expanded, required=True, help="folder or hub id of a diffusers AutoencoderKL")
     parser.add_argument("--resolution", type=int, default=256, help="side of the images (default 256)")
     parser.add_argument("--batch", type=int, default=32, help="images encoded together (default 32)")
     parser.add_argument("--precisions", default="fp32,tf32,bf16", help="comma-separated (default fp32,tf32,bf16)")

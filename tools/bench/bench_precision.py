@@ -10,9 +10,9 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 @command_line
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run or checkpoint folder")
+    parser.add_argument("--checkpoint", type=expanded_path, required=True, help="run or checkpoint folder")
     parser.add_argument("--batches", type=int, default=8, help="micro-batches to average over (default 8)")
     args = parser.parse_args()
     if args.batches < 1:

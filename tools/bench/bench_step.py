@@ -15,11 +15,11 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 
 from bench_measure import counted_flops, matmul_peak, now, peak_bytes, saved_bytes
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 VARIANTS = ("plain", "diffusers", "ours", "blocks", "authors", "port", "tim")
 UNGUIDED = ("plain", "diffusers")
@@ -41,7 +41,7 @@ def parse():
     parser.add_argument("--guidance", choices=("both", "guided", "unguided"), default="both")
     parser.add_argument("--eager", action="store_true", help="measure the uncompiled forms too")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the layers (default fp32)")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the results to this file")
     args = parser.parse_args()
     args.variants = VARIANTS if args.variants == "all" else tuple(args.variants.split(","))
     unknown = [name for name in args.variants if name not in VARIANTS]

@@ -9,9 +9,9 @@ one-step samples that it assigns to their label.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 def lines(path):
@@ -72,9 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", type=Path, required=True, help="MeanFlow run, measured at 1 and 2 steps")
-    parser.add_argument("--flow", type=Path, required=True, help="flow-matching run, measured at 50 steps")
-    parser.add_argument("--real", type=Path, required=True, help="folder of the real-vs-real metrics.json")
+    parser.add_argument("--run", type=expanded_path, required=True, help="MeanFlow run, measured at 1 and 2 steps")
+    parser.add_argument("--flow", type=expanded_path, required=True, help="flow-matching run, measured at 50 steps")
+    parser.add_argument("--real", type=expanded_path, required=True, help="folder of the real-vs-real metrics.json")
     parser.add_argument("--min-svc", type=float, default=0.0, help="exit with an error below this share, such as 0.95")
     args = parser.parse_args()
     (entry, (metric, real)), (_, (_, flow)) = result(args.real, None), result(args.flow / "eval", 50)

@@ -9,9 +9,9 @@ images is the baseline for generated ones.
 
 import argparse
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 @command_line
@@ -19,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
-    parser.add_argument("--split", type=Path, help="a folder for the two parts")
+    parser.add_argument("--out", type=expanded_path, required=True, help="the new folder")
+    parser.add_argument("--split", type=expanded_path, help="a folder for the two parts")
     args = parser.parse_args()
     import numpy as np
     from PIL import Image

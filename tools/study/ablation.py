@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded, expanded_path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["-m", "mf_dist.train"]
@@ -43,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", default=str(ROOT / "configs" / "fashion_cpu.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("runs/fashion"), help="folder of the runs")
+    parser.add_argument("--config", type=expanded, default=str(ROOT / "configs" / "fashion_cpu.yaml"))
+    parser.add_argument("--out", type=expanded_path, default=Path("runs/fashion"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each configuration (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (default 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs, such as optim.lr=1e-3")

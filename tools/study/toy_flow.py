@@ -27,6 +27,7 @@ from mf_dist.models.layers import Linear, silu
 from mf_dist.objectives.meanflow import meanflow_loss
 from mf_dist.objectives.times import sample_times
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 from mf_dist.runtime.progress import progress
 
 RULES = ("flow matching", "direct regression", "MeanFlow")
@@ -161,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for toy_*.png (default docs)")
+    parser.add_argument("--out", type=expanded_path, default=Path("docs"), help="folder for toy_*.png (default docs)")
     parser.add_argument("--steps", type=int, default=4000, help="training steps of each network (default 4000)")
     parser.add_argument("--points", type=int, default=2000, help="samples to compare (default 2000)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything (default 3)")

@@ -9,9 +9,9 @@ each side to 32x32.
 import argparse
 import gzip
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--idx", type=Path, required=True, help="folder of the four .gz files")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument("--idx", type=expanded_path, required=True, help="folder of the four .gz files")
+    parser.add_argument("--out", type=expanded_path, required=True, help="the new folder")
     args = parser.parse_args()
     from PIL import Image
 
