@@ -149,6 +149,8 @@ def prune(args):
         print(f"{'would delete' if args.dry_run else 'deleting'} {folder}")
         if not args.dry_run:
             remove_checkpoint(folder)
+            if folder.exists():
+                raise UserError(f"cannot delete {folder}; is {folder.parent} writable?")
     return 0
 
 

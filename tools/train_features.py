@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 
+from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
 
@@ -30,7 +31,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     import numpy as np
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from mf_dist.data.images import list_images, load_image
     from mf_dist.evaluation.features import WEIGHTS
@@ -48,7 +49,8 @@ def main() -> None:
         accuracy = (network(pixels[held_out]).argmax(1) == labels[held_out]).float().mean().item()
     config = {"name": args.name, "resolution": args.resolution, "classes": len(folder.classes)}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(network.state_dict(), args.out / WEIGHTS)
+    weights = save(network.state_dict())
+    write_atomic(args.out / WEIGHTS, lambda file: file.write(weights))
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(held_out)} held-out images")
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded
 
@@ -90,6 +91,8 @@ def _finish(vae, images, g, out):
     """Sets the scaling factor to the inverse standard deviation of the latents of all images, and saves."""
     import torch
 
+    from mf_dist.vae import WEIGHTS
+
     with torch.no_grad():
         posteriors = [vae.encode(part).latent_dist for part in images.split(256)]
         latents = torch.cat([posterior.sample(generator=g) for posterior in posteriors])
@@ -99,6 +102,8 @@ def _finish(vae, images, g, out):
         ]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out, safe_serialization=True)
+    weights = (Path(out) / WEIGHTS).read_bytes()  # safetensors makes its file readable by its owner alone
+    write_atomic(Path(out) / WEIGHTS, lambda file: file.write(weights))
     psnr = 10 * torch.log10(4 / torch.stack(errors).mean()).item()
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(f"{out}: {num_parameters} parameters, PSNR {psnr:.1f} dB, scaling factor {vae.config.scaling_factor}")

@@ -36,6 +36,17 @@ def _starts_without_progress(entry: dict[str, Any]) -> int:
     return int(entry.get("starts_without_progress", 0)) if counts else 0
 
 
+def _open_lock(path: Path) -> int:
+    """A descriptor of the lock file, created as the umask says. One that another user made, in a folder that this user
+    may write, is opened for reading, which is enough to lock it."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not os.access(path.parent, os.W_OK):
+            raise
+        return os.open(path, os.O_RDONLY)
+
+
 class Status:
     """The status file of one run. Rank 0 calls begin at a start; any rank may call end. A lock serializes access."""
 
@@ -108,7 +119,7 @@ class Status:
     def lock_run(self) -> None:
         """Locks the run for this process until it ends. Raises UnrecordedError if another process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._run_lock = os.open(self.path.with_name("run.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._run_lock = _open_lock(self.path.with_name("run.lock"))
         try:
             fcntl.flock(self._run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,7 +165,7 @@ class Status:
         """Excludes other processes from reading and writing; does nothing on a disk without free space or locks."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = _open_lock(self.path.with_suffix(".lock"))
         except OSError:
             yield
             return

@@ -1,9 +1,15 @@
 """status.json: how a run ended, and when starting again is pointless."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError
@@ -55,9 +61,6 @@ def test_a_damaged_file_counts_as_missing(tmp_path, text):
 
 def test_a_reader_never_sees_a_partial_file(tmp_path):
     """Four processes write at once, as the ranks of a run may, while one reads."""
-    import subprocess
-    import sys
-
     status = Status(tmp_path)
     status.begin(0)
     writer = (
@@ -120,3 +123,45 @@ def test_mistakes_in_the_call_do_not_make_a_crash_loop(tmp_path):
     status.end("failed", 0, "a crash")
     status.begin(0)
     assert status.read()["starts_without_progress"] == 2
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        status = Status(tmp_path / "run")
+        status.lock_run()
+        status.begin(0)
+        status.unlock_run()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes == dict.fromkeys(("run.lock", "status.lock", "status.json", "history.jsonl"), 0o666 & ~umask)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_colleague_of_the_group_can_lock_a_run_whose_lock_only_its_owner_may_write():
+    """As older versions made it. In a folder that the colleague may not write, the lock is refused."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)  # unlike tmp_path's
+        check_colleague(Path(name) / "run")
+
+
+def check_colleague(run):
+    Status(run).lock_run()
+    (run / "run.lock").chmod(0o644)
+    code = (
+        "import os, sys; from pathlib import Path; from mf_dist.fault_tolerance.status import Status\n"
+        "os.setgroups([]); os.setgid(4321); os.setuid(5002)\n"
+        "Status(Path(sys.argv[1])).lock_run()"
+    )
+
+    def lock():
+        done = subprocess.run([sys.executable, "-c", code, run], cwd=ROOT, capture_output=True, text=True)
+        return (done.stderr.splitlines() or [""])[-1]
+
+    os.chown(run, 0, 4321)
+    run.chmod(0o2775)
+    assert "being trained by process" in lock()
+    run.chmod(0o755)
+    assert "Permission denied" in lock() and "run.lock" in lock()
