@@ -1,6 +1,7 @@
 """The small tools, run as a user runs them with a few steps; and the benches, which must agree with their peers."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def test_digits_are_written_completely_and_in_two_parts(tmp_path):
 
 @pytest.mark.dist
 def test_small_networks_train_and_are_usable(tmp_path, images):
+    """All files that the tools write follow the umask."""
     run_python("tools/train_vae.py", "--images", images, "--out", tmp_path / "vae", "--steps", 2)
     run_python(
         "tools/encode_latents.py",
@@ -47,6 +49,10 @@ def test_small_networks_train_and_are_usable(tmp_path, images):
         tmp_path / "out",
     )
     assert json.loads((tmp_path / "out/metrics.json").read_text())[0]["metrics"]["fd_few_150"] < 1e-6
+    umask = os.umask(0)
+    os.umask(umask)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 7 and {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
 
 
 def test_demo_table_and_its_check(tmp_path):
