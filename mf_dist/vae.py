@@ -15,6 +15,8 @@ from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, compute_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""Types of safetensors in which weights may be stored."""
 DECODED_PIXELS = 50 * 256 * 256
 """Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them in fp32 (docs/gpu.md)."""
 
@@ -148,9 +150,11 @@ def _load_autoencoder(folder: Path) -> Any:
 
     repair_torchvision()
     from diffusers import AutoencoderKL
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
     try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  it is no dict
         class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
         model, loading = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
@@ -160,4 +164,8 @@ def _load_autoencoder(folder: Path) -> Any:
     if class_name != "AutoencoderKL" or loading["missing_keys"] or loading["unexpected_keys"]:
         mismatch = [*loading["missing_keys"], *loading["unexpected_keys"], f"class {class_name}"][0]
         raise UserError(f"the weights in {str(folder)!r} are not those of a complete AutoencoderKL: {mismatch}")
+    odd = [f"{name} has type {kind}, which holds no weights" for name, kind in stored.items() if kind not in DTYPES]
+    odd += [f"{name} is not finite" for name, p in model.named_parameters() if not p.isfinite().all()]
+    if odd:
+        raise UserError(f"the weights in {str(folder)!r}: {odd[0]}")
     return model

@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import FEATURES, ROOT, TINY, VAE, encode, run_python, write_digits
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from mf_dist.checkpoint.reader import open_checkpoint
+from mf_dist.checkpoint.reader import find_checkpoint, open_checkpoint
+from mf_dist.runtime.errors import UserError
+from mf_dist.sampling.generator import load_trained_model
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +194,26 @@ def test_sampling_one_class(runs, tmp_path):
     assert height == 66 and width > 8 * 64
     wrong = run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 10, expect=2)
     assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9"]
+
+
+def test_an_exported_ema_is_sampled_like_its_run(runs, tmp_path):
+    root, _ = runs
+    exported = tmp_path / "ema.safetensors"
+    run_python("tools/checkpoint.py", "export", root / "whole", "--out", exported)
+    within = root / "whole/checkpoints/step-00000006/ema-0.99.safetensors"
+    models = []
+    for path in (root / "whole", exported, within):
+        trained = load_trained_model(find_checkpoint(path), None, None, torch.device("cpu"))
+        assert (trained.ema_decay, trained.checkpoint.samples_seen, trained.class_names[9]) == ("0.99", 96, "9")
+        models.append(trained.generator.net.state_dict())
+    assert all(torch.equal(model[name], models[0][name]) for model in models for name in models[0])
+    with pytest.raises(UserError, match="is not an EMA that tools/checkpoint.py export wrote .it holds exp_avg"):
+        find_checkpoint(within.with_name("exp_avg.safetensors"))
+    save_file(load_file(exported), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="it does not describe its model"):
+        find_checkpoint(tmp_path / "bare.safetensors")
+    refused = run_python("tools/fid_eval.py", "--checkpoint", exported, "--nfe", 1, expect=2)
+    assert "is not in the folder checkpoints/ of a run: give --out FOLDER" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from mf_dist.runtime.errors import UserError
-from mf_dist.vae import Vae, sample_posterior, to_pixels
+from mf_dist.vae import WEIGHTS, Vae, sample_posterior, to_pixels
 
 CPU = torch.device("cpu")
 
@@ -110,6 +110,24 @@ def test_errors_name_what_is_missing_or_wrong(tmp_path, monkeypatch):
     weights.unlink()
     with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
         Vae(str(copy), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a / 0, "encoder.conv_in.weight is not finite"),
+        (lambda a: (100 * a).int(), "encoder.conv_in.weight has type I32, which holds no weights"),
+        (lambda a: a.to(torch.float8_e4m3fn), "encoder.conv_in.weight has type F8_E4M3, which holds no weights"),
+    ],
+    ids=["not finite", "int32", "float8"],
+)
+def test_weights_that_are_none_are_refused(tmp_path, change, message):
+    shutil.copytree(VAE, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(VAE / WEIGHTS)
+    tensors["encoder.conv_in.weight"] = change(tensors["encoder.conv_in.weight"])
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=message):
+        Vae(str(tmp_path), CPU)
 
 
 def test_a_hub_id_without_network_gives_instructions():

@@ -5,6 +5,7 @@
     python tools/checkpoint.py diff runs/a runs/b                   # config and tensors; exit 1 if they differ
     python tools/checkpoint.py prune runs/digits --keep 1           # delete older ones; --dry-run only lists them
     python tools/checkpoint.py export runs/digits --out model.safetensors      # the EMA alone, to sample from
+    python tools/sample.py --checkpoint model.safetensors
 
 diff and export take a run folder as its newest valid checkpoint. Exit code 2: a usage error.
 """
@@ -169,7 +170,8 @@ def export(args):
         raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")
     partial = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
     try:
-        write_tensors(partial, checkpoint.load(f"ema-{decay}"))
+        description = {"kind": f"ema-{decay}", "state": {**checkpoint.state, "ema": decay}}
+        write_tensors(partial, checkpoint.load(f"ema-{decay}"), description)
         partial.replace(args.out)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00001000/
         master.safetensors exp_avg.safetensors exp_avg_sq.safetensors   needed to resume training
-        ema-0.9999.safetensors                                          the model to sample from, sufficient alone
+        ema-0.9999.safetensors                                          the model to sample from
         state.json       step, samples_seen, config, latent shape, classes, VAE, versions, guard
         manifest.json    size and sha256 of the others, written last
 
@@ -26,6 +26,8 @@ from mf_dist.runtime.errors import UserError, is_disk_fault
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
 """Files needed to resume, besides at least one EMA."""
+DESCRIPTION = "mf_dist"
+"""Key in the header of a .safetensors file."""
 STATE = ("step", "samples_seen", "config", "guard")
 """Keys of state.json that resuming needs."""
 
@@ -55,17 +57,65 @@ class Checkpoint:
 
     def load(self, kind: str) -> dict[str, Tensor]:
         """Tensors by parameter name; `kind`: master, exp_avg, exp_avg_sq or ema-DECAY."""
-        return load_tensors(self.folder / f"{kind}.safetensors")
+        return load_tensors(self.file(kind))
+
+    def file(self, kind: str) -> Path:
+        return self.folder / f"{kind}.safetensors"
 
     def each(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, tensor) one by one, so that no whole kind has to fit into memory."""
-        path = self.folder / f"{kind}.safetensors"
+        path = self.file(kind)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  it is no dict
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {path} as safetensors: {error}") from None
+
+
+@dataclass(frozen=True)
+class ExportedEma(Checkpoint):
+    """One EMA in the file `folder`, as tools/checkpoint.py export writes it; `state` has its decay as "ema"."""
+
+    def ema_decays(self) -> list[str]:
+        return [str(self.state["ema"])]
+
+    def kinds(self) -> list[str]:
+        return [f"ema-{decay}" for decay in self.ema_decays()]
+
+    def file(self, kind: str) -> Path:
+        if kind not in self.kinds():
+            raise UserError(f"{self.folder} holds {self.kinds()[0]} alone, not {kind}")
+        return self.folder
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What training or export wrote into the header of a .safetensors file about it: its `kind`, and an export's
+    `state`. Empty for a file of another origin; raises UserError if it is no .safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))
+            return described if isinstance(described, dict) else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from None
+    except (ValueError, RecursionError):
+        return {}
+
+
+def open_weights_file(path: Path) -> Checkpoint:
+    """An exported EMA, or an EMA's file within a checkpoint. Raises UserError for any other file."""
+    kind = path.name.removesuffix(".safetensors")
+    if kind.startswith("ema-") and (path.parent / "manifest.json").is_file():
+        checkpoint = open_checkpoint(path.parent)
+        return ExportedEma(path, {**checkpoint.state, "ema": kind.removeprefix("ema-")}, checkpoint.sha256)
+    described = read_description(path)
+    state = described.get("state")
+    if not isinstance(state, dict) or any(key not in state for key in (*STATE, "ema")):
+        what = f"it holds {described['kind']}" if "kind" in described else "it does not describe its model"
+        raise UserError(
+            f"{path} is not an EMA that tools/checkpoint.py export wrote ({what}): export one, or give a run's folder"
+        )
+    return ExportedEma(path, state, sha256_of(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,14 +173,18 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint folder of any name, or the newest checkpoint of a run folder or of a folder of checkpoints,
-    with a warning on stderr for each newer one that is damaged. Raises UserError if no checkpoint is found."""
+    """Opens a checkpoint folder of any name, an exported EMA, or the newest checkpoint of a run folder or of a folder
+    of checkpoints, with a warning on stderr for each newer one that is damaged. Raises UserError if none is found."""
+    if path.is_file():
+        return open_weights_file(path)
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
     checkpoint, warnings = newest_checkpoint(folder_of_checkpoints(path))
     if checkpoint is None:
         detail = f"; {warnings[0]}" if warnings else ""
-        raise UserError(f"no checkpoint in {str(path)!r} (expected a run folder or a checkpoint's folder){detail}")
+        raise UserError(
+            f"no checkpoint in {str(path)!r} (expected a folder of a run or checkpoint, or an exported EMA){detail}"
+        )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return checkpoint

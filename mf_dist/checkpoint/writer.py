@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_dist.checkpoint.reader import number_of, step_folder, step_folders
+from mf_dist.checkpoint.reader import DESCRIPTION, number_of, step_folder, step_folders
 from mf_dist.runtime.atomic_files import fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
@@ -101,7 +101,7 @@ class CheckpointWriter:
                 not_finite = [name for name, tensor in own[kind].items() if not tensor.isfinite().all()]
                 if not_finite:
                     raise ValueError(f"{kind} of {not_finite[0]} is not finite")
-                entry = write_tensors(partial / f"{kind}.safetensors", own.pop(kind))
+                entry = write_tensors(partial / f"{kind}.safetensors", own.pop(kind), {"kind": kind})
                 write_json(partial / f"{kind}.json", entry)
             if self.writer_rank.rank == 0 and self._all_written(partial, kinds):
                 commit(partial, folder, kinds, state)
@@ -153,10 +153,11 @@ def check_free_space(root: Path, checkpoint_bytes: int) -> None:
         )
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes and syncs a safetensors file; returns its manifest entry: bytes, sha256. (The library's own writer holds
-    the interpreter lock while it writes.)"""
-    header, offset = {}, 0
+def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Writes and syncs a safetensors file, with a description for read_description; returns its manifest entry: bytes,
+    sha256. (The library's own writer holds the interpreter lock while it writes.)"""
+    header: dict[str, Any] = {"__metadata__": {DESCRIPTION: json.dumps(description)}} if description else {}
+    offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
         assert tensor.dtype == torch.float32 and tensor.is_contiguous()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mf_dist.data.images import Pixels
 from mf_dist.runtime.errors import UserError
@@ -86,17 +86,3 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {str(path)!r} hold {type(state).__name__}, expected tensors by name")
     return state
-
-
-def load_strictly(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Loads `tensors`. Raises UserError naming the first that is missing, unexpected, misshapen or not finite."""
-    expected = network.state_dict()
-    for key in sorted({*expected, *tensors}):
-        if key not in tensors or key not in expected:
-            raise UserError(f"weights {source!r}: {key} is {'missing' if key in expected else 'unexpected'}")
-        if tensors[key].shape != expected[key].shape:
-            shapes = tuple(tensors[key].shape), tuple(expected[key].shape)
-            raise UserError(f"weights {source!r}: {key} has shape {shapes[0]}, this network needs {shapes[1]}")
-        if not tensors[key].isfinite().all():
-            raise UserError(f"weights {source!r}: {key} is not finite")
-    nn.Module.load_state_dict(network, tensors)

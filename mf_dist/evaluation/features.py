@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mf_dist.evaluation.feature_network import FeatureNetwork, load_strictly, read_state_dict
+from mf_dist.evaluation.feature_network import FeatureNetwork, read_state_dict
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.weights import load_weights
 
 WEIGHTS = "model.safetensors"
 WITH_WEIGHTS = ("inception", "inception-other")
@@ -86,7 +87,7 @@ class FolderNetwork(FeatureNetwork):
             raise UserError(
                 f"{folder}/config.json: name {self.name!r} must be an identifier without the prefix inception"
             )
-        load_strictly(self.network, read_state_dict(folder / WEIGHTS), str(folder / WEIGHTS))
+        load_weights(self.network, read_state_dict(folder / WEIGHTS), f"weights {folder / WEIGHTS}")
         self.network.to(device).eval()
 
     def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +112,7 @@ class EfficientNetLite0(FeatureNetwork):
         if self.sha256 != self.SHA256:
             raise UserError(f"{path} has sha256 {self.sha256}, expected {self.SHA256}; reinstall its package")
         self.network = EfficientNet.from_name("efficientnet-lite0")
-        load_strictly(self.network, read_state_dict(path), str(path))
+        load_weights(self.network, read_state_dict(path), f"weights {path}")
         self.network.to(device).eval()
 
     def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

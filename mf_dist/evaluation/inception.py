@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mf_dist.evaluation.feature_network import FeatureNetwork, load_strictly, read_state_dict
+from mf_dist.evaluation.feature_network import FeatureNetwork, read_state_dict
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.torchvision_repair import repair_torchvision
+from mf_dist.runtime.weights import load_weights
 
 repair_torchvision()
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402
@@ -32,7 +33,7 @@ class _Graph(FeatureExtractorInceptionV3):  # type: ignore[misc]
         super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # type: ignore[override]
-        """Does nothing: `load_strictly` loads the weights afterwards."""
+        """Does nothing: `load_weights` loads the weights afterwards."""
 
 
 def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inception":
@@ -58,7 +59,7 @@ def open_inception(spec: str, weights: str | None, device: torch.device) -> "Inc
             f"{weights} is not the published Inception: its sha256 is {sha256}, expected {SHA256}; it was not "
             "loaded. --features inception-other accepts it and does not name the metric FID"
         )
-    load_strictly(graph, read_state_dict(Path(weights)), weights)
+    load_weights(graph, read_state_dict(Path(weights)), f"weights {weights}")
     return Inception(graph, "inception" if sha256 == SHA256 else f"inception_{sha256[:8]}", sha256, device)
 
 

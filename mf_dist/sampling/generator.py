@@ -25,6 +25,7 @@ from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_gr
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, compute_precision, single_cpu_thread
+from mf_dist.runtime.weights import load_weights
 from mf_dist.vae import Vae
 
 GRID_BATCH = 50
@@ -196,7 +197,7 @@ def load_trained_model(
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
     net = build_network(config.model, seed=0)
-    net.load_state_dict(checkpoint.load(f"ema-{wanted}"))
+    load_weights(net, checkpoint.load(f"ema-{wanted}"), str(checkpoint.file(f"ema-{wanted}")))
     source = vae or config.eval.vae or state["vae"]["source"]
     decoder = Vae(source, device, state["vae"], precision, compiles)
     generator = ImageGenerator(net, decoder, config, device, precision, compiles)

@@ -105,8 +105,8 @@ def test_init_from_a_run_an_exported_file_and_files_that_do_not_fit(zygote, conf
     save_file({k: v for k, v in ema.items() if k != "label.weight"}, tmp_path / "less.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     for name, message in {
-        "other.safetensors": "patch_in.weight has shape (2, 2), this model needs (32, 16)",
-        "less.safetensors": "label.weight is missing; it is a model of another shape",
+        "other.safetensors": "patch_in.weight has shape (2, 2), this network needs (32, 16)",
+        "less.safetensors": "label.weight is missing",
         "text.safetensors": "as safetensors",
         "nowhere": "no checkpoint in",
     }.items():
