@@ -20,6 +20,7 @@ import torch
 
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
+from mf_dist.data.labels import refuse_empty_classes
 from mf_dist.data.shard_writer import Record, remove_temporary_files, valid_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.fault_tolerance.tool_status import count_finished_unit
@@ -56,8 +57,9 @@ class Task:
 
 def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Task) -> None:
     """Writes the missing shards of this task, and the manifest once all shards exist. Raises UserError on too many
-    unreadable images, on write errors, and if `out` holds shards of another plan."""
+    unreadable images, on a class without images, on write errors, and if `out` holds shards of another plan."""
     source = open_images(images)
+    refuse_empty_classes(source.root, source.labels, source.classes)
     check_resolution(encoding.resolution, vae)
     plan = _plan(source, vae, encoding)
     try:
@@ -262,8 +264,9 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     remove_temporary_files(out)
     scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
     left_out = f", {len(skipped)} unreadable images left out (listed in manifest.json)" if skipped else ""
+    classes = f"of {len(plan['classes'])} classes" if plan["classes"] else "without classes"
     print(
-        f"{manifest['count']} images in {num_shards} shards at {out}{left_out}; "
+        f"{manifest['count']} images {classes} in {num_shards} shards at {out}{left_out}; "
         f"scaled latents' std per channel {scaled}"
     )
 

@@ -75,7 +75,7 @@ def list_tars(root: Path, tars: list[Path]) -> ImageTars:
         raise UserError(f"{missing[0]!r} in {str(root)!r} has an image but no .cls with its class")
     names, places = zip(*images.values(), strict=True)
     labels = [classes.get(key, 0) for key in images]
-    count = max(classes.values()) + 1 if classes else 0
+    count = max(labels) + 1 if classes else 0
     return ImageTars(root, list(names), labels, [str(i) for i in range(count)], list(places))
 
 
