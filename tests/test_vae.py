@@ -24,7 +24,8 @@ def vae():
 
 
 def test_round_trip_of_real_images(vae, images):
-    from mf_dist.data.images import list_images, load_image
+    from mf_dist.data.image_folder import list_images
+    from mf_dist.data.images import load_image
 
     folder = list_images(images)
     pixels = torch.from_numpy(np.stack([load_image(folder.root / path, 32) for path in folder.paths]))

@@ -8,11 +8,18 @@
     sbatch --array=0-9 slurm/encode_latents.sh ...               # shard i by task i mod 10, times its processes
     python tools/encode_latents.py ... --verify                  # the error of --precision against fp32, no shards
 
-Images: a folder, whose sub-folders are classes in order of name, as ImageNet's wnids (without sub-folders: no
-classes); or a webdataset tar, or a folder of them (KEY.jpg with its class number in KEY.cls). Images are cut to the
-square ADM centre crop. Each shard holds a fixed block of the image list and is complete or absent: the same command,
-with any number of processes, continues where it stopped. An image that cannot be read is left out and listed in
-manifest.json.
+Images: a folder, a tar, or a folder of tars. Labels come from the first of these forms that is there; if none is, a
+line says so before the work begins, and the dataset is unconditional:
+    sub-folders   of a folder of images: a direct sub-folder is a class
+    KEY.cls       beside every image KEY.jpg: the number of its class
+    KEY.json      beside every image KEY.jpg: its "label", a number or a name
+    folders       in tars: below the folders that all images share, each path has one more, which is the class
+    tars          of which each image's name begins with its tar's, as n01_1.jpg in n01.tar: a tar is a class
+Names are numbered in their order, as ImageNet's wnids are; numbers are used as they are.
+
+Images are cut to the square ADM centre crop. Each shard holds a fixed block of the image list and is complete or
+absent: the same command, with any number of processes, continues where it stopped. An image that cannot be read is left
+out and listed in manifest.json.
 """
 
 import argparse

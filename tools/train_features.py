@@ -33,12 +33,15 @@ def main() -> None:
     import torch
     from safetensors.torch import save
 
-    from mf_dist.data.images import list_images, load_image
+    from mf_dist.data.image_folder import list_images
+    from mf_dist.data.images import load_image
+    from mf_dist.data.labels import refuse_empty_classes
     from mf_dist.evaluation.features import WEIGHTS
 
     folder = list_images(args.images)
     if not folder.classes:
         raise UserError(f"{args.images!r} has no class folders, and a classifier needs classes")
+    refuse_empty_classes(folder.root, folder.labels, folder.classes)
     pixels = torch.from_numpy(np.stack([load_image(folder.root / p, args.resolution) for p in folder.paths]))
     labels = torch.tensor(folder.labels)
     g = torch.Generator().manual_seed(args.seed)

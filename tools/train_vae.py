@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", type=expanded, required=True, help="image folder; sub-folders are classes")
+    parser.add_argument("--images", type=expanded, required=True, help="image folder")
     parser.add_argument("--out", type=expanded, required=True, help="the new VAE's folder")
     parser.add_argument("--resolution", type=int, default=32, help="side of the square images (default 32)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
@@ -34,9 +34,10 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from mf_dist.data.images import list_images, load_image
+    from mf_dist.data.image_folder import list_images
+    from mf_dist.data.images import load_image
 
-    folder = list_images(args.images)
+    folder = list_images(args.images, labelled=False)
     pixels = np.stack([load_image(folder.root / path, args.resolution) for path in folder.paths])
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     g = torch.Generator().manual_seed(args.seed)

@@ -6,6 +6,7 @@ absent. A task that finds all shards complete writes the manifest. Making a shar
 
 import hashlib
 import json
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mf_dist.data.image_tars import ImageTars, open_images
-from mf_dist.data.images import ImageFolder, Pixels, Unreadable, decode_image
-from mf_dist.data.labels import refuse_empty_classes
+from mf_dist.data.image_list import ImageList
+from mf_dist.data.image_tars import open_images
+from mf_dist.data.images import Pixels, Unreadable, decode_image
+from mf_dist.data.labels import refuse_empty_classes, some_of
 from mf_dist.data.shard_writer import Record, remove_temporary_files, valid_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.fault_tolerance.tool_status import count_finished_unit
@@ -31,7 +33,6 @@ from mf_dist.vae import Vae
 
 PLAN = "plan.json"
 """Records how the shards in a folder are made; a folder with another plan is refused."""
-Source = ImageFolder | ImageTars
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
     source = open_images(images)
     refuse_empty_classes(source.root, source.labels, source.classes)
     check_resolution(encoding.resolution, vae)
+    if task.number == 0:
+        _announce(source)
     plan = _plan(source, vae, encoding)
     try:
         _write_or_check_plan(out, plan)
@@ -72,12 +75,26 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
         ) from None
 
 
+def _announce(source: ImageList) -> None:
+    """Says what is encoded before the work begins."""
+    if source.classes:
+        classes = f"{len(source.classes)} classes ({source.form}): {some_of(source.classes)}"
+        print(f"{len(source.paths)} images of {classes}", flush=True)
+    text = source.doubt
+    if not source.classes:
+        text = f"no labels found in {str(source.root)!r}: this becomes an unconditional dataset; " + (
+            text or 'labels are class folders, KEY.cls, KEY.json with a "label", or one tar a class (see --help)'
+        )
+    if text:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def check_resolution(resolution: int, vae: Vae) -> None:
     if resolution % vae.reduction:
         raise UserError(f"--resolution {resolution} is not a multiple of {vae.reduction}, this VAE's reduction")
 
 
-def _encode_shards(source: Source, out: Path, vae: Vae, encoding: Encoding, task: Task, plan_sha256: str) -> None:
+def _encode_shards(source: ImageList, out: Path, vae: Vae, encoding: Encoding, task: Task, plan_sha256: str) -> None:
     blocks = _blocks(len(source.paths), encoding)
     own = range(task.number, len(blocks), task.count)
     with (
@@ -114,7 +131,7 @@ def _blocks(total: int, encoding: Encoding) -> list[range]:
     return [range(first, min(first + size, total)) for first in range(0, total, size)]
 
 
-def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
+def _plan(source: ImageList, vae: Vae, encoding: Encoding) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "image_list_sha256": _list_sha256(source),
@@ -135,7 +152,7 @@ def _plan(source: Source, vae: Vae, encoding: Encoding) -> dict[str, Any]:
     }
 
 
-def _list_sha256(source: Source) -> str:
+def _list_sha256(source: ImageList) -> str:
     """Hash of the images' names below the source, sizes in bytes and classes; another list is another dataset."""
     digest = hashlib.sha256()
     with progress(len(source.paths), "img", "list") as bar:
@@ -178,7 +195,7 @@ def _write_or_check_plan(out: Path, plan: dict[str, Any]) -> None:
 
 
 def _encode_block(
-    source: Source, block: range, vae: Vae, encoding: Encoding, bar: Any, bad: list[str]
+    source: ImageList, block: range, vae: Vae, encoding: Encoding, bar: Any, bad: list[str]
 ) -> Iterator[Record]:
     """Records of the readable images of a block, in order; adds a line to `bad` for each unreadable one."""
     images = _decoded(source, block, encoding, bar, bad)
@@ -199,7 +216,7 @@ def _encode_block(
 
 
 def _decoded(
-    source: Source, block: range, encoding: Encoding, bar: Any, bad: list[str]
+    source: ImageList, block: range, encoding: Encoding, bar: Any, bad: list[str]
 ) -> Iterator[tuple[int, Pixels, str]]:
     """(number, pixels, sha256 of the file), decoded by threads a few batches ahead."""
 
@@ -287,7 +304,7 @@ def channel_statistics(shards: LatentShards) -> tuple[list[float], list[float]]:
 def precision_error(images: str, vae: Vae, exact: Vae, resolution: int, count: int = 8) -> str:
     """A sentence with the error of `vae` against `exact` on the first `count` readable images."""
     check_resolution(resolution, vae)
-    source, decoded = open_images(images), list[Pixels]()
+    source, decoded = open_images(images, labelled=False), list[Pixels]()
     for i in range(len(source.paths)):
         with suppress(Unreadable):
             decoded.append(decode_image(source.read(i), source.paths[i], resolution))

@@ -1,15 +1,19 @@
-"""Images inside webdataset tars, listed without unpacking; member names are never used as paths on the disk.
+"""Images inside tars, listed without unpacking; member names are never used as paths on the disk.
 
-A sample is KEY.jpg (or another image suffix) together with KEY.cls, its class number as text; without any .cls there
-are no classes. Order: tars by name, then members in tar order.
+Order: tars by name, then members in tar order.
 """
 
+import os
 import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from mf_dist.data.images import SUFFIXES, ImageFolder, list_images
+from mf_dist.data.image_folder import list_images
+from mf_dist.data.image_list import SUFFIXES, ImageList
+from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_folders, from_json, from_tar_names, no_labels
 from mf_dist.runtime.errors import UserError
 
 
@@ -20,13 +24,9 @@ class _Location(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageTars:
-    """The same fields as ImageFolder; paths are TAR/MEMBER."""
+class ImageTars(ImageList):
+    """Paths are TAR/MEMBER."""
 
-    root: Path
-    paths: list[str]
-    labels: list[int]
-    classes: list[str]
     places: list[_Location] = field(repr=False)
 
     def read(self, i: int) -> bytes:
@@ -40,8 +40,9 @@ class ImageTars:
         return [place.size for place in self.places]
 
 
-def open_images(source: str) -> "ImageFolder | ImageTars":
-    """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused."""
+def open_images(source: str, labelled: bool = True) -> ImageList:
+    """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused. labelled: False where
+    labels do not matter, which are then neither read nor refused."""
     path = Path(source)
     if not source or (":" in source.split("/")[0] and not path.exists()):
         raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
@@ -51,32 +52,64 @@ def open_images(source: str) -> "ImageFolder | ImageTars":
         raise UserError(
             f"{source!r} has tars and also folders or images: keep the ones to encode in a folder of their own"
         )
-    return list_tars(path, tars) if tars else list_images(path)
+    if not tars and path.is_file():
+        raise UserError(f"{source!r} is neither a folder nor a .tar; unpack it into a folder")
+    return list_tars(path, tars, labelled) if tars else list_images(path, labelled)
 
 
-def list_tars(root: Path, tars: list[Path]) -> ImageTars:
+def list_tars(root: Path, tars: list[Path], labelled: bool = True) -> ImageTars:
     """Raises UserError on anything but plain samples: links, devices, duplicate keys, an image without its class."""
     images: dict[str, tuple[str, _Location]] = {}
-    classes: dict[str, int] = {}
+    beside: dict[str, dict[str, _Location]] = {".cls": {}, ".json": {}}
+    inner = ""
     for tar in tars:
         for name, place in _members(tar):
-            stem, _, suffix = name.rpartition(".")
+            stem, suffix = os.path.splitext(name)
             key = f"{tar.name}/{stem}"
-            if suffix == "cls":
-                classes[key] = _class_number(tar, name, place)
-            elif f".{suffix.lower()}" in SUFFIXES:
+            if suffix.lower() in SUFFIXES:
                 if key in images:
                     raise UserError(f"{tar}: the key {stem!r} has two images")
-                images[key] = f"{tar.name}/{name}", place
+                images[key] = name, place
+            elif suffix.lower() in beside:
+                beside[suffix.lower()][key] = place
+            elif suffix.lower() == ".tar":
+                inner = inner or name
     if not images:
-        raise UserError(f"no images in the tars of {str(root)!r}")
-    missing = [key for key in images if key not in classes]
-    if classes and missing:
-        raise UserError(f"{missing[0]!r} in {str(root)!r} has an image but no .cls with its class")
+        hint = f"; unpack it once, since it holds tars such as {inner!r}" if inner else ""
+        raise UserError(f"no images in the tars of {str(root)!r}{hint}")
     names, places = zip(*images.values(), strict=True)
-    labels = [classes.get(key, 0) for key in images]
-    count = max(labels) + 1 if classes else 0
-    return ImageTars(root, list(names), labels, [str(i) for i in range(count)], list(places))
+    paths = [f"{place.tar.name}/{name}" for name, place in zip(names, places, strict=True)]
+    labels, doubt = no_labels(len(paths)), ""
+    if labelled:
+        labels, doubt = _labels(root, list(images), beside, list(names), list(places))
+    return ImageTars(root, paths, *labels, doubt, list(places))
+
+
+def _labels(
+    root: Path, keys: list[str], beside: dict[str, dict[str, _Location]], names: list[str], places: list[_Location]
+) -> tuple[Labels, str]:
+    """The labels, and what may be wrong with them."""
+    parts = [tuple(part for part in name.split("/") if part not in ("", ".")) for name in names]
+    folders = [path[:-1] for path in parts]
+    labels = (
+        from_cls(root, keys, beside[".cls"], _contents)
+        or from_json(root, keys, beside[".json"], _contents)
+        or from_folders(folders)
+        or from_tar_names([place.tar.stem for place in places], [path[-1] for path in parts])
+    )
+    if labels is not None:
+        return labels, ""
+    is_unclear = len(set(folders)) > 1
+    return no_labels(len(keys)), "the folders in its tars are not one for each class" if is_unclear else ""
+
+
+def _contents(places: Iterable[_Location]) -> Iterator[bytes]:
+    """The first bytes of some members; each tar is opened once."""
+    for tar, members in groupby(places, lambda place: place.tar):
+        with open(tar, "rb") as file:
+            for _, offset, size in members:
+                file.seek(offset)
+                yield file.read(min(size, MAX_JSON + 1))
 
 
 def _members(tar: Path) -> list[tuple[str, _Location]]:
@@ -97,12 +130,3 @@ def _members(tar: Path) -> list[tuple[str, _Location]]:
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {tar}: {error}") from None
     return list(members.items())
-
-
-def _class_number(tar: Path, name: str, place: _Location) -> int:
-    with open(tar, "rb") as file:
-        file.seek(place.offset)
-        text = file.read(min(place.size, 20)).decode("ascii", "replace").strip()
-    if not text.isdigit() or int(text) >= 1_000_000:
-        raise UserError(f"{tar}: member {name!r} holds {text!r}, expected the number of a class")
-    return int(text)

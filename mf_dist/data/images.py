@@ -1,9 +1,7 @@
-"""Image folders: lists images with their classes, decodes and crops them to square pixels."""
+"""Decodes images, crops them to square pixels, and draws grids of them."""
 
 import io
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mf_dist.runtime.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 89_478_485
 """Limit of the resized image before the crop; the same as Pillow's limit of an opened image."""
 Pixels = npt.NDArray[np.uint8]
@@ -21,67 +18,6 @@ Pixels = npt.NDArray[np.uint8]
 
 class Unreadable(UserError):
     """An image whose bytes were read but cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Images in order of their path; labels[i] is the class of paths[i], an index into classes."""
-
-    root: Path
-    paths: list[str]
-    labels: list[int]
-    classes: list[str]
-
-    def read(self, i: int) -> bytes:
-        """The bytes of paths[i]. Raises UserError, not Unreadable, on a read error: the image may be valid."""
-        try:
-            return (self.root / self.paths[i]).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read image {self.paths[i]!r}: {error.strerror}") from None
-
-    def sizes(self) -> list[int]:
-        """Bytes of every image."""
-        return [(self.root / path).stat().st_size for path in self.paths]
-
-
-def list_images(root: str | Path) -> ImageFolder:
-    """A class is a direct sub-folder, numbered in order of its name (ImageNet's wnids give the usual indices).
-    A folder without sub-folders has no classes, and every label is 0. Raises UserError on anything ambiguous."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no image folder at {str(root)!r}")
-    paths = sorted(_walk(root))
-    if not paths:
-        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
-    in_folders = [path for path in paths if "/" in path]
-    if in_folders and len(in_folders) < len(paths):
-        loose = next(path for path in paths if "/" not in path)
-        raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
-    classes = (
-        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if in_folders else []
-    )
-    empty = sorted(set(classes) - {path.split("/")[0] for path in in_folders})
-    if empty:
-        raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
-    number = {name: index for index, name in enumerate(classes)}
-    return ImageFolder(root, paths, [number[path.split("/")[0]] if classes else 0 for path in paths], classes)
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of the images below `root`, except those in hidden folders."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in folders:
-            if Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
-                raise UserError(
-                    f"{os.path.join(folder, name)!r} links back to a folder that contains it; remove the link"
-                )
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES:
-                path = Path(folder, name).relative_to(root).as_posix()
-                if not path.isprintable():  # such as bytes that are not UTF-8
-                    raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
-                yield path
 
 
 def load_image(path: str | Path, resolution: int) -> Pixels:

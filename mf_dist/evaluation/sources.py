@@ -30,11 +30,11 @@ class Source(Protocol):
 
 
 class ImageFiles:
-    """A folder or tar of images in order of their names, with ADM's centre crop to `resolution`. None: all must be
-    squares of one size, and are used unchanged."""
+    """A folder or tar of images in order of their names, without classes, with ADM's centre crop to `resolution`. None:
+    all must be squares of one size, and are used unchanged."""
 
     def __init__(self, source: str | Path, resolution: int | None) -> None:
-        self.files, self.resolution = open_images(str(source)), resolution
+        self.files, self.resolution = open_images(str(source), labelled=False), resolution
         self.count = len(self.files.paths)
         self.seconds: dict[str, float] = {}
         self._crop = resolution or self._side()
@@ -42,7 +42,7 @@ class ImageFiles:
 
     def read(self, first: int, last: int) -> tuple[Pixels, Labels]:
         pixels = [self._image(i) for i in range(first, min(last, self.count))]
-        return np.stack(pixels), np.array(self.files.labels[first:last], np.int64)
+        return np.stack(pixels), np.zeros(len(pixels), np.int64)
 
     def _image(self, i: int) -> Pixels:
         return decode_image(self.files.read(i), self.files.paths[i], self._crop, must_fit=self.resolution is None)

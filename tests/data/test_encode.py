@@ -12,7 +12,8 @@ from conftest import VAE, encode, run_python, write_digits
 from processes import FULL
 
 from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
-from mf_dist.data.images import list_images, load_image
+from mf_dist.data.image_folder import list_images
+from mf_dist.data.images import load_image
 from mf_dist.data.loader import LatentStream
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.runtime.errors import UserError

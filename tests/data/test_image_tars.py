@@ -8,8 +8,9 @@ import pytest
 from conftest import encode
 from PIL import Image
 
+from mf_dist.data.image_folder import list_images
 from mf_dist.data.image_tars import open_images
-from mf_dist.data.images import decode_image, list_images
+from mf_dist.data.images import decode_image
 from mf_dist.data.shards import LatentShards
 from mf_dist.runtime.errors import UserError
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mf_dist.data.images import centre_crop, decode_image, image_grid, list_images, load_image
+from mf_dist.data.image_folder import list_images
+from mf_dist.data.images import centre_crop, decode_image, image_grid, load_image
 from mf_dist.runtime.errors import UserError
 
 

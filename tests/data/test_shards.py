@@ -11,7 +11,8 @@ import torch
 import webdataset
 from conftest import VAE, encode, run_python, write_digits
 
-from mf_dist.data.images import list_images, load_image
+from mf_dist.data.image_folder import list_images
+from mf_dist.data.images import load_image
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.runtime.errors import UserError
 from mf_dist.vae import Vae

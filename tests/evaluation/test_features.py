@@ -11,7 +11,8 @@ from conftest import FEATURES
 from safetensors.torch import save_file
 from test_reference import Bomb
 
-from mf_dist.data.images import list_images, load_image
+from mf_dist.data.image_folder import list_images
+from mf_dist.data.images import load_image
 from mf_dist.evaluation.feature_network import read_state_dict
 from mf_dist.evaluation.features import FolderNetwork, open_features
 from mf_dist.runtime.errors import UserError

@@ -243,9 +243,11 @@ def test_concurrent_records_lose_no_entry(tmp_path):
     assert len(read_entries(tmp_path / "metrics.json")) == 80
 
 
-def test_npz_has_the_layout_that_adms_reader_streams(images, network, tmp_path, pixels):
+def test_npz_has_the_layout_that_adms_reader_streams(network, tmp_path, pixels):
     """Its reader opens the member inside the zip, reads the header, then raw bytes; no Fortran order, no objects."""
-    blocks = compute_blocks(ImageFiles(images, None), network, ALONE, tmp_path, "x", keep_pixels=True)
+    labels = np.arange(150) // 15
+    source = NpzImages(as_npz(tmp_path / "source.npz", pixels, arr_1=labels))
+    blocks = compute_blocks(source, network, ALONE, tmp_path, "x", keep_pixels=True)
     save_npz(blocks, tmp_path / "samples.npz")
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as member:
         assert np.lib.format.read_magic(member) == (1, 0)
@@ -255,7 +257,7 @@ def test_npz_has_the_layout_that_adms_reader_streams(images, network, tmp_path, 
     assert np.array_equal(first, pixels[:64].transpose(0, 2, 3, 1))
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert np.array_equal(file["arr_0"], pixels.transpose(0, 2, 3, 1))
-        assert np.array_equal(file["arr_1"], ImageFiles(images, None).files.labels)
+        assert np.array_equal(file["arr_1"], labels)
     save_images(blocks, 60, tmp_path / "png")
     names = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert len(names) == 60 and names[0] == "000000_000.png"

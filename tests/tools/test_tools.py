@@ -8,7 +8,7 @@ import pytest
 from conftest import FEATURES, TINY, VAE, run_python, write_digits
 from PIL import Image
 
-from mf_dist.data.images import list_images
+from mf_dist.data.image_folder import list_images
 from mf_dist.models.sizes import SHAPES, named_model
 
 

@@ -54,7 +54,7 @@ def bench_decode(args):
     from mf_dist.data.image_tars import open_images
     from mf_dist.data.images import decode_image
 
-    source = open_images(args.images)
+    source = open_images(args.images, labelled=False)
     numbers = range(min(200, len(source.paths)))
     raw = [source.read(i) for i in numbers]
     forms = {"whole": lambda i: decode_image(raw[i], source.paths[i], args.resolution)}

@@ -1,0 +1,112 @@
+"""Images in a folder."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mf_dist.data.image_list import SUFFIXES, ImageList
+from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_json, no_labels, numbered
+from mf_dist.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageFolder(ImageList):
+    """Images in order of their path."""
+
+    def read(self, i: int) -> bytes:
+        return _read(self.root / self.paths[i])
+
+    def sizes(self) -> list[int]:
+        return [(self.root / path).stat().st_size for path in self.paths]
+
+
+def list_images(root: str | Path, labelled: bool = True) -> ImageFolder:
+    """A class is a direct sub-folder, numbered in order of its name (ImageNet's wnids give the usual indices). Without
+    sub-folders labels are looked for beside the images (labels.py). Raises UserError on anything ambiguous. labelled:
+    False where labels do not matter, which are then neither read nor refused."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no image folder at {str(root)!r}")
+    paths, beside = list[str](), dict[str, dict[str, str]]({".cls": {}, ".json": {}})
+    for path in sorted(_walk(root)):
+        key, suffix = os.path.splitext(path)
+        if suffix.lower() in SUFFIXES:
+            paths.append(path)
+        elif suffix.lower() in beside:
+            beside[suffix.lower()][key] = path
+    if not paths:
+        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
+    if not labelled:
+        return ImageFolder(root, paths, *no_labels(len(paths)), "")
+    in_folders = [path for path in paths if "/" in path]
+    if in_folders and len(in_folders) < len(paths):
+        loose = next(path for path in paths if "/" not in path)
+        raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
+    if in_folders:
+        labels, doubt = _of_folders(root, paths), _doubt_in_folders(root, paths, len(beside[".cls"]))
+    else:
+        labels, doubt = _beside(root, paths, beside), ""
+    return ImageFolder(root, paths, *labels, doubt)
+
+
+def _of_folders(root: Path, paths: Sequence[str]) -> Labels:
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    names = [path.split("/")[0] for path in paths]
+    empty = sorted(set(classes) - set(names))
+    if empty:
+        raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
+    return numbered(names, "class folders")
+
+
+def _doubt_in_folders(root: Path, paths: Sequence[str], cls_count: int) -> str:
+    """Whether the classes may be one level deeper, as where the root has train/ and val/, or in KEY.cls."""
+    parts = [path.split("/") for path in paths]
+    below = {(path[0], path[1]) for path in parts if len(path) > 2}
+    if min(map(len, parts)) > 2 and len(below) > len({path[0] for path in parts}):
+        first = min(below)
+        return (
+            f"the classes are the folders in {str(root)!r}, but each has its images in folders of its own, such as "
+            f"{'/'.join(first)!r}; if those are the classes, give --images {root / first[0]}"
+        )
+    if cls_count:
+        return f"the classes are the folders in {str(root)!r}; its {cls_count:,} .cls files are not read"
+    return ""
+
+
+def _beside(root: Path, paths: Sequence[str], beside: dict[str, dict[str, str]]) -> Labels:
+    def read(places: Iterable[str]) -> Iterator[bytes]:
+        return (_read(root / place, MAX_JSON + 1) for place in places)
+
+    keys = [os.path.splitext(path)[0] for path in paths]
+    return (
+        from_cls(root, keys, beside[".cls"], read)
+        or from_json(root, keys, beside[".json"], read)
+        or no_labels(len(paths))
+    )
+
+
+def _read(path: Path, limit: int = -1) -> bytes:
+    """The first `limit` bytes of a file, by default all. Raises UserError on a read error."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of the images below `root`, and of the files beside them that may hold labels, except in hidden folders."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in folders:
+            if Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
+                raise UserError(
+                    f"{os.path.join(folder, name)!r} links back to a folder that contains it; remove the link"
+                )
+        for name in names:
+            if Path(name).suffix.lower() in {*SUFFIXES, ".cls", ".json"}:
+                path = Path(folder, name).relative_to(root).as_posix()
+                if not path.isprintable():  # such as bytes that are not UTF-8
+                    raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
+                yield path
