@@ -16,6 +16,7 @@ import os
 import sys
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded_path
 
 
@@ -165,6 +166,7 @@ def export(args):
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it, or choose another name")
     checkpoint = find_checkpoint(args.path)
+    refuse_inside([args.out], checkpoint.folder)
     decay = args.ema or first_ema_decay(checkpoint)
     if decay not in checkpoint.ema_decays():
         raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")

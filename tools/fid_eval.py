@@ -143,10 +143,10 @@ def measure_images(args, ranks):
     from mf_dist.evaluation.measure import images_for, measure, open_reference
     from mf_dist.runtime.distributed import raise_on_all_ranks
 
+    settings, work = settings_of(args), args.out / "work"
     with raise_on_all_ranks(ranks):
         network = open_features(args.features, args.inception_weights, ranks.device)
-        images = images_for(network, args.images, args.resolution, ranks)
-    settings, work = settings_of(args), args.out / "work"
+        images = images_for(network, args.images, args.resolution, ranks, [work])
     reference = open_reference(args.reference, network, args.resolution, settings, ranks, work)
     protocol = {"images": args.images}
     measured = measure(images, "images", network, reference, settings, protocol, ranks, work)
@@ -166,8 +166,10 @@ def measure_model(args, ranks):
         trained, network = load(args, ranks)
     out = args.out
     side = args.resolution or trained.generator.resolution
-    reference = open_reference(args.reference, network, side, settings_of(args), ranks, out / "work")
     grids = [args.times] if args.times else [uniform_grid(nfe) for nfe in args.nfe or trained.config.eval.nfe]
+    written = [out / name for times in grids for name in names_of(args, times)[1:]]
+    settings = settings_of(args)
+    reference = open_reference(args.reference, network, side, settings, ranks, out / "work", outputs=written)
     for times in grids if ranks.is_rank_zero else []:
         if warning := trained.generator.warning_of_few_steps(len(times) - 1):
             print(warning, file=sys.stderr, flush=True)
@@ -207,6 +209,12 @@ def load(args, ranks):
     return trained, open_features(args.features, args.inception_weights, ranks.device)
 
 
+def names_of(args, times):
+    """How files of one time grid are named: its part of a name, the folder of --save-images, the file of --save-npz."""
+    name = f"nfe{len(times) - 1}" + ("_times" if args.times else "")
+    return name, f"images_{name}", f"samples_{name}.npz"
+
+
 def measure_times(args, trained, times, network, reference, ranks, out):
     """Measures one time grid and returns its blocks."""
     from mf_dist.evaluation.measure import measure
@@ -244,13 +252,13 @@ def save_all(args, trained, samples, blocks, reference, out):
     from mf_dist.evaluation.report import save_images, save_npz
 
     nfe = len(samples.times) - 1
-    name = f"nfe{nfe}_times" if args.times else f"nfe{nfe}"
+    name, folder, npz = names_of(args, samples.times)
     trained.generator.grid([nfe], args.seed, out / f"grid_{name}.png", trained.class_names, times=args.times)
     show_neighbours(samples, blocks, reference, out / f"neighbours_{name}.png")
     if args.save_npz:
-        save_npz(blocks, out / f"samples_{name}.npz")
+        save_npz(blocks, out / npz)
     if args.save_images:
-        save_images(blocks, args.save_images, out / f"images_{name}")
+        save_images(blocks, args.save_images, out / folder)
 
 
 def show_neighbours(source, blocks, reference, path):

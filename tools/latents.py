@@ -77,7 +77,7 @@ def show(args):
 
     if args.count < 1 or args.out.suffix != ".png":
         raise UserError("--count must be at least 1 and --out end in .png")
-    shards, source = LatentShards(args.data), open_images(args.images, labelled=False)
+    shards, source = LatentShards(args.data), open_images(args.images, [args.out], labelled=False)
     recorded = shards.manifest["vae"]
     vae = Vae(args.vae or recorded["source"], torch.device("cpu"), recorded)
     chosen = np.linspace(0, shards.count - 1, min(args.count, shards.count)).astype(int)

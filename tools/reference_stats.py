@@ -46,7 +46,9 @@ def main() -> None:
             network = open_features(args.features, args.inception_weights, ranks.device)
         work = args.out.with_suffix(".work")
         settings = Settings(block=args.block)
-        reference = open_reference(args.images, network, args.resolution, settings, ranks, work, are_images=True)
+        reference = open_reference(
+            args.images, network, args.resolution, settings, ranks, work, are_images=True, outputs=[args.out]
+        )
         with raise_on_all_ranks(ranks):
             if reference is not None:
                 write(args, reference, network, versions())

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded_path
 
 
@@ -37,6 +38,8 @@ def main() -> None:
 
     runs = args.runs or [newest_run(Path("runs"))]
     out = args.out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    for run in runs:
+        refuse_inside([out], run / "checkpoints")
     write_report(runs, out)
     print(f"{', '.join(map(str, runs))}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

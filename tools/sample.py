@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded, expanded_path
 
 
@@ -33,13 +34,14 @@ def main() -> None:
         raise UserError("--nfe must be from 1 to 10000 and --seed from 0 to 2^63 - 1")
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} must be a file name ending in .png")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     from mf_dist.checkpoint.reader import find_checkpoint
     from mf_dist.checkpoint.runs import newest_run
     from mf_dist.runtime.distributed import choose_device
     from mf_dist.sampling.generator import load_trained_model
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
+    refuse_inside([args.out], checkpoint.folder)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0))
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]

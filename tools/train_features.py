@@ -28,7 +28,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.resolution < 8:
         raise UserError("--steps must be at least 1, --resolution at least 8")
-    args.out.mkdir(parents=True, exist_ok=True)
     import numpy as np
     import torch
     from safetensors.torch import save
@@ -38,10 +37,11 @@ def main() -> None:
     from mf_dist.data.labels import refuse_empty_classes
     from mf_dist.evaluation.features import WEIGHTS
 
-    folder = list_images(args.images)
+    folder = list_images(args.images, [args.out])
     if not folder.classes:
         raise UserError(f"{args.images!r} has no class folders, and a classifier needs classes")
     refuse_empty_classes(folder.root, folder.labels, folder.classes)
+    args.out.mkdir(parents=True, exist_ok=True)
     pixels = torch.from_numpy(np.stack([load_image(folder.root / p, args.resolution) for p in folder.paths]))
     labels = torch.tensor(folder.labels)
     g = torch.Generator().manual_seed(args.seed)

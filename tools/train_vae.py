@@ -30,14 +30,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.batch < 1 or args.resolution < 4 or args.resolution % 4:
         raise UserError("--steps and --batch must be at least 1, --resolution a multiple of 4")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     import numpy as np
     import torch
 
     from mf_dist.data.image_folder import list_images
     from mf_dist.data.images import load_image
 
-    folder = list_images(args.images, labelled=False)
+    folder = list_images(args.images, [Path(args.out)], labelled=False)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     pixels = np.stack([load_image(folder.root / path, args.resolution) for path in folder.paths])
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     g = torch.Generator().manual_seed(args.seed)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from mf_dist.config.loader import Check, read_config
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded
 
 Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
@@ -257,7 +258,9 @@ def load_config(path: str, overrides: list[str]) -> Config:
         given = getattr(config, section)
         texts = {name: getattr(given, name) for name in names}
         sections[section] = replace(given, **{name: expanded(text) for name, text in texts.items() if text})
-    return replace(config, run_dir=expanded(config.run_dir), **sections)
+    config = replace(config, run_dir=expanded(config.run_dir), **sections)
+    refuse_inside([config.run_dir], config.data.path)
+    return config
 
 
 def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) -> Config:
@@ -278,6 +281,8 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
         shape[name] = recorded if configured is None else configured
     if (config.data.stage == "dir") != (config.data.stage_dir is not None):
         raise UserError("data.stage=dir and data.stage_dir=FOLDER require each other: set both or neither")
+    if config.data.stage_dir is not None:
+        refuse_inside([config.data.stage_dir], config.data.path)
     if config.data.flip and manifest and not manifest["flip"]:
         raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)

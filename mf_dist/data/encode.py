@@ -59,7 +59,7 @@ class Task:
 def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Task) -> None:
     """Writes the missing shards of this task, and the manifest once all shards exist. Raises UserError on too many
     unreadable images, on a class without images, on write errors, and if `out` holds shards of another plan."""
-    source = open_images(images)
+    source = open_images(images, [out])
     refuse_empty_classes(source.root, source.labels, source.classes)
     check_resolution(encoding.resolution, vae)
     if task.number == 0:

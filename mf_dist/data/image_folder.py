@@ -8,6 +8,7 @@ from pathlib import Path
 from mf_dist.data.image_list import SUFFIXES, ImageList
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_json, no_labels, numbered
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.outputs import refuse_inside
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class ImageFolder(ImageList):
         return [(self.root / path).stat().st_size for path in self.paths]
 
 
-def list_images(root: str | Path, labelled: bool = True) -> ImageFolder:
+def list_images(root: str | Path, outputs: Iterable[Path] = (), labelled: bool = True) -> ImageFolder:
     """A class is a direct sub-folder, numbered in order of its name (ImageNet's wnids give the usual indices). Without
-    sub-folders labels are looked for beside the images (labels.py). Raises UserError on anything ambiguous. labelled:
-    False where labels do not matter, which are then neither read nor refused."""
-    root = Path(root)
+    sub-folders labels are looked for beside the images (labels.py). Raises UserError on anything ambiguous. outputs:
+    what the caller will write, refused below the root. labelled: False where labels do not matter, which are then
+    neither read nor refused."""
+    root, outputs = Path(root), tuple(outputs)
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
+    refuse_inside(outputs, root)
     paths, beside = list[str](), dict[str, dict[str, str]]({".cls": {}, ".json": {}})
-    for path in sorted(_walk(root)):
+    for path in sorted(_walk(root, outputs)):
         key, suffix = os.path.splitext(path)
         if suffix.lower() in SUFFIXES:
             paths.append(path)
@@ -95,7 +98,7 @@ def _read(path: Path, limit: int = -1) -> bytes:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path, outputs: Iterable[Path]) -> Iterator[str]:
     """Paths of the images below `root`, and of the files beside them that may hold labels, except in hidden folders."""
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -104,6 +107,8 @@ def _walk(root: Path) -> Iterator[str]:
                 raise UserError(
                     f"{os.path.join(folder, name)!r} links back to a folder that contains it; remove the link"
                 )
+            if os.path.islink(os.path.join(folder, name)):
+                refuse_inside(outputs, os.path.join(folder, name))
         for name in names:
             if Path(name).suffix.lower() in {*SUFFIXES, ".cls", ".json"}:
                 path = Path(folder, name).relative_to(root).as_posix()

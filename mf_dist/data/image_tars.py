@@ -15,6 +15,7 @@ from mf_dist.data.image_folder import list_images
 from mf_dist.data.image_list import SUFFIXES, ImageList
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_folders, from_json, from_tar_names, no_labels
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.outputs import refuse_inside
 
 
 class _Location(NamedTuple):
@@ -40,12 +41,14 @@ class ImageTars(ImageList):
         return [place.size for place in self.places]
 
 
-def open_images(source: str, labelled: bool = True) -> ImageList:
-    """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused. labelled: False where
-    labels do not matter, which are then neither read nor refused."""
-    path = Path(source)
+def open_images(source: str, outputs: Iterable[Path] = (), labelled: bool = True) -> ImageList:
+    """A folder of images, a .tar of images, or a folder of such tars. URLs and pipes are refused. outputs: what the
+    caller will write, refused below the source. labelled: False where labels do not matter, which are then neither read
+    nor refused."""
+    path, outputs = Path(source), tuple(outputs)
     if not source or (":" in source.split("/")[0] and not path.exists()):
         raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
+    refuse_inside(outputs, path)
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
     others = [other for other in path.iterdir() if other not in tars and other.name[0] != "."] if path.is_dir() else []
     if tars and any(other.is_dir() or other.suffix.lower() in SUFFIXES for other in others):
@@ -54,7 +57,7 @@ def open_images(source: str, labelled: bool = True) -> ImageList:
         )
     if not tars and path.is_file():
         raise UserError(f"{source!r} is neither a folder nor a .tar; unpack it into a folder")
-    return list_tars(path, tars, labelled) if tars else list_images(path, labelled)
+    return list_tars(path, tars, labelled) if tars else list_images(path, outputs, labelled)
 
 
 def list_tars(root: Path, tars: list[Path], labelled: bool = True) -> ImageTars:

@@ -1,7 +1,7 @@
 """Measures a set of images, generated or on disk, against real ones, and records the protocol."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,22 +51,26 @@ def open_reference(
     ranks: Ranks,
     work: Path,
     are_images: bool = False,
+    outputs: Sequence[Path] = (),
 ) -> Reference | None:
     """The reference from a statistics file, or from real images (folder, tar or .npz), whose features all ranks
-    compute. None on ranks other than 0. are_images: an .npz that holds both is read as images."""
+    compute. None on ranks other than 0. are_images: an .npz that holds both is read as images. outputs: what the caller
+    will write besides `work`; none may lie in the reference."""
     if not are_images and source.endswith(".npz") and has_statistics(source):
         return _from_statistics(source, network, settings, ranks, work)
     with raise_on_all_ranks(ranks):
-        images = images_for(network, source, resolution, ranks)
+        images = images_for(network, source, resolution, ranks, [work, *outputs])
     return _from_images(images, network, settings, ranks, work)
 
 
-def images_for(network: FeatureNetwork, source: str, resolution: int | None, ranks: Ranks) -> Source:
+def images_for(
+    network: FeatureNetwork, source: str, resolution: int | None, ranks: Ranks, outputs: Sequence[Path]
+) -> Source:
     """A set of images cropped to the network's input side, else to `resolution`; rank 0 verifies the checksums of an
-    .npz. Raises UserError if both sides are given and differ."""
+    .npz. Raises UserError if both sides are given and differ, or if one of `outputs` lies in the source."""
     if None not in (resolution, network.resolution) and resolution != network.resolution:
         raise UserError(f"features {network.name!r} take images of side {network.resolution}, not {resolution}")
-    images = open_source(source, network.resolution or resolution)
+    images = open_source(source, network.resolution or resolution, outputs)
     if isinstance(images, NpzImages) and ranks.is_rank_zero:
         images.check()
     return images

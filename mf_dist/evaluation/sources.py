@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from mf_dist.data.image_tars import ImageTars, open_images
 from mf_dist.data.images import Pixels, decode_image
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.outputs import refuse_inside
 
 Labels = npt.NDArray[np.int64]
 
@@ -33,8 +35,8 @@ class ImageFiles:
     """A folder or tar of images in order of their names, without classes, with ADM's centre crop to `resolution`. None:
     all must be squares of one size, and are used unchanged."""
 
-    def __init__(self, source: str | Path, resolution: int | None) -> None:
-        self.files, self.resolution = open_images(str(source), labelled=False), resolution
+    def __init__(self, source: str | Path, resolution: int | None, outputs: Iterable[Path] = ()) -> None:
+        self.files, self.resolution = open_images(str(source), outputs, labelled=False), resolution
         self.count = len(self.files.paths)
         self.seconds: dict[str, float] = {}
         self._crop = resolution or self._side()
@@ -139,10 +141,12 @@ class NpzImages:
         return member, shape, kind
 
 
-def open_source(source: str, resolution: int | None) -> "ImageFiles | NpzImages":
-    """A folder, .tar or .npz of images."""
+def open_source(source: str, resolution: int | None, outputs: Iterable[Path] = ()) -> "ImageFiles | NpzImages":
+    """A folder, .tar or .npz of images. outputs: what the caller will write, refused where it is or lies in the source,
+    which is read again later."""
     if not source.endswith(".npz"):
-        return ImageFiles(source, resolution)
+        return ImageFiles(source, resolution, outputs)
+    refuse_inside(outputs, source)
     images = NpzImages(source)
     if resolution not in (None, images.identity["resolution"]):
         raise UserError(f"{source!r} has images of side {images.identity['resolution']}, not {resolution}")

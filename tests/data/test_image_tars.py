@@ -32,16 +32,17 @@ def png(value):
 
 def test_tars_give_the_same_latents_as_the_folder(images, latents, tmp_path):
     """The digits, packed into three tars in the folder's order: the same latents, byte for byte of each sample."""
-    folder = list_images(images)
+    folder, source = list_images(images), tmp_path / "in"
+    source.mkdir()
     for part in range(3):
-        with tarfile.open(tmp_path / f"part{part}.tar", "w") as archive:
+        with tarfile.open(source / f"part{part}.tar", "w") as archive:
             for i in range(50 * part, 50 * part + 50):
                 add(archive, f"{i:06d}.png", folder.read(i))
                 add(archive, f"{i:06d}.cls", str(folder.labels[i]).encode())
-    tars = open_images(str(tmp_path))
+    tars = open_images(str(source))
     assert tars.labels == folder.labels and tars.paths[51] == "part1.tar/000051.png"
     assert np.array_equal(decode_image(tars.read(77), "", 32), decode_image(folder.read(77), "", 32))
-    encode(tmp_path, tmp_path / "out")
+    encode(source, tmp_path / "out")
     ours, theirs = LatentShards(tmp_path / "out"), LatentShards(latents)
     for i in range(150):
         assert np.array_equal(ours[i][0], theirs[i][0]) and ours[i][1] == theirs[i][1]
@@ -83,9 +84,9 @@ def test_member_names_are_never_used_as_paths(tmp_path):
     with tarfile.open(inside / "a.tar", "w") as archive:
         for name in ("../../escape.png", "/abs/evil.png"):
             add(archive, name, png(5))
-    encode(inside, inside / "out", max_bad_share=0.5)
-    assert LatentShards(inside / "out").count == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"] and not (tmp_path.parent / "escape.png").exists()
+    encode(inside, tmp_path / "out", max_bad_share=0.5)
+    assert LatentShards(tmp_path / "out").count == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"] and not (tmp_path.parent / "escape.png").exists()
 
 
 @pytest.mark.parametrize("source", ["pipe:cat x.tar", "https://host/x.tar", "s3://bucket/x.tar", "file:x.tar"])

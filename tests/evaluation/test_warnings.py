@@ -62,8 +62,8 @@ def test_entry_records_the_images_in_adms_layout(images, network, tmp_path, pixe
 
 
 def test_contradicting_or_unused_options_are_refused(images, network):
-    assert images_for(network, str(images), 32, ALONE).identity["resolution"] == 32
+    assert images_for(network, str(images), 32, ALONE, []).identity["resolution"] == 32
     with pytest.raises(UserError, match="features 'digits' take images of side 32, not 16"):
-        images_for(network, str(images), 16, ALONE)
+        images_for(network, str(images), 16, ALONE, [])
     with pytest.raises(UserError, match="--inception-weights belongs to"):
         open_features("efflite0", "weights.pth", ALONE.device)

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.outputs import is_inside
 from mf_dist.runtime.paths import expanded_path
 
 
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--out", type=expanded_path, required=True, help="the new folder")
     parser.add_argument("--split", type=expanded_path, help="a folder for the two parts")
     args = parser.parse_args()
+    if args.split and is_inside(args.split, args.out):
+        raise UserError(f"--split {str(args.split)!r} lies in --out, where it would be a class; choose a place outside")
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
