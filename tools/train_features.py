@@ -42,6 +42,7 @@ def main() -> None:
         raise UserError(f"{args.images!r} has no class folders, and a classifier needs classes")
     refuse_empty_classes(folder.root, folder.labels, folder.classes)
     args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(folder.paths)} images{folder.ignored}", flush=True)
     pixels = torch.from_numpy(np.stack([load_image(folder.root / p, args.resolution) for p in folder.paths]))
     labels = torch.tensor(folder.labels)
     g = torch.Generator().manual_seed(args.seed)

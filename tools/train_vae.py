@@ -38,6 +38,7 @@ def main() -> None:
 
     folder = list_images(args.images, [Path(args.out)], labelled=False)
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    print(f"{len(folder.paths)} images{folder.ignored}", flush=True)
     pixels = np.stack([load_image(folder.root / path, args.resolution) for path in folder.paths])
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     g = torch.Generator().manual_seed(args.seed)

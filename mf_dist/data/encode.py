@@ -7,7 +7,7 @@ absent. A task that finds all shards complete writes the manifest. Making a shar
 import hashlib
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -68,7 +68,7 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
     try:
         _write_or_check_plan(out, plan)
         _encode_shards(source, out, vae, encoding, task, _plan_sha256(plan))
-        _finish(out, plan, encoding)
+        _finish(source, out, plan, encoding)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; finished shards are kept, the same command continues"
@@ -77,9 +77,10 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
 
 def _announce(source: ImageList) -> None:
     """Says what is encoded before the work begins."""
+    classes = "without classes"
     if source.classes:
-        classes = f"{len(source.classes)} classes ({source.form}): {some_of(source.classes)}"
-        print(f"{len(source.paths)} images of {classes}", flush=True)
+        classes = f"of {len(source.classes)} classes ({source.form}): {some_of(source.classes)}"
+    print(f"{len(source.paths)} images {classes}{source.ignored}", flush=True)
     text = source.doubt
     if not source.classes:
         text = f"no labels found in {str(source.root)!r}: this becomes an unconditional dataset; " + (
@@ -101,12 +102,14 @@ def _encode_shards(source: ImageList, out: Path, vae: Vae, encoding: Encoding, t
         progress(sum(len(blocks[number]) for number in own), "img", "encode") as bar,
         ThreadPoolExecutor(1) as writer,  # a shard is written while the next is encoded
     ):
-        writing, all_bad = Future[None](), list[str]()
+        writing, all_bad, unreadable = Future[None](), list[str](), Counter[int]()
         writing.set_result(None)
         for number in own:
             tar = out / shard_name(number)
+            unreadable.update(source.labels[i] for i in blocks[number])
             if index := valid_index(tar, plan_sha256):
                 all_bad += index.skipped
+                unreadable.subtract(index.labels.tolist())
                 bar.update(len(blocks[number]))
                 continue
             bad: list[str] = []
@@ -115,6 +118,8 @@ def _encode_shards(source: ImageList, out: Path, vae: Vae, encoding: Encoding, t
             _check_bad(all_bad, len(source.paths), encoding)
             if not records:
                 raise UserError(f"no image of {tar.name} can be read; the first: {bad[0]}")
+            unreadable.subtract(record.label for record in records)
+            _check_classes(source, unreadable)
             writing.result()
             writing = writer.submit(_write, tar, records, bad, plan_sha256)
         writing.result()
@@ -248,7 +253,19 @@ def _check_bad(bad: list[str], total: int, encoding: Encoding) -> None:
         )
 
 
-def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
+def _check_classes(source: ImageList, unreadable: Counter[int]) -> None:
+    """`unreadable`: images by class. Raises UserError if none of a class can be read, as it would never be trained."""
+    total = Counter(source.labels)
+    for label, name in enumerate(source.classes):
+        if unreadable[label] == total[label]:
+            first = source.paths[source.labels.index(label)]
+            raise UserError(
+                f"none of the {total[label]} images of class {name!r} can be read, such as {first!r}; repair them, or "
+                "remove the class"
+            )
+
+
+def _finish(source: ImageList, out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     """Writes the manifest if all shards exist: the plan, the shards with sizes and sha256, the latents' shape, exact
     channel statistics, and the images left out."""
     num_shards = len(_blocks(plan["count"], encoding))
@@ -263,6 +280,10 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     complete = [index for index in indices if index is not None]
     skipped = [line for index in complete for line in index.skipped]
     _check_bad(skipped, plan["count"], encoding)
+    unreadable = Counter(source.labels)
+    for index in complete:
+        unreadable.subtract(index.labels.tolist())
+    _check_classes(source, unreadable)
     shards = [
         {
             "name": shard_name(n),
@@ -283,7 +304,7 @@ def _finish(out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
     left_out = f", {len(skipped)} unreadable images left out (listed in manifest.json)" if skipped else ""
     classes = f"of {len(plan['classes'])} classes" if plan["classes"] else "without classes"
     print(
-        f"{manifest['count']} images {classes} in {num_shards} shards at {out}{left_out}; "
+        f"{manifest['count']} images {classes} in {num_shards} shards at {out}{left_out}{source.ignored}; "
         f"scaled latents' std per channel {scaled}"
     )
 

@@ -1,11 +1,12 @@
 """Images in a folder."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mf_dist.data.image_list import SUFFIXES, ImageList
+from mf_dist.data.image_list import SUFFIXES, ImageList, describe, is_skipped
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_json, no_labels, numbered
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
@@ -31,34 +32,41 @@ def list_images(root: str | Path, outputs: Iterable[Path] = (), labelled: bool =
     if not root.is_dir():
         raise UserError(f"no image folder at {str(root)!r}")
     refuse_inside(outputs, root)
-    paths, beside = list[str](), dict[str, dict[str, str]]({".cls": {}, ".json": {}})
-    for path in sorted(_walk(root, outputs)):
+    paths, beside, ignored = list[str](), dict[str, dict[str, str]]({".cls": {}, ".json": {}}), Counter[str]()
+    for path in _walk(root, "", outputs, ()):
         key, suffix = os.path.splitext(path)
         if suffix.lower() in SUFFIXES:
             paths.append(path)
-        elif suffix.lower() in beside:
-            beside[suffix.lower()][key] = path
+        else:
+            ignored[suffix.lower()] += 1
+            if suffix.lower() in beside:
+                beside[suffix.lower()][key] = path
     if not paths:
-        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}")
+        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) under {str(root)!r}{describe(ignored)}")
+    paths.sort()
     if not labelled:
-        return ImageFolder(root, paths, *no_labels(len(paths)), "")
+        return ImageFolder(root, paths, *no_labels(len(paths)), "", describe(ignored))
     in_folders = [path for path in paths if "/" in path]
     if in_folders and len(in_folders) < len(paths):
         loose = next(path for path in paths if "/" not in path)
         raise UserError(f"{str(root)!r} has class folders and also the loose image {loose!r}; move it into a class")
     if in_folders:
-        labels, doubt = _of_folders(root, paths), _doubt_in_folders(root, paths, len(beside[".cls"]))
+        labels = _of_folders(root, paths, ignored)
+        doubt = _doubt_in_folders(root, paths, len(beside[".cls"]))
     else:
         labels, doubt = _beside(root, paths, beside), ""
-    return ImageFolder(root, paths, *labels, doubt)
+    if labels.form:
+        del ignored[labels.form]
+    return ImageFolder(root, paths, *labels, doubt, describe(ignored))
 
 
-def _of_folders(root: Path, paths: Sequence[str]) -> Labels:
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+def _of_folders(root: Path, paths: Sequence[str], ignored: Counter[str]) -> Labels:
+    classes = [entry.name for entry in entries(root) if entry.is_dir()]
     names = [path.split("/")[0] for path in paths]
     empty = sorted(set(classes) - set(names))
     if empty:
-        raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it")
+        others = describe(ignored)
+        raise UserError(f"class folder {empty[0]!r} in {str(root)!r} has no images; fill or remove it{others}")
     return numbered(names, "class folders")
 
 
@@ -98,20 +106,31 @@ def _read(path: Path, limit: int = -1) -> bytes:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
 
 
-def _walk(root: Path, outputs: Iterable[Path]) -> Iterator[str]:
-    """Paths of the images below `root`, and of the files beside them that may hold labels, except in hidden folders."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in folders:
-            if Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
-                raise UserError(
-                    f"{os.path.join(folder, name)!r} links back to a folder that contains it; remove the link"
-                )
-            if os.path.islink(os.path.join(folder, name)):
-                refuse_inside(outputs, os.path.join(folder, name))
-        for name in names:
-            if Path(name).suffix.lower() in {*SUFFIXES, ".cls", ".json"}:
-                path = Path(folder, name).relative_to(root).as_posix()
-                if not path.isprintable():  # such as bytes that are not UTF-8
-                    raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
-                yield path
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder in order of name, without hidden and system files. Raises UserError on an error."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not is_skipped(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot list {str(folder)!r}: {error.strerror}; make it readable or move it away") from None
+
+
+def _walk(root: Path, below: str, outputs: Iterable[Path], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths, below `root`, of all files in its folder `below`. above: device and inode of the folders around it."""
+    here = os.stat(root / below)
+    if (here.st_dev, here.st_ino) in above:
+        raise UserError(f"{str(root / below)!r} links back to a folder that contains it; remove the link")
+    for entry in entries(root / below):
+        path = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir():
+            if entry.is_symlink():
+                refuse_inside(outputs, entry.path)
+            yield from _walk(root, path, outputs, (*above, (here.st_dev, here.st_ino)))
+        elif entry.is_file():
+            if os.path.splitext(path)[1].lower() in SUFFIXES and not path.isprintable():  # as bytes that are not UTF-8
+                raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
+            yield path
+        elif entry.is_symlink():
+            raise UserError(f"{entry.path!r} is a link to nothing; repair or remove it")
+        elif os.path.splitext(path)[1].lower() in SUFFIXES:
+            raise UserError(f"{entry.path!r} is not a regular file; remove it")

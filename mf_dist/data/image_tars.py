@@ -5,14 +5,15 @@ Order: tars by name, then members in tar order.
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from mf_dist.data.image_folder import list_images
-from mf_dist.data.image_list import SUFFIXES, ImageList
+from mf_dist.data.image_folder import entries, list_images
+from mf_dist.data.image_list import SUFFIXES, ImageList, describe, is_skipped
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_folders, from_json, from_tar_names, no_labels
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
@@ -49,19 +50,25 @@ def open_images(source: str, outputs: Iterable[Path] = (), labelled: bool = True
     if not source or (":" in source.split("/")[0] and not path.exists()):
         raise UserError(f"--images {source!r}: only local folders and tars are read; download it first")
     refuse_inside(outputs, path)
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
-    others = [other for other in path.iterdir() if other not in tars and other.name[0] != "."] if path.is_dir() else []
-    if tars and any(other.is_dir() or other.suffix.lower() in SUFFIXES for other in others):
+    if path.is_file():
+        if path.suffix.lower() != ".tar":
+            raise UserError(f"{source!r} is neither a folder nor a .tar; unpack it into a folder")
+        return list_tars(path, [path], Counter(), labelled)
+    found = entries(path) if path.is_dir() else []
+    suffixes = [Path(entry.name).suffix.lower() for entry in found]
+    tars = [Path(entry.path) for entry, suffix in zip(found, suffixes, strict=True) if suffix == ".tar"]
+    if not tars:
+        return list_images(path, outputs, labelled)
+    if any(entry.is_dir() or suffix in SUFFIXES for entry, suffix in zip(found, suffixes, strict=True)):
         raise UserError(
             f"{source!r} has tars and also folders or images: keep the ones to encode in a folder of their own"
         )
-    if not tars and path.is_file():
-        raise UserError(f"{source!r} is neither a folder nor a .tar; unpack it into a folder")
-    return list_tars(path, tars, labelled) if tars else list_images(path, outputs, labelled)
+    return list_tars(path, tars, Counter(suffix for suffix in suffixes if suffix != ".tar"), labelled)
 
 
-def list_tars(root: Path, tars: list[Path], labelled: bool = True) -> ImageTars:
-    """Raises UserError on anything but plain samples: links, devices, duplicate keys, an image without its class."""
+def list_tars(root: Path, tars: list[Path], ignored: Counter[str], labelled: bool) -> ImageTars:
+    """`ignored`: suffixes of files beside the tars. Raises UserError on anything but plain samples: links, devices,
+    duplicate keys, an image without its class."""
     images: dict[str, tuple[str, _Location]] = {}
     beside: dict[str, dict[str, _Location]] = {".cls": {}, ".json": {}}
     inner = ""
@@ -73,19 +80,23 @@ def list_tars(root: Path, tars: list[Path], labelled: bool = True) -> ImageTars:
                 if key in images:
                     raise UserError(f"{tar}: the key {stem!r} has two images")
                 images[key] = name, place
-            elif suffix.lower() in beside:
+                continue
+            ignored[suffix.lower()] += 1
+            if suffix.lower() in beside:
                 beside[suffix.lower()][key] = place
             elif suffix.lower() == ".tar":
                 inner = inner or name
     if not images:
         hint = f"; unpack it once, since it holds tars such as {inner!r}" if inner else ""
-        raise UserError(f"no images in the tars of {str(root)!r}{hint}")
+        raise UserError(f"no images in the tars of {str(root)!r}{describe(ignored)}{hint}")
     names, places = zip(*images.values(), strict=True)
     paths = [f"{place.tar.name}/{name}" for name, place in zip(names, places, strict=True)]
     labels, doubt = no_labels(len(paths)), ""
     if labelled:
         labels, doubt = _labels(root, list(images), beside, list(names), list(places))
-    return ImageTars(root, paths, *labels, doubt, list(places))
+    if labels.form:
+        del ignored[labels.form]
+    return ImageTars(root, paths, *labels, doubt, describe(ignored), list(places))
 
 
 def _labels(
@@ -121,7 +132,7 @@ def _members(tar: Path) -> list[tuple[str, _Location]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                if member.isdir():
+                if member.isdir() or any(map(is_skipped, member.name.split("/"))):
                     continue
                 if not member.isreg():
                     raise UserError(f"{tar}: member {member.name!r} is not a regular file")

@@ -14,7 +14,7 @@ from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
 from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose_kinds, gaussians, measure_blocks
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
-from mf_dist.evaluation.sources import NpzImages, Source, open_source
+from mf_dist.evaluation.sources import ImageFiles, NpzImages, Source, open_source
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
@@ -73,6 +73,8 @@ def images_for(
     images = open_source(source, network.resolution or resolution, outputs)
     if isinstance(images, NpzImages) and ranks.is_rank_zero:
         images.check()
+    if isinstance(images, ImageFiles) and images.files.ignored and ranks.is_rank_zero:
+        print(f"{source}: {images.count} images{images.files.ignored}", flush=True)
     return images
 
 
