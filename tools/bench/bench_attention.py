@@ -13,9 +13,9 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 
 @command_line
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=72, help="head size (default 72: XL)")
     parser.add_argument("--tokens", default="256,512,1024,2048,4096", help="token counts, comma-separated")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the results to this file")
     args = parser.parse_args()
     if not all(text.isdigit() and int(text) for text in args.tokens.split(",")):
         raise UserError(f"--tokens {args.tokens!r}: expected whole numbers such as 256,1024")

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 from bench_measure import now
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 ROUNDS = 10
 XL_HEADS = (32, 16, 256, 72)
@@ -33,7 +33,7 @@ def parse():
     )
     parser.add_argument("--size", type=int, default=8192, help="side of the matrices (default 8192)")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="bytes that are copied, in 1e9 (default 4)")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the result to this file")
     args = parser.parse_args()
     if args.size < 1 or args.gigabytes <= 0:
         raise UserError("--size and --gigabytes must be above 0")

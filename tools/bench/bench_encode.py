@@ -17,7 +17,7 @@ from pathlib import Path
 from bench_measure import matmul_peak, now
 
 from mf_dist.runtime.errors import UserError, command_line
-from mf_dist.runtime.paths import expanded
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 def parse():
@@ -30,7 +30,7 @@ def parse():
     parser.add_argument("--precisions", default="fp32,tf32,bf16", help="comma-separated (default fp32,tf32,bf16)")
     parser.add_argument("--forms", default="eager,compiled", help="comma-separated (default eager,compiled)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the median images/s to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the median images/s to this file")
     args = parser.parse_args()
     for text, known in ((args.precisions, {"fp32", "tf32", "bf16"}), (args.forms, {"eager", "compiled"})):
         if set(text.split(",")) - known:

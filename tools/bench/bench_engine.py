@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from bench_measure import now
 
@@ -27,6 +26,7 @@ from mf_dist.config.schema import load_config, resolve
 from mf_dist.report.curves import PEAKS
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.launch import exit_without_finalization, rank_from_environment
+from mf_dist.runtime.paths import expanded_path
 
 WARM_UP, PROFILED, BATCHES = 5, 3, 4
 
@@ -38,9 +38,11 @@ def parse():
     parser.add_argument("config", help="YAML file; latents have the shape that its model section gives")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="record three more steps into FOLDER/profile")
+    parser.add_argument(
+        "--profile", type=expanded_path, metavar="FOLDER", help="record 3 more steps into FOLDER/profile"
+    )
     parser.add_argument("--weights", action="store_true", help="also the sha256 of the weights at the end")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the result to this file")
     args = parser.parse_intermixed_args()
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")

@@ -13,11 +13,11 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 
 from bench_measure import now
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 SIZES = "parameters", "rounds", "threads"
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=131_000_000, help="weights (default 131 million)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
-    parser.add_argument("--json", type=Path, help="also write the median seconds to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the median seconds to this file")
     args = parser.parse_args()
     for name in SIZES:
         if getattr(args, name) < 1:

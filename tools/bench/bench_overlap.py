@@ -23,6 +23,7 @@ from statistics import median
 from time import perf_counter as now
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 CONFIG = "configs/digits_cpu.yaml"
 SHAPE = {"latent_size": 16, "latent_channels": 4, "num_classes": 10}
@@ -37,7 +38,7 @@ def parse_args():
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--rows", type=int, default=16, help="images per rank and step")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=expanded_path, help="also write the figures to this file")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

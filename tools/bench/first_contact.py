@@ -13,10 +13,10 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
 from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import command_line
+from mf_dist.runtime.paths import expanded_path
 
 TOLERANCE = 0.2
 """Largest relative difference from a prediction that is no miss."""
@@ -30,15 +30,17 @@ def parse():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="figures of a training run")
-    run.add_argument("path", type=Path, help="the run's folder")
-    run.add_argument("--log", type=Path, help="what it printed: adds the wait for a save and the first step's seconds")
-    run.add_argument("--against", type=Path, help="another run: adds the relative difference of the last loss")
-    run.add_argument("--json", type=Path, required=True)
+    run.add_argument("path", type=expanded_path, help="the run's folder")
+    run.add_argument(
+        "--log", type=expanded_path, help="what it printed: adds the wait for a save, the first step"
+    )
+    run.add_argument("--against", type=expanded_path, help="another run: adds the relative difference of the last loss")
+    run.add_argument("--json", type=expanded_path, required=True)
     evaluation = commands.add_parser("evaluation", help="seconds of an evaluation by stage")
-    evaluation.add_argument("path", type=Path, help="folder with metrics.json")
-    evaluation.add_argument("--json", type=Path, required=True)
+    evaluation.add_argument("path", type=expanded_path, help="folder with metrics.json")
+    evaluation.add_argument("--json", type=expanded_path, required=True)
     table = commands.add_parser("table", help="prediction beside measurement")
-    table.add_argument("path", type=Path, help="the script's output folder")
+    table.add_argument("path", type=expanded_path, help="the script's output folder")
     table.add_argument("--tiny", action="store_true", help="say that shapes were small and predictions do not apply")
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.paths import expanded_path
 
 CLASSES = 10
 
@@ -23,11 +24,11 @@ def parse():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("images", help="PNGs of noise")
-    images.add_argument("out", type=Path)
+    images.add_argument("out", type=expanded_path)
     images.add_argument("--count", type=int, default=2000)
     images.add_argument("--side", type=int, default=256, help="in pixels (default 256)")
     vae = commands.add_parser("vae", help="a VAE with random weights")
-    vae.add_argument("out", type=Path)
+    vae.add_argument("out", type=expanded_path)
     vae.add_argument("--width", type=int, default=128, help="channels of the outer blocks (default 128: SD's)")
     args = parser.parse_args()
     if args.command == "images" and min(args.count, args.side) < 1:
