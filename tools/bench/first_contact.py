@@ -31,9 +31,7 @@ def parse():
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="figures of a training run")
     run.add_argument("path", type=expanded_path, help="the run's folder")
-    run.add_argument(
-        "--log", type=expanded_path, help="what it printed: adds the wait for a save, the first step"
-    )
+    run.add_argument("--log", type=expanded_path, help="what it printed: adds the wait for a save, the first step")
     run.add_argument("--against", type=expanded_path, help="another run: adds the relative difference of the last loss")
     run.add_argument("--json", type=expanded_path, required=True)
     evaluation = commands.add_parser("evaluation", help="seconds of an evaluation by stage")
