@@ -1,7 +1,10 @@
 """Decodes images, crops them to square pixels, and draws grids of them."""
 
 import io
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,10 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mf_dist.runtime.errors import UserError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may open, by content: the formats of SUFFIXES. It knows more, and runs Ghostscript for PostScript."""
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+"""In the coded data of a JPEG; 00 and D0 to D7 are part of it."""
 MAX_PIXELS = 89_478_485
 """Limit of the resized image before the crop; the same as Pillow's limit of an opened image."""
 Pixels = npt.NDArray[np.uint8]
@@ -32,22 +39,82 @@ def decode_image(raw: bytes, name: str, resolution: int, must_fit: bool = False)
     """RGB pixels (3, resolution, resolution) uint8, ADM centre crop. As in ADM and torchvision, and hence in published
     reference numbers, transparency is dropped and EXIF orientation ignored. 16-bit images keep their upper 8 bits.
     Raises Unreadable, with `name`, if the image cannot be decoded completely or, with must_fit, has another size."""
-    try:
-        with Image.open(io.BytesIO(raw)) as image:
+    with _as_unreadable(name):
+        with _open(raw) as image:
             if must_fit and image.size != (resolution, resolution):
                 raise ValueError(
                     f"it is {image.width}x{image.height}, the first is {resolution}x{resolution}; to crop "
                     "all to one size give --resolution"
                 )
+            if not is_whole(raw, image.format):
+                raise ValueError("its end is missing or damaged")
             if max(image.size) * resolution > MAX_PIXELS * min(image.size) / resolution:
                 raise ValueError(f"its sides, {image.width} x {image.height}, differ too much")
             rgb = _jpeg(raw) if image.format == "JPEG" and image.mode == "RGB" else None
             rgb = rgb or _eight_bits(image).convert("RGB")
         square = centre_crop(rgb, resolution)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise Unreadable(f"cannot read image {name!r}: {reason}; repair or remove it") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def image_size(raw: bytes, name: str) -> tuple[int, int]:
+    """Width and height; raises Unreadable, with `name`."""
+    with _as_unreadable(name), _open(raw) as image:
+        return image.size
+
+
+def _open(raw: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(raw), formats=FORMATS)
+
+
+@contextmanager
+def _as_unreadable(name: str) -> Iterator[None]:
+    """Whatever a decoder raises on damaged bytes becomes Unreadable; a lack of memory is no fault of the image."""
+    try:
+        yield
+    except MemoryError:
+        raise UserError(f"not enough memory to decode image {name!r}") from None
+    except Exception as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(FORMATS)}" if is_unknown else " ".join(str(error).split()) or repr(error)
+        raise Unreadable(f"cannot read image {name!r}: {reason}; repair or remove it") from None
+
+
+def is_whole(raw: bytes, image_format: str | None) -> bool:
+    """False if a PNG or JPEG lacks its end, or a PNG's pixels differ from their checksum: cut, or with a tail of zeros,
+    either may be decoded without an error. Always True for other formats."""
+    if image_format == "PNG":
+        return _png_is_whole(raw)
+    return image_format not in ("JPEG", "MPO") or raw.endswith(b"\xff\xd9") or _jpeg_is_whole(raw)
+
+
+def _png_is_whole(raw: bytes) -> bool:
+    view, at = memoryview(raw), 8
+    while at + 12 <= len(raw):
+        end = at + 8 + int.from_bytes(view[at : at + 4])
+        kind = raw[at + 4 : at + 8]
+        if kind == b"IEND":
+            return True
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            return False
+        at = end + 4
+    return False
+
+
+def _jpeg_is_whole(raw: bytes) -> bool:
+    """Whether the image ends with its marker. Other data may follow it, and a thumbnail's end may come before."""
+    at = 2
+    while 0 <= (at := raw.find(b"\xff", at)) < len(raw) - 1:
+        kind = raw[at + 1]
+        if kind == 0xD9:
+            return True
+        if kind in (0x00, 0xFF):  # padding
+            at += 1
+            continue
+        at += 2 + int.from_bytes(raw[at + 2 : at + 4])
+        if kind == 0xDA:  # after its header come the coded data, up to the next marker
+            marker = JPEG_MARKER.search(raw, at)
+            at = marker.start(1) - 1 if marker else len(raw)
+    return False
 
 
 def _jpeg(raw: bytes) -> Image.Image | None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mf_dist.data.image_tars import ImageTars, open_images
-from mf_dist.data.images import Pixels, decode_image
+from mf_dist.data.images import Pixels, decode_image, image_size
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
 
@@ -50,15 +50,7 @@ class ImageFiles:
         return decode_image(self.files.read(i), self.files.paths[i], self._crop, must_fit=self.resolution is None)
 
     def _side(self) -> int:
-        from io import BytesIO
-
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(BytesIO(self.files.read(0))) as image:
-                width, height = image.size
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read image {self.files.paths[0]!r}: {error}") from None
+        width, height = image_size(self.files.read(0), self.files.paths[0])
         if width != height:
             raise UserError(
                 f"image {self.files.paths[0]!r} is {width}x{height}, not square: give --resolution for a centre crop"

@@ -53,9 +53,9 @@ def picture(path: Path, caption: str) -> Picture | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:  # by content; other formats may run a program
             shown = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # on damaged bytes a decoder may raise any
         return None
     if shown.width > MAX_WIDTH:
         shown = shown.resize((MAX_WIDTH, max(1, shown.height * MAX_WIDTH // shown.width)), Image.Resampling.LANCZOS)
