@@ -32,11 +32,7 @@ class ImageTars(ImageList):
     places: list[_Location] = field(repr=False)
 
     def read(self, i: int) -> bytes:
-        """The bytes of paths[i]; raises OSError if the tar cannot be read."""
-        tar, offset, size = self.places[i]
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return next(_contents([self.places[i]], None))
 
     def sizes(self) -> list[int]:
         return [place.size for place in self.places]
@@ -117,13 +113,21 @@ def _labels(
     return no_labels(len(keys)), "the folders in its tars are not one for each class" if is_unclear else ""
 
 
-def _contents(places: Iterable[_Location]) -> Iterator[bytes]:
-    """The first bytes of some members; each tar is opened once."""
+def _contents(places: Iterable[_Location], limit: int | None = MAX_JSON + 1) -> Iterator[bytes]:
+    """The bytes of some members, at most `limit` of each; a tar is opened once for successive ones. Raises UserError if
+    it cannot be read, or has become shorter."""
     for tar, members in groupby(places, lambda place: place.tar):
-        with open(tar, "rb") as file:
-            for _, offset, size in members:
-                file.seek(offset)
-                yield file.read(min(size, MAX_JSON + 1))
+        try:
+            with open(tar, "rb") as file:
+                for _, offset, size in members:
+                    wanted = size if limit is None else min(size, limit)
+                    file.seek(offset)
+                    raw = file.read(wanted)
+                    if len(raw) < wanted:
+                        raise UserError(f"{tar} ends before byte {offset + wanted}; it was longer when it was listed")
+                    yield raw
+        except OSError as error:
+            raise UserError(f"cannot read {tar}: {error.strerror}") from None
 
 
 def _members(tar: Path) -> list[tuple[str, _Location]]:

@@ -1,6 +1,7 @@
 """Images inside tars: reading them, and refusing invalid tars."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from mf_dist.data.image_folder import list_images
 from mf_dist.data.image_tars import open_images
-from mf_dist.data.images import decode_image
+from mf_dist.data.images import Unreadable, decode_image
 from mf_dist.data.shards import LatentShards
 from mf_dist.runtime.errors import UserError
 
@@ -111,3 +112,21 @@ def test_tars_beside_other_images_are_refused(images, tmp_path):
     (tmp_path / "0").mkdir()
     with pytest.raises(UserError, match="has tars and also folders or images"):
         open_images(str(tmp_path))
+
+
+def test_a_tar_that_changes_after_listing_stops_the_work(tmp_path):
+    """As a tar that is still being copied, or a disk that fails: no image is left out for it."""
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as archive:
+        for i in range(3):
+            add(archive, f"{i}.png", png(i))
+    tars = open_images(str(tar))
+    os.truncate(tar, tars.places[1].offset + 10)
+    assert tars.read(0) == png(0)
+    for cut in (1, 2):
+        with pytest.raises(UserError, match=r"a.tar ends before byte \d+; it was longer when it was listed") as caught:
+            tars.read(cut)
+        assert not isinstance(caught.value, Unreadable)
+    tar.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*a.tar: No such file or directory"):
+        tars.read(0)
