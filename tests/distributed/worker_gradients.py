@@ -2,7 +2,8 @@
 
     worker_gradients.py CONFIG OUT [section.key=value ...]
 
-Then two more steps, and on stdout how often torch.compile broke a graph in the first step and compiled after it.
+Then two more steps, a state that is loaded and read again, and on stdout how often torch.compile broke a graph in the
+first step and compiled after it.
 """
 
 import json
@@ -63,6 +64,10 @@ def main():
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
         for _ in range(2 * engine.accumulation):
             engine.train_micro_batch(*inputs(next(batches)))
+        doubled = {(kind, name): 2 * a for kind, name, a in engine.state()}
+        for kind in engine.kinds:
+            engine.load_state(kind, [(name, a) for (of, name), a in doubled.items() if of == kind])
+        assert all(torch.equal(a, doubled[kind, name]) for kind, name, a in engine.state()), "state is not loaded"
         if ranks.is_rank_zero:
             later = counters["stats"]["unique_graphs"] - graphs
             print(json.dumps({"graphs": graphs, "breaks": breaks, "compiled_later": later, "norm": norm}))
