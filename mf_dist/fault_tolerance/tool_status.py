@@ -15,6 +15,7 @@ from typing import NoReturn
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import UserError, is_disk_fault
 from mf_dist.runtime.launch import rank_from_environment
+from mf_dist.runtime.output import when_output_is_lost
 from mf_dist.runtime.paths import shell_expansion
 
 STATUS_VARIABLE = "MF_DIST_STATUS"
@@ -35,6 +36,7 @@ def reports_status(main: Callable[[], int | None]) -> Callable[[], int | None]:
             return main()
         status = _status()
         status.begin(_step(status))
+        when_output_is_lost(lambda sentence: status.note(_step(status), sentence))
         for number in SIGNALS:
             signal.signal(number, _stop)
         try:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from mf_dist.runtime.output import drop_what_cannot_be_written
+
 
 class UserError(Exception):
     """A mistake the user can fix: the text says what, where, what was expected and how to fix it."""
@@ -38,18 +40,16 @@ def is_disk_fault(error: BaseException | None) -> bool:
 
 def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
     """Makes `main` a program whose exit code is what main returns, or 0. A UserError, or an OSError of a file, prints
-    one line on stderr and gives exit code 2."""
+    one line on stderr and gives exit code 2. What cannot be printed is dropped."""
 
     @functools.wraps(main)
     def run() -> int:
+        drop_what_cannot_be_written()
         try:
             return main() or 0
         except UserError as error:
             _print_error(str(error), is_shared=isinstance(error, SharedError))
             return 2
-        except BrokenPipeError:  # the reader, such as head, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except OSError as error:
             if error.filename is None:
                 raise

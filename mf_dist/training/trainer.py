@@ -29,6 +29,7 @@ from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
 from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
+from mf_dist.runtime.output import when_output_is_lost
 from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import MASTER, Engine
 from mf_dist.training.logger import Logger
@@ -148,6 +149,7 @@ class Trainer:
         if self.ranks.is_rank_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.logger = Logger(self.config, self.run_dir, self.step, self.samples_seen)
+            when_output_is_lost(lambda sentence: self.status.note(self.step, sentence))
         for line in self.messages:
             self._info(line)
 

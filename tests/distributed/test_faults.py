@@ -340,3 +340,12 @@ def test_a_refused_start_is_in_the_status(config, tmp_path):
     assert (
         status(tmp_path / "run")["status"] == "failed" and "no finished dataset" in status(tmp_path / "run")["reason"]
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_log_disk_does_not_end_a_run(zygote, whole, config, tmp_path, ranks):
+    """Every line of every rank is lost, which the history says once."""
+    assert set(zygote.run("/dev/full", [config], ranks)) == {0}
+    assert_same_end(tmp_path / "run", whole(ranks))
+    notes = [row for row in run_history(tmp_path / "run") if row[1] == "warning"]
+    assert len(notes) == 1 and "standard output cannot be written (No space left on device)" in notes[0][3]
