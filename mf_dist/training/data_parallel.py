@@ -87,11 +87,12 @@ class DataParallel:
 
     def begin(self, micro_batch: int) -> None:
         """Before the backward of the step's micro-batch 0, 1, ..."""
-        self._micro_batch = micro_batch
+        self._micro_batch, self._missing = micro_batch, list(self._sizes)
 
     def finish(self) -> None:
         """After the step's last backward: this rank's part of each group's gradient becomes the mean over ranks."""
-        while self._next >= 0:  # groups in which a parameter got no gradient
+        assert not any(self._missing), "a parameter got no gradient: its last one would count again"
+        while self._next >= 0:
             self._start_reduction()
         parts = self._zero.fp32_groups_gradient_flat_partition
         if self._world_size > 1:
@@ -102,7 +103,7 @@ class DataParallel:
         if self._world_size > 1:
             dist.all_reduce(squares)
         self._norm = squares.sqrt()
-        self._reductions, self._next, self._missing = [], len(self._sizes) - 1, list(self._sizes)
+        self._reductions, self._next = [], len(self._sizes) - 1
 
     def wait_for_weights(self) -> None:
         """Before weights are read elsewhere than in a forward."""

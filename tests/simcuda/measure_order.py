@@ -42,12 +42,12 @@ def main() -> None:
     path, *overrides = sys.argv[1:]
     with process_group() as ranks:
         engine, _, batch = build(ranks, path, overrides)
-        for _ in range(2):
+        for _ in range(3 * engine.accumulation - 1):  # up to the third step's last micro-batch
             engine.train_micro_batch(*batch())
         inner, parallel = engine._engine, engine._data_parallel
         gathering = lambda group: parallel._gathers[group] is not None  # noqa: E731
         (loss, _), waits = shares(parallel, "_wait_for_weights", gathering, lambda: inner(*batch()))
-        parallel.begin(0)
+        parallel.begin(engine.accumulation - 1)
         _, reductions = shares(dist, "reduce_scatter_single", lambda *_: True, lambda: inner.backward(loss))
         parallel.finish()
         inner.step()
