@@ -1,5 +1,6 @@
 """A list of images with their classes, read from a folder or from tars; which files count as images."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ SYSTEM = {
 
 
 @dataclass(frozen=True)
-class ImageList:
+class ImageList(ABC):
     """Images in a fixed order: paths below the root; labels[i] is the class of paths[i], an index into classes."""
 
     root: Path
@@ -27,13 +28,13 @@ class ImageList:
     ignored: str
     """What is there besides images, as part of a sentence: "; ignored: 3 .heic"; empty if nothing."""
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The bytes of paths[i]. Raises UserError, not Unreadable, on a read error: the image may be valid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self) -> list[int]:
         """Bytes of every image."""
-        raise NotImplementedError
 
 
 def is_skipped(name: str) -> bool:

@@ -78,7 +78,7 @@ check() { # name, seconds, command: a program or one of the functions below
   fi
   if [ "$left" -lt 5 ] || grep -q "^$NAME"$'\t' "$OUT/done.tsv"; then return 0; fi
   limit=$(($2 < left ? $2 : left))
-  export NAME RESULT=$OUT/results/$NAME.json LOG=$OUT/logs/$NAME.out WORK=$OUT/work/$NAME
+  export NAME RESULT=$OUT/results/$NAME.json LOG=$OUT/logs/$NAME.out WORK=$OUT/scratch/$NAME
   printf '%(%T)T %s\n' -1 "$NAME"
   rm -rf "$RESULT" "$WORK"
   mkdir -p "$WORK"
@@ -97,8 +97,8 @@ equals() { expected "$1" is "$2" "$3"; }
 # ---- what lines consist of; WORK is the line's own folder, LOG and RESULT its files
 set -a # also in the shell of each line
 start() { # run, overrides: turns into the training of a small model on noise
-  exec $PYTHON -m mf_dist.train configs/digits_cpu.yaml run_dir="$WORK/$1" data.path="$OUT/work/inputs/latents" \
-    eval.reference="$OUT/work/inputs/statistics.npz" eval.training_samples=100 log.every_steps=5 data.num_workers=2 \
+  exec $PYTHON -m mf_dist.train configs/digits_cpu.yaml run_dir="$WORK/$1" data.path="$OUT/scratch/inputs/latents" \
+    eval.reference="$OUT/scratch/inputs/statistics.npz" eval.training_samples=100 log.every_steps=5 data.num_workers=2 \
     train.total_images=$((64 * STEPS)) log.sample_every_images=$((64 * STEPS)) eval.every_images=$((64 * STEPS)) \
     $SMALL "${@:2}"
 }
@@ -202,8 +202,8 @@ inputs_of_xl() {
 encoded_twice() {
   local folder shard
   for folder in latents again; do
-    $PYTHON tools/encode_latents.py --images "$OUT/work/inputs-of-xl/images" --out "$WORK/$folder" \
-      --vae "$OUT/work/inputs-of-xl/vae" --resolution "$SIDE" --shard-size 1000
+    $PYTHON tools/encode_latents.py --images "$OUT/scratch/inputs-of-xl/images" --out "$WORK/$folder" \
+      --vae "$OUT/scratch/inputs-of-xl/vae" --resolution "$SIDE" --shard-size 1000
   done
   for shard in "$WORK"/latents/*.tar; do
     cmp "$shard" "$WORK/again/${shard##*/}"
@@ -211,18 +211,18 @@ encoded_twice() {
 }
 start_xl() { # run, overrides: turns into the training of XL/2 on encoded noise, 30 steps
   exec $PYTHON -m mf_dist.train configs/imagenet256_xl2.yaml $SHAPE run_dir="$WORK/$1" model.num_classes=10 \
-    data.path="$OUT/work/encoded-twice/latents" train.batch_size="$ROWS" train.total_images=$((30 * ROWS)) \
+    data.path="$OUT/scratch/encoded-twice/latents" train.batch_size="$ROWS" train.total_images=$((30 * ROWS)) \
     log.every_steps=10 log.sample_every_images=$((30 * ROWS)) eval.every_images=$((30 * ROWS)) \
     eval.features=inception-random eval.training_samples=100 \
-    eval.reference="$OUT/work/inputs-of-xl/statistics.npz" "${@:2}"
+    eval.reference="$OUT/scratch/inputs-of-xl/statistics.npz" "${@:2}"
 }
 xl_run() {
   (start_xl xl train.profile_steps=5)
   facts xl
 }
 evaluated() { # options: one-step samples of that run
-  $PYTHON tools/fid_eval.py --checkpoint "$OUT/work/xl-run/xl" --nfe 1 --num-samples "$SAMPLES" --metrics fid \
-    --features inception-random --reference "$OUT/work/inputs-of-xl/statistics.npz" --out "$WORK" "$@"
+  $PYTHON tools/fid_eval.py --checkpoint "$OUT/scratch/xl-run/xl" --nfe 1 --num-samples "$SAMPLES" --metrics fid \
+    --features inception-random --reference "$OUT/scratch/inputs-of-xl/statistics.npz" --out "$WORK" "$@"
   $PYTHON tools/bench/first_contact.py evaluation "$WORK" --json "$RESULT"
 }
 out_of_memory() {
@@ -267,7 +267,7 @@ check compiled-zero3 180 train compiled-zero3 engine.compile=true engine.precisi
 equals status finished 'compiles for sm_90'
 
 # ---- the speed of XL/2
-check xl-32 300 engine imagenet256_xl2 train.batch_size=$ROWS --steps 30 --profile "$OUT/work/xl-32"
+check xl-32 300 engine imagenet256_xl2 train.batch_size=$ROWS --steps 30 --profile "$OUT/scratch/xl-32"
 at_most first_step_s 120 'compiling for sm_90 takes 148 s on one core'
 expect ms 91 'A: the graph 80 (36.1 TFLOP, 46.7 GB, gaps), outside of it 11 (42 bytes per parameter)'
 expect mfu 0.402 'A: 36.1 TFLOP in 91 ms'
@@ -285,7 +285,7 @@ check xl-jvp-fp32 150 engine imagenet256_xl2 train.batch_size=$ROWS engine.jvp_p
 expect ms 161 '3.8 TFLOP at 50 TFLOP/s: 70 ms more'
 check xl-jvp-tf32 150 jvp_in_tf32
 expect ms 101 '10 ms more than in bf16'
-check b4-32 120 engine imagenet256_b4 train.batch_size=$ROWS --profile "$OUT/work/b4-32"
+check b4-32 120 engine imagenet256_b4 train.batch_size=$ROWS --profile "$OUT/scratch/b4-32"
 expect ms 9.0 'about 1,000 launches 7, outside of the graph 2.0'
 check b4-128 120 engine imagenet256_b4 train.batch_size=$((4 * ROWS))
 expect ms 18.0 'four times the 4 ms of work of 32 rows, outside of the graph 2.0'
@@ -301,13 +301,13 @@ expect 'ratios.ours guided' 1.58 'FLOPs; 1.58 on a CPU'
 check optimizer 60 $PYTHON tools/bench/bench_optimizer.py --parameters $WEIGHTS --rounds 7 \
   --json "$OUT/results/optimizer.json"
 expect 'ours, compiled' 0.009 'A: 36 bytes for each of 676 million parameters'
-check xl-512 200 engine imagenet512_xl2 train.batch_size=$((ROWS / 4)) --profile "$OUT/work/xl-512"
+check xl-512 200 engine imagenet512_xl2 train.batch_size=$((ROWS / 4)) --profile "$OUT/scratch/xl-512"
 expect ms 104 'A: 39.9 TFLOP 61, attention 10, kernels and gaps as for 32 rows at 256 px 21, outside of the graph 12'
 at_most peak_gib 22.8 '--dry-run'
 
 # ---- around training
 check inputs-of-xl 120 inputs_of_xl
-check encode-speed 200 $PYTHON tools/bench/bench_encode.py --vae "$OUT/work/inputs-of-xl/vae" --resolution $SIDE \
+check encode-speed 200 $PYTHON tools/bench/bench_encode.py --vae "$OUT/scratch/inputs-of-xl/vae" --resolution $SIDE \
   --batch $ROWS --forms compiled --rounds 3 --json "$OUT/results/encode-speed.json"
 expect 'fp32, compiled' 99 'P: 270.6 GFLOP per image, 67 TFLOP/s'
 expect 'tf32, compiled' 730 'P: 494 TFLOP/s'
