@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError, is_disk_fault
+from mf_dist.runtime.tensor_file import each_tensor, load_tensors, read_metadata
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
 """Files needed to resume, besides at least one EMA."""
@@ -64,13 +63,7 @@ class Checkpoint:
 
     def each(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, tensor) one by one, so that no whole kind has to fit into memory."""
-        path = self.file(kind)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dict
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {path} as safetensors: {error}") from None
+        return each_tensor(self.file(kind))
 
 
 @dataclass(frozen=True)
@@ -93,13 +86,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """What training or export wrote into the header of a .safetensors file about it: its `kind`, and an export's
     `state`. Empty for a file of another origin; raises UserError if it is no .safetensors file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))
-            return described if isinstance(described, dict) else {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from None
+        described = json.loads(read_metadata(path).get(DESCRIPTION, "{}"))
     except (ValueError, RecursionError):
         return {}
+    return described if isinstance(described, dict) else {}
 
 
 def open_weights_file(path: Path) -> Checkpoint:
@@ -116,14 +106,6 @@ def open_weights_file(path: Path) -> Checkpoint:
             f"{path} is not an EMA that tools/checkpoint.py export wrote ({what}): export one, or give a run's folder"
         )
     return ExportedEma(path, state, sha256_of(path))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a .safetensors file; raises UserError if it is none."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from None
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:

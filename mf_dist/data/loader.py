@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,15 @@ class Batch(NamedTuple):
     drop_uniforms: Tensor
     """(B,) fp32, U[0, 1)."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loader processes send NumPy arrays, through their pipe. Tensors would need space in /dev/shm, a descriptor
+        each and a socket below TMPDIR; errors with these are lost in a thread of the process, and training waits."""
+        return _batch_of_arrays, tuple(tensor.numpy() for tensor in self)
+
+
+def _batch_of_arrays(*arrays: npt.NDArray[Any]) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays))
+
 
 class LatentStream(Dataset[Batch]):
     """stream[i] is the micro-batch of the slots [i, i + m) of the global stream."""
@@ -61,7 +70,7 @@ class LatentStream(Dataset[Batch]):
         posterior_noise, e, times, drops = (np.stack(column) for column in columns)
         rows = [self._image(int(slot)) for slot in slots]
         moments, labels = self.shards.batch(rows, [self.flip and bool(mirror) for mirror in mirrored])
-        return Batch(*map(torch.from_numpy, (moments, labels, posterior_noise, e, times, drops)))
+        return _batch_of_arrays(moments, labels, posterior_noise, e, times, drops)
 
     def _image(self, slot: int) -> int:
         """Index of the image in a global slot."""
@@ -105,8 +114,22 @@ def training_batches(
         generator=torch.Generator(),  # for the base seed, which the loader would draw from the global generator
     )
     try:
+        if config.data.num_workers:
+            torch.multiprocessing.Queue().close()  # raises here what would leave torch's iterator half built
         yield from loader
     except UserError as error:  # a loader process sends its traceback, whose last line is the error
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")
+        ) from None
+    except OSError as error:  # of starting the processes: a semaphore takes a page of /dev/shm
+        raise UserError(
+            f"cannot start data.num_workers={config.data.num_workers} loader processes: {error.strerror or error}; "
+            "check /dev/shm (df), open files and processes (ulimit -n, -u) and memory, or set data.num_workers=0"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process has ended unexpectedly ({str(error).splitlines()[0]}): was it killed, as by the kernel "
+            "when memory is short? Lower data.num_workers, or set it to 0"
         ) from None

@@ -1,4 +1,4 @@
-"""Reads a folder of latent shards: manifest, index, random access by memory map.
+"""Reads a folder of latent shards: manifest, index, random access.
 
     manifest.json            count, latent shape, classes, VAE, images, per-channel statistics, shards with sha256
     shard-00000.tar          webdataset: KEY.moments.npy (2C, S, S) fp16 = posterior mean, std; KEY.cls; KEY.json; and
@@ -13,7 +13,6 @@ so that damage never reaches a batch.
 
 import hashlib
 import json
-import math
 import re
 import zlib
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from mf_dist.data.staging import is_staged, staged_path
 from mf_dist.runtime.atomic_files import sha256_of, write_json
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.open_files import OpenFiles
 
 FORMAT = 3
 Moments = npt.NDArray[np.float16]
@@ -143,10 +143,10 @@ class LatentShards:
         self.manifest = manifest
         self.count: int = manifest["count"]
         self.moments_shape = (2 * manifest["latent_channels"], manifest["latent_size"], manifest["latent_size"])
-        self._maps: dict[int, tuple[Path, npt.NDArray[np.uint8]]] = {}
+        self._files = OpenFiles()
+        self._paths: dict[int, Path] = {}
         self._staged: set[int] = set()
         self._reads = 0
-        self._nbytes = 2 * math.prod(self.moments_shape)
         self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
         self._indices = [self._checked_index(shard) for shard in manifest["shards"]]
 
@@ -162,29 +162,29 @@ class LatentShards:
             raise UserError(f"{problem}; run the encode command again to restore it")
         return index
 
-    def _map(self, number: int) -> tuple[Path, npt.NDArray[np.uint8]]:
-        """A shard's path and bytes, mapped on first use in each process, and again once a staged copy exists."""
+    def _path(self, number: int) -> Path:
+        """Where a shard is read: a staged copy as soon as one exists. Raises UserError if its size is wrong."""
         self._reads += 1
         if self.stage_dir and self._reads % 1000 == 0:  # look for new staged copies
-            self._maps = {n: mapped for n, mapped in self._maps.items() if n in self._staged}
-        if number not in self._maps:
+            self._paths = {n: path for n, path in self._paths.items() if n in self._staged}
+        if number not in self._paths:
             shard = self.manifest["shards"][number]
             path = self.folder / shard["name"]
             if self.stage_dir and is_staged(staged_path(self.stage_dir, shard), shard):
                 path = staged_path(self.stage_dir, shard)
                 self._staged.add(number)
             try:
-                mapped = np.asarray(np.memmap(path, np.uint8, "r"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read {path}: {error}") from None
-            if len(mapped) != shard["bytes"]:
-                raise UserError(f"{path} has {len(mapped)} bytes, not {shard['bytes']}; {self._remedy(number)}")
-            self._maps[number] = path, mapped
-        return self._maps[number]
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}; {self._remedy(number)}") from None
+            if size != shard["bytes"]:
+                raise UserError(f"{path} has {size} bytes, not {shard['bytes']}; {self._remedy(number)}")
+            self._paths[number] = path
+        return self._paths[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps, since each process makes its own."""
-        return {**self.__dict__, "_maps": {}, "_staged": set(), "_reads": 0}
+        """Without what this process has found, since each looks for itself."""
+        return {**self.__dict__, "_paths": {}, "_staged": set(), "_reads": 0}
 
     def __getitem__(self, index: int) -> tuple[Moments, int]:
         """Posterior moments (2C, S, S) fp16, mean then std, unscaled; and the label."""
@@ -208,8 +208,12 @@ class LatentShards:
             shard, row = self._shard_and_row(index)
             columns = self._indices[shard]
             offset, crc = (columns.flipped, columns.flipped_crc32) if mirror else (columns.offsets, columns.crc32)
-            path, mapped = self._map(shard)
-            moments[i].view(np.uint8).reshape(-1)[:] = mapped[offset[row] : offset[row] + self._nbytes]
+            path = self._path(shard)
+            try:
+                self._files.read(path, int(offset[row]), memoryview(moments[i]))
+            except OSError as error:
+                sample = f"sample {columns.numbers[row]:09d}"
+                raise UserError(f"{path}: cannot read {sample}: {error.strerror}; {self._remedy(shard)}") from None
             labels[i] = columns.labels[row]
             if zlib.crc32(moments[i]) != crc[row]:
                 raise UserError(

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mf_dist.data.images import Pixels
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import compute_precision
+from mf_dist.runtime.tensor_file import load_tensors
 
 Floats = npt.NDArray[np.float32]
 
@@ -69,15 +68,15 @@ class FeatureNetwork(ABC):
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from torch's zip format under weights_only. Raises UserError for pickled
     objects and TorchScript; none of their code runs."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below covers them in one line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(
             f"weights {str(path)!r} are not a plain state dict ({reason}); pickled objects and TorchScript are "

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, load_tensors, read_description
+from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, read_description
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.tensor_file import load_tensors
 from mf_dist.runtime.weights import load_weights
 from mf_dist.training.optimizer import MOMENTS
 

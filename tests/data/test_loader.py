@@ -1,17 +1,27 @@
 """The stream of batches: the same global batch for any ranks, workers, accumulation; exact shares; O(1) seeking."""
 
+import multiprocessing
+import os
 import pickle
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, encode
 
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import LatentStream, training_batches
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.runtime import rng
+from mf_dist.runtime.errors import UserError
 
 
 def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
@@ -122,8 +132,6 @@ def test_loading_draws_nothing_from_the_global_generators(tiny_config, latents):
 @pytest.mark.dist
 def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tmp_path, tiny_config):
     """Every image exactly once an epoch, in another order each."""
-    from conftest import encode
-
     encode(images, tmp_path / "seven", shard_size=22)
     shards = LatentShards(tmp_path / "seven")
     assert len(shards.manifest["shards"]) == 7
@@ -153,3 +161,73 @@ def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tm
     for epoch in range(10):
         assert sorted(order[150 * epoch : 150 * epoch + 150]) == list(range(150))
     assert not np.array_equal(order[:150], order[150:300])
+
+
+def test_a_batch_travels_without_shared_memory_and_descriptors(latents):
+    """Otherwise a long TMPDIR or a small /dev/shm makes training wait for a batch that was lost."""
+    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
+    batch = stream[5]
+    before = set(Path("/proc/self/fd").iterdir())
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert len(sent) > sum(tensor.nbytes for tensor in batch)
+    received = pickle.loads(sent)  # noqa: S301  our own
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(received, batch, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_becomes_shorter_is_one_line(latents, tiny_config, tmp_path, workers):
+    """Under a memory map the process would end by SIGBUS."""
+    copy = shutil.copytree(latents, tmp_path / "copy")
+    shards = LatentShards(copy)
+    config = resolve(load_config(str(tiny_config), [f"data.num_workers={workers}"]), shards.manifest, 1)
+    batches = training_batches(shards, config, 0, 0, 1, pin_memory=False)
+    next(batches)
+    for tar in copy.glob("*.tar"):
+        os.truncate(tar, 5000)
+    with pytest.raises(
+        UserError, match=r"^/.*\.tar: cannot read sample 000000\d+: it ends before byte .*latents.py verify"
+    ):
+        list(batches)
+
+
+def test_a_killed_loader_process_is_one_line(latents, tiny_config):
+    shards = LatentShards(latents)
+    config = resolve(load_config(str(tiny_config), ["data.num_workers=1"]), shards.manifest, 1)
+    before = set(multiprocessing.active_children())
+    batches = training_batches(shards, config, 0, 0, 1, pin_memory=False)
+    next(batches)
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()
+    with pytest.raises(UserError, match=r"a loader process has ended unexpectedly \(DataLoader worker .*num_workers"):
+        list(batches)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("is_full", [False, True])
+def test_loader_processes_in_small_surroundings(tiny_config, images, tmp_path, is_full):
+    """A temporary folder too long for sockets, 150 shards with 64 spare descriptors, and /dev/shm of 200 kB; a full
+    /dev/shm, in which no process can be started, is one line."""
+    if os.geteuid():
+        pytest.skip("mounting a small /dev/shm needs root")
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    encode(images, tmp_path / "many", shard_size=1)
+    options = [f"data.path={tmp_path / 'many'}", "data.num_workers=2", "log.sample_every_images=0"]
+    command = shlex.join([sys.executable, "-m", "mf_dist.train", str(tiny_config), *options])
+    size = "4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full" if is_full else "200k tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size={size} && ulimit -n 90 && {command}"],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    if is_full:
+        (line,) = [line for line in done.stderr.splitlines() if "warning" not in line.lower()]
+        assert done.returncode == 2 and line.startswith(
+            "error: cannot start data.num_workers=2 loader processes: No sp"
+        )
+    else:
+        assert done.returncode == 0 and "finished at step 6" in done.stdout, done.stderr
