@@ -68,7 +68,7 @@ def encode_images(images: str, out: Path, vae: Vae, encoding: Encoding, task: Ta
     try:
         _write_or_check_plan(out, plan)
         _encode_shards(source, out, vae, encoding, task, _plan_sha256(plan))
-        _finish(source, out, plan, encoding)
+        _finish(source, out, plan, encoding, task)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; finished shards are kept, the same command continues"
@@ -265,7 +265,7 @@ def _check_classes(source: ImageList, unreadable: Counter[int]) -> None:
             )
 
 
-def _finish(source: ImageList, out: Path, plan: dict[str, Any], encoding: Encoding) -> None:
+def _finish(source: ImageList, out: Path, plan: dict[str, Any], encoding: Encoding, task: Task) -> None:
     """Writes the manifest if all shards exist: the plan, the shards with sizes and sha256, the latents' shape, exact
     channel statistics, and the images left out."""
     num_shards = len(_blocks(plan["count"], encoding))
@@ -275,7 +275,8 @@ def _finish(source: ImageList, out: Path, plan: dict[str, Any], encoding: Encodi
         for n, index in enumerate(indices)
     )
     if missing:
-        print(f"{missing} of {num_shards} shards at {out} are still missing, left to other tasks")
+        others = f"left to other tasks (this was number {task.number} of {task.count}, counted from 0)"
+        print(f"{missing} of {num_shards} shards at {out} are still missing, {others}")
         return
     complete = [index for index in indices if index is not None]
     skipped = [line for index in complete for line in index.skipped]

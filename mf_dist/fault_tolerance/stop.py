@@ -6,6 +6,7 @@ one small all-reduce on CPUs (which waits for no GPU) at each step boundary take
 
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 from enum import IntEnum
@@ -40,11 +41,25 @@ class Stop(IntEnum):
         }[self]
 
 
+def _end_of_job(warns: bool) -> float:
+    """SLURM_JOB_END_TIME, in seconds since 1970; infinity where it is not set. A past one was left in the environment
+    by another job: it is ignored, with a warning if `warns`."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not text.isdecimal():
+        return float("inf")
+    if float(text) > time.time():
+        return float(text)
+    if warns:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(text)))
+        print(f"warning: SLURM_JOB_END_TIME={text} ({when}) is past: ignored", file=sys.stderr, flush=True)
+    return float("inf")
+
+
 class StopAgreement:
     def __init__(self, run_dir: Path, is_rank_zero: bool, max_hours: float, timeout: timedelta) -> None:
         self.stop_file, self._is_rank_zero, self._signal = run_dir / "STOP", is_rank_zero, Stop.NO
-        limits = [float(os.environ[name]) for name in ("SLURM_JOB_END_TIME",) if os.environ.get(name, "").isdigit()]
-        self._end_time = min([*limits, *([time.time() + 3600 * max_hours] if max_hours else [])], default=float("inf"))
+        max_end = time.time() + 3600 * max_hours if max_hours else float("inf")
+        self._end_time = min(_end_of_job(is_rank_zero), max_end)
         self.margin = MARGIN
         world = dist.get_world_size()
         self._group = (

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mf_dist.runtime.errors import SharedError, UserError
 from mf_dist.runtime.launch import rank_from_environment
+from mf_dist.runtime.rendezvous import meet
 
 DEVICE_FILES = Path("/dev")
 """Where a driver shows its GPUs as nvidia0, nvidia1, ..."""
@@ -78,17 +79,16 @@ def check_host_name() -> None:
 def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
     a rank may wait for the others in one operation."""
-    rank, world_size, local_rank = rank_from_environment()
+    launched = rank_from_environment()
+    rank, world_size, local_rank = launched
     device = choose_device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed uses the GPU of this number: not the local rank where each rank sees only its own
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
         check_host_name()
-    if world_size > 1:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    store = meet(launched, timeout) if world_size > 1 else dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     yield Ranks(rank, world_size, device, local_rank)
     # not after an error: the other ranks would wait here for one that has exited
     dist.barrier()  # a rank that leaves early would break the connections of the others

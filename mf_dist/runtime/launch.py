@@ -48,7 +48,17 @@ def rank_from_environment() -> LaunchedRank:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if launched.world_size > 1 and missing:
         raise UserError(f"WORLD_SIZE is {launched.world_size}, but {missing[0]} is not set; start with torchrun")
+    port = os.environ.get("MASTER_PORT", "")
+    if launched.world_size > 1 and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(f"environment variable MASTER_PORT is {port!r}, expected a number from 1 to 65535")
     return launched
+
+
+def world_size_variable() -> str:
+    """The environment variable that gave the number of ranks, for messages."""
+    env = os.environ
+    is_from_srun = "TORCHELASTIC_RUN_ID" not in env and env.get("SLURM_STEP_NUM_TASKS") == env.get("WORLD_SIZE")
+    return "SLURM_STEP_NUM_TASKS" if is_from_srun else "WORLD_SIZE"
 
 
 def _adopt_srun_variables() -> None:

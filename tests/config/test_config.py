@@ -313,6 +313,8 @@ def test_wrong_command_line_fails_within_two_seconds_without_torch():
         ({"WORLD_SIZE": "0"}, "RANK 0 is not below WORLD_SIZE 0"),
         ({"RANK": "1"}, "RANK 1 is not below WORLD_SIZE 1"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
     ],
 )
 def test_invalid_launcher_environment_is_named(monkeypatch, variables, message):
