@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.checkpoint.reader import DESCRIPTION, number_of, step_folder, step_folders
-from mf_dist.runtime.atomic_files import fsync_folder, write_json
+from mf_dist.runtime.atomic_files import fsync, fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
 
 CHUNK = 64 << 20
@@ -175,7 +175,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
                 file.write(data[start : start + CHUNK])
                 digest.update(data[start : start + CHUNK])
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno(), path)
     size = 8 + len(text) + offset
     if path.stat().st_size != size:
         raise OSError(f"{path} has {path.stat().st_size} bytes, {size} were written")

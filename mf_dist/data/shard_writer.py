@@ -11,7 +11,7 @@ import numpy as np
 import webdataset
 
 from mf_dist.data.shards import Index, Moments, index_checksum, index_path, read_index
-from mf_dist.runtime.atomic_files import fsync_folder, partial_path, sha256_of
+from mf_dist.runtime.atomic_files import fsync, fsync_folder, partial_path, sha256_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _write_tar(partial: Path, records: list[Record]) -> None:
             for record in records:
                 writer.write(record.members())
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno(), partial)
 
 
 def _write_index(path: Path, partial: Path, records: list[Record], skipped: list[str], plan: str) -> None:
@@ -88,7 +88,7 @@ def _write_index(path: Path, partial: Path, records: list[Record], skipped: list
     with open(path, "wb") as file:
         np.savez(file, **index, checksum=np.array(index_checksum(index)))  # type: ignore[arg-type]
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno(), path)
 
 
 def remove_temporary_files(folder: Path) -> None:

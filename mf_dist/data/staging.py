@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mf_dist.runtime.atomic_files import partial_path, sha256_of
+from mf_dist.runtime.atomic_files import fsync, partial_path, sha256_of
 
 CHUNK = 16 << 20
 
@@ -56,7 +56,7 @@ class Staging:
                 for chunk in _chunks(source):
                     file.write(chunk)
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno(), partial)
             if sha256_of(partial) != shard["sha256"]:
                 raise OSError(f"{source} has another sha256 than the manifest; run tools/latents.py verify")
             os.replace(partial, target)
