@@ -13,7 +13,7 @@ from mf_dist.runtime.tensor_file import DTYPES, each_tensor, load_tensors, read_
 @pytest.fixture
 def path(tmp_path):
     g = torch.Generator().manual_seed(0)
-    tensors = {f"of {name}": torch.randint(0, 2, (3, 5), generator=g).to(DTYPES[name]) for name in DTYPES}
+    tensors = {f"of {name}": torch.randint(0, 2, (3, 5), generator=g).float().to(DTYPES[name]) for name in DTYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "large": torch.randn(300, 400, generator=g)}
     save_file(tensors, tmp_path / "x.safetensors", {"mf_dist": "text"})
     return tmp_path / "x.safetensors"
@@ -23,7 +23,7 @@ def test_tensors_are_those_of_the_library(path):
     expected, found = load_file(path), load_tensors(path)
     assert found.keys() == expected.keys() and len(found) == len(DTYPES) + 3
     for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor.float(), expected[name].float())
     assert read_metadata(path) == {"mf_dist": "text"}
 
 
@@ -44,6 +44,6 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_types_that_torch_code_here_does_not_use_are_named(tmp_path):
-    save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "x")
-    with pytest.raises(UserError, match="w has type F8_E4M3, expected one of F64"):
+    save_file({"w": torch.zeros(4).to(torch.uint16)}, tmp_path / "x")
+    with pytest.raises(UserError, match="w has type U16, expected one of F64"):
         load_tensors(tmp_path / "x")
