@@ -50,12 +50,8 @@ def forward_flops(model: ModelConfig) -> int:
 
 
 def forwards_per_image(config: Config) -> float:
-    """Cost of a step per image, in forward passes F: 3 F for the regression; with guidance, 1 F on every row for the
-    null label and, if kappa != 0, 1 F on the r < t rows for u(z, t, t | y); 2 F on the r < t rows for value and
-    tangent."""
-    below = 1 - float(config.meanflow.share_r_equals_t)
-    guidance = (1 + (below if config.meanflow.kappa else 0)) if config.meanflow.guided else 0
-    return 3 + guidance + 2 * below
+    """Mean cost of a step per image over the run, in forward passes F."""
+    return config.objective.forwards
 
 
 def _has_bf16_optimizer(config: Config) -> bool:
@@ -101,7 +97,7 @@ def payload(config: Config, accumulation: int) -> dict[str, int]:
     count, stage = parameters(config.model), config.engine.zero_stage
     weights = (2 if config.engine.precision == "bf16" else 4) * count
     if stage == 3:
-        passes = (4 if config.meanflow.guided else 3) if count > MAX_REUSED_WEIGHTS else 1
+        passes = (4 if config.objective.guided else 3) if count > MAX_REUSED_WEIGHTS else 1
         return {"reduce-scatter": 4 * count * accumulation, "all-gather": passes * weights * accumulation}
     if _has_bf16_optimizer(config):
         return {"reduce-scatter": 4 * count, "all-gather": weights}

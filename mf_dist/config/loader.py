@@ -156,16 +156,25 @@ def from_tree(cls: type[T], tree: Any, source: str, prefix: str = "") -> T:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """The inverse of from_tree, with values that JSON and YAML can represent."""
+    """The inverse of from_tree, with values that JSON and YAML can represent. Optional sections that are None are left
+    out."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
+        if dataclasses.is_dataclass(value):
+            hints = get_type_hints(type(value))
+            items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return {n: plain(v) for n, v in items.items() if v is not None or not _optional_section(hints[n])}
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Fraction) else value
 
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    return plain(config)  # type: ignore[no-any-return]
+
+
+def _optional_section(hint: Any) -> Any:
+    """The dataclass of an optional section, whose hint is `X | None`; None for another hint."""
+    args = get_args(hint)
+    return args[0] if args and dataclasses.is_dataclass(args[0]) else None
 
 
 def _convert(value: Any, hint: Any, source: str, name: str) -> Any:
@@ -179,6 +188,8 @@ def _convert(value: Any, hint: Any, source: str, name: str) -> Any:
             raise UserError(f"{source}: {name}: expected {check.expected}, got {_shown(value, kind)}")
         return converted
     if origin in (types.UnionType, Union):  # the only union is `X | None`
+        if section := _optional_section(hint):  # given, though perhaps without a key: all its defaults
+            return from_tree(section, value or {}, source, name + ".")
         return None if value is None else _convert(value, args[0], source, name)
     if origin is Literal:
         if value not in args:

@@ -4,34 +4,25 @@ invalid config is rejected at once. The strict loader is in loader.py.
 """
 
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
+from mf_dist.config.fields import (
+    Count,
+    Decay,
+    Decays,
+    FewSteps,
+    NotNegative,
+    Positive,
+    Seed,
+    Steps,
+    Text,
+    Whole,
+)
 from mf_dist.config.loader import Check, read_config
+from mf_dist.config.objectives import OBJECTIVES, AlphaFlowConfig, MeanFlowConfig, Objective, SolutionFlowConfig
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded
-
-Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
-Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
-Count = Annotated[int, Check("a whole number >= 1", lambda n: n >= 1)]
-Positive = Annotated[float, Check("a number > 0", lambda a: a > 0)]
-NotNegative = Annotated[float, Check("a number >= 0", lambda a: a >= 0)]
-Share = Annotated[float, Check("a number in [0, 1]", lambda a: 0 <= a <= 1)]
-Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
-RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
-FewSteps = Annotated[int, Check("a whole number from 0 to 100", lambda n: 0 <= n <= 100)]
-Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
-Decays = Annotated[
-    tuple[float, ...],
-    Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
-]
-Text = Annotated[
-    str,
-    Check(
-        "a non-empty string without line breaks", lambda text: bool(text.strip()) and not {*text} & {"\n", "\r", "\0"}
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -63,39 +54,16 @@ class ModelConfig:
     """Channels of the latent; None: from the dataset manifest."""
     num_classes: Whole | None = None
     """Classes, 0 = unconditional; None: from the dataset manifest."""
-
-
-@dataclass(frozen=True)
-class MeanFlowConfig:
-    share_r_equals_t: RowShare = Fraction(3, 4)
-    """Exact share of rows with r = t (1: plain flow matching); a micro-batch is a multiple of its denominator."""
-    time_mean: float = -0.4
-    """Mean of the normal under the logit-normal times."""
-    time_std: Positive = 1.0
-    """Standard deviation of the normal under the logit-normal times."""
-    omega: float = 1.0
-    """Guidance: weight of v; the effective scale is omega / (1 - kappa)."""
-    kappa: float = 0.0
-    """Guidance: weight of u(z, t, t | y)."""
-    guidance_start: Share = 0.0
-    """Guidance applies for guidance_start <= t <= guidance_end; outside, v_g = v."""
-    guidance_end: Share = 1.0
-    label_drop: Share = 0.1
-    """Share of ALL rows whose label becomes the null class, taken from the r = t rows if there are enough."""
-    adaptive_eps: Positive = 0.01
-    """eps of the weight 1 / (s + eps)^p; the paper's text says 1e-3, the authors' code 0.01."""
-    adaptive_p: NotNegative = 1.0
-    """p of the weight 1 / (s + eps)^p."""
-
-    @property
-    def guided(self) -> bool:
-        return (self.omega, self.kappa) != (1.0, 0.0)
+    network: Literal["dit"] = "dit"
+    """The network's architecture."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     lr: Positive = 1e-4
-    """Constant learning rate, no warm-up."""
+    """Learning rate, constant after the warm-up."""
+    warmup_images: Whole = 0
+    """Images over which the learning rate rises linearly; 0: no warm-up, as in the MeanFlow paper."""
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     eps: Positive = 1e-8
@@ -111,6 +79,10 @@ class OptimConfig:
     """A gradient norm above this multiple of its running mean is a spike; 0: spikes are not detected."""
     spike_action: Literal["clip", "skip"] = "clip"
     """On a spike: clip the gradient to the limit, or skip the step."""
+
+    def learning_rate(self, images: int) -> float:
+        """Of the step that ends with `images` seen."""
+        return self.lr * min(1.0, images / self.warmup_images) if self.warmup_images else self.lr
 
 
 @dataclass(frozen=True)
@@ -219,12 +191,32 @@ class Config:
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
-    meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    meanflow: MeanFlowConfig | None = None
+    solution_flow: SolutionFlowConfig | None = None
+    alpha_flow: AlphaFlowConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def objective(self) -> Objective:
+        """The one section of an objective."""
+        return getattr(self, self.objective_section)  # type: ignore[no-any-return]
+
+    @property
+    def objective_section(self) -> str:
+        """Its name. Raises UserError unless the config has exactly one."""
+        given = [name for name in OBJECTIVES if getattr(self, name) is not None]
+        if len(given) != 1:
+            has = f"has {' and '.join(given)}" if given else "has none"
+            raise UserError(f"the config {has}, expected exactly one objective: {', '.join(OBJECTIVES)}")
+        return given[0]
+
+    def progress(self, samples_seen: int) -> float:
+        """In [0, 1]."""
+        return min(1.0, samples_seen / self.train.total_images)
 
     def steps_left(self, samples_seen: int) -> int:
         """Steps from `samples_seen` images to the end of the run. All batches are complete."""
@@ -253,6 +245,10 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """Reads the YAML file, applies `section.key=value` overrides and expands ~ and $NAME in paths; raises UserError for
     any mistake."""
     config = read_config(Config, expanded(path), overrides)
+    try:
+        config.objective_section  # noqa: B018  raises unless there is one
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     sections: dict[str, Any] = {}
     for section, names in PATHS.items():
         given = getattr(config, section)
@@ -289,7 +285,7 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
     resolved = replace(config, model=replace(model, **shape), train=replace(config.train, micro_batch=micro_batch))
     _check_model(resolved.model)
     _check_batch(resolved, micro_batch, world_size)
-    _check_guidance(resolved)
+    _check_objective(resolved)
     _check_evaluation(resolved)
     return resolved
 
@@ -311,26 +307,23 @@ def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:
             f"train.batch_size {batch} is not a multiple of {world_size} ranks x train.micro_batch {micro_batch}"
             f" = {per_pass}; change one of the three"
         )
-    share = config.meanflow.share_r_equals_t
+    section, share = config.objective_section, config.objective.share_r_equals_t
     if micro_batch % share.denominator:
         raise UserError(
-            f"meanflow.share_r_equals_t {share} of train.micro_batch {micro_batch} is not a whole number of rows; "
+            f"{section}.share_r_equals_t {share} of train.micro_batch {micro_batch} is not a whole number of rows; "
             f"choose a multiple of {share.denominator}"
         )
     if config.steps_left(0) < 1:
         raise UserError(f"train.total_images {config.train.total_images} is less than one batch of {batch}")
 
 
-def _check_guidance(config: Config) -> None:
-    recipe = config.meanflow
-    if recipe.guidance_start > recipe.guidance_end:
-        raise UserError(f"meanflow.guidance_start {recipe.guidance_start} is above guidance_end {recipe.guidance_end}")
-    if recipe.kappa >= 1:
-        raise UserError(f"meanflow.kappa {recipe.kappa} must be below 1: the scale is omega / (1 - kappa)")
-    if recipe.guided and recipe.label_drop == 0 and recipe.omega + recipe.kappa != 1:
-        raise UserError("guidance needs the null class, which meanflow.label_drop=0 never trains: set it above 0")
-    if recipe.guided and config.model.num_classes == 0:
-        raise UserError("guidance needs classes, but the dataset has none: set meanflow.omega=1 and meanflow.kappa=0")
+def _check_objective(config: Config) -> None:
+    assert config.model.num_classes is not None
+    section, objective = config.objective_section, config.objective
+    if config.model.network not in objective.NETWORKS:
+        allowed = " or ".join(objective.NETWORKS)
+        raise UserError(f"{section} trains model.network={allowed}, not {config.model.network}")
+    objective.check(section, config.model.num_classes)
 
 
 def _check_evaluation(config: Config) -> None:

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mf_dist.config.objectives import Objective
 from mf_dist.config.schema import Config
 from mf_dist.data.shards import LatentShards
 from mf_dist.runtime import rng
@@ -31,46 +31,44 @@ class Batch(NamedTuple):
     """(B, 2C, S, S) fp16, posterior mean and std, unscaled."""
     labels: Tensor
     """(B,) int64."""
-    posterior_noise: Tensor
-    """(B, C, S, S) fp32, N(0, 1)."""
-    e: Tensor
-    """(B, C, S, S) fp32, N(0, 1): the path's noise."""
-    time_normals: Tensor
-    """(B, 2) fp32, N(0, 1)."""
-    drop_uniforms: Tensor
-    """(B,) fp32, U[0, 1)."""
+    draws: dict[str, Tensor]
+    """What the objective draws for each row, fp32, each (B, ...)."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Loader processes send NumPy arrays, through their pipe. Tensors would need space in /dev/shm, a descriptor
         each and a socket below TMPDIR; errors with these are lost in a thread of the process, and training waits."""
-        return _batch_of_arrays, tuple(tensor.numpy() for tensor in self)
+        draws = {name: tensor.numpy() for name, tensor in self.draws.items()}
+        return _batch_of_arrays, (self.moments.numpy(), self.labels.numpy(), draws)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copies from pinned memory do not wait for the GPU."""
+        moments, labels = (tensor.to(device, non_blocking=True) for tensor in self[:2])
+        return Batch(moments, labels, {name: a.to(device, non_blocking=True) for name, a in self.draws.items()})
 
 
-def _batch_of_arrays(*arrays: npt.NDArray[Any]) -> Batch:
-    return Batch(*map(torch.from_numpy, arrays))
+def _batch_of_arrays(moments: npt.NDArray[Any], labels: npt.NDArray[Any], draws: dict[str, npt.NDArray[Any]]) -> Batch:
+    of_tensors = {name: torch.from_numpy(array) for name, array in draws.items()}
+    return Batch(torch.from_numpy(moments), torch.from_numpy(labels), of_tensors)
 
 
 class LatentStream(Dataset[Batch]):
     """stream[i] is the micro-batch of the slots [i, i + m) of the global stream."""
 
-    def __init__(
-        self, shards: LatentShards, seed: int, micro_batch: int, share_r_equals_t: Fraction, flip: bool
-    ) -> None:
-        self.shards, self.seed, self.micro_batch, self.share = shards, seed, micro_batch, share_r_equals_t
-        self.flip = flip
+    def __init__(self, shards: LatentShards, seed: int, micro_batch: int, objective: Objective, flip: bool) -> None:
+        self.shards, self.seed, self.micro_batch, self.flip = shards, seed, micro_batch, flip
+        self.share = objective.share_r_equals_t
+        channels, *side = shards.moments_shape
+        self.draws = objective.draws((channels // 2, side[0], side[1]))
         self._orders: dict[int, npt.NDArray[np.int32]] = {}
 
     def __getitem__(self, first_slot: int) -> Batch:
         slots = np.arange(first_slot, first_slot + self.micro_batch)
         r_below_t = slots % self.share.denominator >= self.share.numerator
         slots = slots[np.argsort(r_below_t, kind="stable")]
-        channels, *side = self.shards.moments_shape
-        draws = [rng.train_draws(self.seed, int(slot), (channels // 2, *side)) for slot in slots]
-        *columns, mirrored = zip(*draws, strict=True)
-        posterior_noise, e, times, drops = (np.stack(column) for column in columns)
+        drawn, mirrored = zip(*(rng.train_draws(self.seed, int(slot), self.draws) for slot in slots), strict=True)
         rows = [self._image(int(slot)) for slot in slots]
-        moments, labels = self.shards.batch(rows, [self.flip and bool(mirror) for mirror in mirrored])
-        return _batch_of_arrays(moments, labels, posterior_noise, e, times, drops)
+        moments, labels = self.shards.batch(rows, [self.flip and mirror for mirror in mirrored])
+        return _batch_of_arrays(moments, labels, {name: np.stack([row[name] for row in drawn]) for name in self.draws})
 
     def _image(self, slot: int) -> int:
         """Index of the image in a global slot."""
@@ -105,7 +103,7 @@ def training_batches(
     assert micro_batch is not None
     end = samples_seen + config.steps_left(samples_seen) * config.train.batch_size
     loader = DataLoader(
-        LatentStream(shards, config.train.seed, micro_batch, config.meanflow.share_r_equals_t, config.data.flip),
+        LatentStream(shards, config.train.seed, micro_batch, config.objective, config.data.flip),
         batch_size=None,
         sampler=range(samples_seen + rank * micro_batch, end, world_size * micro_batch),
         num_workers=config.data.num_workers,

@@ -1,16 +1,18 @@
-"""Classifier-free guidance built into the training target (paper, section "MeanFlow with Guidance")."""
+"""Classifier-free guidance built into the training target (MeanFlow paper, section "MeanFlow with Guidance").
+
+Shapes: B rows, of which the last B - n_eq have r < t; images (B, C, S, S), times t and labels y (B,).
+"""
 
 import torch
 from torch import Tensor
 
-from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.objectives.path import per_row
+from mf_dist.objectives.network import Net
 
 
 def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, null_label: int) -> Tensor:
     """Replaces the label of `share` of all rows by the null label: y (B,), uniforms (B,) in [0, 1).
 
-    As in the authors' code, only r = t rows (the first num_r_equals_t) are dropped, each with probability
+    As in MeanFlow's code, only r = t rows (the first num_r_equals_t) are dropped, each with probability
     share / (num_r_equals_t / B). If there are too few of them, every row is dropped with probability share."""
     if share > num_r_equals_t / len(y):
         return torch.where(uniforms < share, null_label, y)
@@ -19,16 +21,21 @@ def drop_labels(y: Tensor, uniforms: Tensor, num_r_equals_t: int, share: float, 
     return torch.where(is_equal & (uniforms < chance), null_label, y)
 
 
-def guided_velocity(
-    v: Tensor, u_cond: Tensor | None, u_null: Tensor, t: Tensor, y: Tensor, null_label: int, recipe: MeanFlowConfig
-) -> Tensor:
-    """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null), like v (B, C, S, S).
+def guiding_velocities(
+    net: Net, z: Tensor, t: Tensor, y: Tensor, n_eq: int, null_label: int, kappa: float
+) -> tuple[Tensor, Tensor | None]:
+    """u(z, t, t | null) on all rows and, if kappa is not 0, u(z, t, t | y) on the r < t rows, from one batched call; on
+    r = t rows the latter is the regression's own."""
+    null = torch.full_like(y, null_label)
+    if not kappa:
+        return net(z, t, t, null), None
+    z, t, y = torch.cat([z, z[n_eq:]]), torch.cat([t, t[n_eq:]]), torch.cat([null, y[n_eq:]])
+    u = net(z, t, t, y)
+    return u[: len(null)], u[len(null) :]
 
-    Rows whose t lies outside [guidance_start, guidance_end], and rows with the null label, keep v.
-    u_cond may be None if kappa = 0."""
-    omega, kappa = recipe.omega, recipe.kappa
+
+def guided_velocity(v: Tensor, u_cond: Tensor | None, u_null: Tensor, omega: float | Tensor, kappa: float) -> Tensor:
+    """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null). omega: one for all rows, or
+    (B, 1, 1, 1). u_cond may be None if kappa = 0."""
     v_g = omega * v + (1 - omega - kappa) * u_null
-    if u_cond is not None:
-        v_g = v_g + kappa * u_cond
-    inside = (recipe.guidance_start <= t) & (t <= recipe.guidance_end) & (y != null_label)
-    return torch.where(per_row(inside), v_g, v)
+    return v_g if u_cond is None else v_g + kappa * u_cond

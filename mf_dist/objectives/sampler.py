@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mf_dist.objectives.meanflow import Net
+from mf_dist.objectives.network import Net
 
 Sampler = Callable[[Net, Tensor, Tensor, list[float]], Tensor]
 

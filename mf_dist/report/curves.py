@@ -8,6 +8,7 @@ from typing import Any
 
 from mf_dist.config.cost import forward_flops, forwards_per_image
 from mf_dist.config.loader import from_tree
+from mf_dist.config.objectives import OBJECTIVES
 from mf_dist.config.schema import Config
 from mf_dist.report.collect import Run, describe_gaps, number, table
 from mf_dist.runtime.errors import UserError
@@ -38,12 +39,18 @@ class Chart:
     is_log: bool = False
 
 
+def _charts_of_objectives() -> list[Chart]:
+    """Of what the losses log."""
+    found: dict[str, Chart] = {}
+    sums = {name: curve for objective in OBJECTIVES.values() for name, curve in objective.SUMS.items() if curve}
+    for name, curve in sums.items():
+        chart = found.setdefault(curve.title, Chart(curve.title, curve.unit, {}, curve.is_log))
+        chart.keys[name] = curve.label
+    return list(found.values())
+
+
 LOSSES = (
-    Chart(
-        "Raw loss", "per row, sum over C, H, W", {"raw_loss_r_equals_t": "r = t", "raw_loss_r_below_t": "r < t"}, True
-    ),
-    Chart("v-loss", "of u(z, t, t) against v", {"v_loss": ""}, True),
-    Chart("|du/dt|", "norm per row", {"du_dt_norm": ""}),
+    *_charts_of_objectives(),
     Chart("Gradient norm", "all ranks, before clipping", {"grad_norm": ""}, True),
     Chart("Learning rate", "", {"lr": ""}),
 )

@@ -1,6 +1,8 @@
 """All randomness, as a pure function of (seed, purpose, index): counter-based Philox, no state, O(1) seeking."""
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +28,15 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int32]:
     return generator(seed, Purpose.ORDER, epoch).permutation(count).astype(np.int32)
 
 
-def train_draws(seed: int, slot: int, shape: tuple[int, int, int]) -> tuple[Floats, Floats, Floats, np.float32, bool]:
-    """The draws of the training row in global slot `slot`: posterior noise and path noise e (each of `shape`),
-    two normals for the times, a uniform for the label drop, and whether to mirror the image."""
+def train_draws(seed: int, slot: int, draws: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, Any], bool]:
+    """The random numbers of the training row in global slot `slot`, by name in the given order, from (law, shape) of
+    each, fp32; and whether to mirror the image. A law is normal, N(0, 1), or uniform, U[0, 1)."""
     g = generator(seed, Purpose.TRAIN, slot)
-    times = g.standard_normal(2, dtype=np.float32)
-    drop = g.random(dtype=np.float32)
-    noise = g.standard_normal((2, *shape), dtype=np.float32)
-    return noise[0], noise[1], times, np.float32(drop), bool(g.random() < 0.5)
+    drawn = {
+        name: g.standard_normal(shape, dtype=np.float32) if law == "normal" else g.random(shape, dtype=np.float32)
+        for name, (law, shape) in draws.items()
+    }
+    return drawn, bool(g.random() < 0.5)
 
 
 def sample_draw(seed: int, index: int, shape: tuple[int, int, int], num_classes: int) -> tuple[Floats, int]:

@@ -73,8 +73,7 @@ class ImageGenerator:
         self.resolution = model.latent_size * vae.reduction
         """Side of an image."""
         self.num_classes = model.num_classes
-        # a network trained at r = t only has learned velocities, not averages
-        self.is_flow = config.meanflow.share_r_equals_t == 1
+        self.is_flow = config.objective.is_flow
         self._sample = sample_euler if self.is_flow else sample_meanflow
         self.seconds: dict[str, float] = defaultdict(float)
         """Time spent in sampling and in decoding."""
@@ -99,8 +98,8 @@ class ImageGenerator:
             return None
         shown = "about the mean image of their class" if nfe == 1 else "blurred"
         return (
-            f"warning: this run is flow matching (meanflow.share_r_equals_t=1), whose samples in {nfe} "
-            f"step{'s' * (nfe > 1)} are {shown}; use --nfe 25 or more, or a MeanFlow run"
+            f"warning: this run is flow matching (share_r_equals_t=1), whose samples in {nfe} "
+            f"step{'s' * (nfe > 1)} are {shown}; use --nfe 25 or more, or a run with r < t"
         )
 
     def draw(self, indices: range, labels: str, seed: int) -> tuple[Tensor, Tensor]:

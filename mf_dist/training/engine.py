@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from mf_dist.config.cost import REDUCED_TOGETHER
 from mf_dist.config.schema import Config
 from mf_dist.fault_tolerance.watchdog import process_group_timeout
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.base import Loss, Sums
 from mf_dist.runtime.distributed import Ranks, check_same_on_all_ranks, sum_over_ranks
 from mf_dist.runtime.errors import UserError
 from mf_dist.training.data_parallel import DataParallel, parameter_groups
@@ -119,7 +119,7 @@ def _check_compiler() -> None:
         raise UserError(f"engine.compile=true needs {needed}, or set engine.compile=false")
 
 
-def _compile(loss: MeanFlowLoss, stage: int, is_bf16: bool, world_size: int) -> None:
+def _compile(loss: Loss, stage: int, is_bf16: bool, world_size: int) -> None:
     """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step.
 
     One rank at stage 1 or 2: one graph. Several ranks: one for each block and one for the layers after them, since the
@@ -172,7 +172,7 @@ class FirstGradientCheck:
 class Engine:
     """An optimizer step is `accumulation` calls of train_micro_batch."""
 
-    def __init__(self, loss: MeanFlowLoss, config: Config, ranks: Ranks) -> None:
+    def __init__(self, loss: Loss, config: Config, ranks: Ranks) -> None:
         assert config.train.micro_batch is not None
         _forbid_shared_memory_build()
         _read_memory_by_torch()
@@ -232,9 +232,13 @@ class Engine:
             self._data_parallel = DataParallel(self._engine.optimizer, groups, self._optimizer, self.accumulation)
         self._create_states()
 
-    def train_micro_batch(self, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def train_micro_batch(self, x: Tensor, y: Tensor, draws: dict[str, Tensor], schedule: Tensor) -> Sums:
         """Forward and backward; the last call of a batch also steps the optimizer. Returns the loss's log sums."""
-        loss, sums = self._engine(x, y, draws)
+        loss, sums = self._engine(x, y, draws, schedule)
         is_last = self._engine.is_gradient_accumulation_boundary()
         if self._data_parallel:
             self._data_parallel.begin(self._engine.micro_steps % self.accumulation)

@@ -109,7 +109,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
 def _status_line(m: dict[str, Any], total_steps: int) -> str:
     seconds = (total_steps - m["step"]) * m["seconds_per_step"]
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
-    raw = " ".join(f"{label} {m[key]:.3g}" for label, key in SHOWN.items() if m[key] is not None)
+    raw = " ".join(f"{label} {m[key]:.3g}" for label, key in SHOWN.items() if m.get(key) is not None)
     return (
         f"step {m['step']}/{total_steps} {raw} "
         f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"

@@ -77,27 +77,28 @@ class AdamWEma(torch.optim.Optimizer):
         tensors = [p.detach(), grad, *(state[name] for name in self.states)]
         if p in self.copies:
             tensors.append(self.copies[p])
-        shrink = 1 - lr * config.weight_decay
+        scalars += [1 - lr * config.weight_decay] if config.weight_decay else []
         if self._compiled is not None:  # tensors, since it would be compiled anew for other numbers
-            self._compiled(tensors, [torch.tensor(a, dtype=torch.float32) for a in scalars], shrink)
+            self._compiled(tensors, [torch.tensor(a, dtype=torch.float32) for a in scalars])
             return
         pieces = zip(*(a.view(-1).split(PIECE) for a in tensors), strict=True)
         for piece in pieces if p.device.type == "cpu" else [tensors]:
-            self._update(list(piece), scalars, shrink)
+            self._update(list(piece), scalars)
 
-    def _update(self, tensors: list[Tensor], scalars: Sequence[Scalar], shrink: float) -> None:
+    def _update(self, tensors: list[Tensor], scalars: Sequence[Scalar]) -> None:
         """`tensors`: weights, their gradient, states and possibly a copy; all but the gradient change in place.
-        `scalars`: gradient factor, - lr / (1 - beta1^n), 1 - beta2^n, and 1 - decay of each EMA. `shrink`: 1 - lr
-        weight_decay."""
-        (p, grad, exp_avg, exp_avg_sq, *rest), (factor, rate, correction, *ema_weights) = tensors, scalars
-        config, emas, copies = self.config, rest[: len(ema_weights)], rest[len(ema_weights) :]
+        `scalars`: gradient factor, - lr / (1 - beta1^n), 1 - beta2^n, 1 - decay of each EMA, and 1 - lr weight_decay if
+        there is weight decay."""
+        (p, grad, exp_avg, exp_avg_sq, *rest), (factor, rate, correction, *others) = tensors, scalars
+        config, count = self.config, len(self.config.ema_decay)
+        emas, copies, ema_weights, shrinks = rest[:count], rest[count:], others[:count], others[count:]
         grad = grad.to(p.dtype)
         if isinstance(factor, Tensor) or factor != 1:
             grad = grad * factor
         exp_avg.lerp_(grad, 1 - config.beta1)
         exp_avg_sq.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
         root = (exp_avg_sq / correction).sqrt_().add_(config.eps)
-        if shrink != 1:
+        for shrink in shrinks:
             p.mul_(shrink)
         p.add_((exp_avg * rate).div_(root))
         for ema, weight in zip(emas, ema_weights, strict=True):

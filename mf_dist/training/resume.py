@@ -7,13 +7,14 @@ from torch import nn
 
 from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, read_description
 from mf_dist.config.loader import from_tree, to_tree
+from mf_dist.config.objectives import OBJECTIVES
 from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.tensor_file import load_tensors
 from mf_dist.runtime.weights import load_weights
 from mf_dist.training.optimizer import MOMENTS
 
-TRAINING_SECTIONS = ("model", "meanflow", "optim", "dataset")
+TRAINING_SECTIONS = ("model", *OBJECTIVES, "optim", "dataset")
 """Sections in which every key affects training."""
 TRAINING_KEYS = ("data.flip", "train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
 SMALLEST_WEIGHTS = 0.05

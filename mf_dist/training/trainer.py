@@ -8,6 +8,7 @@ checkpoint, sample grid and measurement.
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.base import Sums
+from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
@@ -98,7 +100,8 @@ class Trainer:
         if not checkpoint and config.train.init_from:
             self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
-        self.engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        self.loss = build_loss(net, config.objective)
+        self.engine = Engine(self.loss, config, ranks)
         if checkpoint:
             self._load_checkpoint(checkpoint)
         if remainder := config.remainder(self.samples_seen):
@@ -162,7 +165,8 @@ class Trainer:
             Staging(self.shards.folder, self.shards.manifest, stage_dir, self._info)
         first_step, stop = self.step + 1, self.supervisor.agree_at_step_boundary()
         while not self._is_finished() and not stop:
-            self._one_step(batches)
+            with self._compiling_allowed_in_new_phase():
+                self._one_step(batches)
             if self.step == first_step:
                 seconds = time.perf_counter() - self.throughput.since
                 self._info(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
@@ -190,12 +194,24 @@ class Trainer:
         if ranks.is_rank_zero:
             self.logger.close()
 
+    def _compiling_allowed_in_new_phase(self) -> AbstractContextManager[None]:
+        """Enters the phase of the next step. One that is new has a graph of its own, which that step compiles."""
+        phase = self.config.objective.phase(self._progress()).name
+        if phase == self.loss.phase:
+            return nullcontext()
+        self.loss.phase = phase
+        self._info(f"step {self.step + 1}, image {self.samples_seen:,}: {phase} begins")
+        return self.supervisor.watchdog.extended_limit()
+
     def _one_step(self, batches: Any) -> None:
         sums = []
+        self.engine.set_learning_rate(self._learning_rate(self.samples_seen + self.config.train.batch_size))
+        value = self.config.objective.schedule(self._progress())
+        schedule = torch.full((), value, dtype=torch.float32, device=self.ranks.device)
         for _ in range(self.engine.accumulation):
             with self.throughput.waiting():
                 batch = next(batches)
-            sums.append(self._train_micro_batch(batch))
+            sums.append(self._train_micro_batch(batch, schedule))
         self.step += 1
         self.samples_seen += self.config.train.batch_size
         self.supervisor.step = self.step
@@ -217,12 +233,17 @@ class Trainer:
             self.logger.advance(self.config.train.batch_size)
         self.supervisor.watchdog.heartbeat()
 
-    def _train_micro_batch(self, batch: Batch) -> dict[str, Tensor]:
-        on_device = Batch(*(tensor.to(self.ranks.device, non_blocking=True) for tensor in batch))
+    def _train_micro_batch(self, batch: Batch, schedule: Tensor) -> Sums:
+        moments, labels, draws = batch.to(self.ranks.device)
         scale = self.shards.manifest["vae"]["scaling_factor"]
-        x = sample_posterior(on_device.moments, on_device.posterior_noise, scale)
-        draws = Draws(on_device.e, on_device.time_normals, on_device.drop_uniforms)
-        return self.engine.train_micro_batch(x, on_device.labels, draws)
+        x = sample_posterior(moments, draws.pop("posterior_noise"), scale)
+        return self.engine.train_micro_batch(x, labels, draws, schedule)
+
+    def _progress(self) -> float:
+        return self.config.progress(self.samples_seen)
+
+    def _learning_rate(self, images: int) -> float:
+        return self.config.optim.learning_rate(images)
 
     def _is_finished(self) -> bool:
         return not self.config.steps_left(self.samples_seen)
@@ -244,7 +265,7 @@ class Trainer:
             "samples_seen": self.samples_seen,
             **self.throughput.means(),
             "grad_norm": norm if math.isfinite(norm) else None,
-            "lr": self.config.optim.lr,
+            "lr": self._learning_rate(self.samples_seen),
             "skipped_steps": guard.skipped,
             "clipped_steps": guard.clipped,
             **self.throughput.speed(self.config.train.batch_size),
@@ -308,7 +329,7 @@ class Trainer:
     def _out_of_memory(self) -> UserError:
         train, engine = self.config.train, self.config.engine
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
-        rows, unit = (train.micro_batch or 0) // 2, self.config.meanflow.share_r_equals_t.denominator
+        rows, unit = (train.micro_batch or 0) // 2, self.config.objective.share_r_equals_t.denominator
         advice = [f"train.micro_batch={rows}"] if rows and rows % unit == 0 else []
         advice += [] if engine.checkpoint_activations else ["engine.checkpoint_activations=true"]
         advice += [] if engine.zero_stage == 3 else [f"engine.zero_stage={engine.zero_stage + 1}"]

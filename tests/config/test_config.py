@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, repository_files
 
 from mf_dist.config.loader import from_tree, to_tree
-from mf_dist.config.schema import Config, MeanFlowConfig, load_config, resolve
+from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig
+from mf_dist.config.schema import Config, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.launch import rank_from_environment
@@ -180,6 +181,7 @@ def test_values_of_a_file_are_read_by_the_type_of_their_field(tmp_path):
         "train: {total_images: 1_000}\n"
         "log: {wandb: off}\n"
         "eval: {reference: null, vae: 'null', inception_weights: no, features: 1e5}\n"
+        "meanflow:\n"
     )
     config = load_config(str(path), [])
     assert (config.run_dir, config.data.path, config.data.stage_dir, config.data.flip) == (
@@ -214,9 +216,27 @@ def test_aliases_and_merged_keys(tmp_path):
         "model: {depth: &n 2, hidden_size: 32, num_heads: *n, patch_size: *n}\n"
         "log: &log {every_steps: 7}\n"
     )
-    assert load_config(str(path), ["log.every_steps=9"]).model.num_heads == 2
+    assert load_config(str(path), ["log.every_steps=9", "meanflow.kappa=0"]).model.num_heads == 2
     path.write_text(path.read_text() + "meanflow: {<<: [{kappa: 0.5}, {kappa: 0.25, omega: 2}], omega: 3}\n")
     assert load_config(str(path), []).meanflow.kappa == 0.5 and load_config(str(path), []).meanflow.omega == 3
+
+
+def test_a_config_has_one_objective(tmp_path):
+    assert load("meanflow.kappa=0").objective_section == "meanflow"
+    with pytest.raises(
+        UserError, match=r"digits_cpu.yaml: the config has meanflow and solution_flow, expected exactly"
+    ):
+        load("solution_flow.kappa=0")
+    text = Path(DIGITS).read_text()
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("meanflow:\n  omega: 1.0\n  kappa", "alpha_flow:\n  kappa"))
+    assert load_config(str(path), []).objective == AlphaFlowConfig(kappa=0.35)
+    path.write_text("run_dir: a\ndata: {path: b}\nmodel: {depth: 1, hidden_size: 4, num_heads: 1, patch_size: 1}\n")
+    with pytest.raises(UserError, match="train is missing"):
+        load_config(str(path), [])
+    path.write_text(path.read_text() + "train: {total_images: 1}\n")
+    with pytest.raises(UserError, match="has none, expected exactly one objective: meanflow, solution"):
+        load_config(str(path), [])
 
 
 def test_from_tree_inverts_to_tree():
@@ -272,6 +292,7 @@ def test_presets_match_the_paper(name):
     for varied in ("omega", "kappa", "guidance_start", "guidance_end"):
         del rest[varied]
     assert rest == {
+        "tangent": "guided",
         "share_r_equals_t": Fraction(3, 4),
         "time_mean": -0.4,
         "time_std": 1.0,

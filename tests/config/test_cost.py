@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mf_dist.config import cost
-from mf_dist.config.schema import MeanFlowConfig, ModelConfig, load_config, resolve
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.config.objectives import MeanFlowConfig
+from mf_dist.config.schema import ModelConfig, load_config, resolve
+from mf_dist.objectives.meanflow import MeanFlowLoss
 from mf_dist.sampling.generator import build_network
 
 MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_size=8, latent_channels=4, num_classes=5)
@@ -65,10 +66,11 @@ def test_step_flops(recipe, forwards):
     net = build_network(MODEL, 0)
     g = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
-    draws = Draws(e, torch.randn(8, 2, generator=g), torch.rand(8, generator=g))
+    normals, uniforms = torch.randn(8, 2, generator=g), torch.rand(8, generator=g)
+    draws = {"e": e, "time_normals": normals, "drop_uniforms": uniforms}
     # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = MeanFlowLoss(net, net.null_label, recipe)(x, torch.zeros(8, dtype=torch.int64), draws)
+        loss, _ = MeanFlowLoss(net, recipe)(x, torch.zeros(8, dtype=torch.int64), draws, torch.zeros(()))
         loss.backward()
     assert counter.get_total_flops() / 8 / cost.forward_flops(MODEL) == pytest.approx(forwards, rel=0.04)
 

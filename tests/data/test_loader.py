@@ -17,11 +17,18 @@ import pytest
 import torch
 from conftest import ROOT, encode
 
+from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import LatentStream, training_batches
 from mf_dist.data.shards import LatentShards, read_manifest
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
+
+DRAWS = MeanFlowConfig().draws((4, 8, 8))
+
+
+def tensors(batch):
+    return [batch.moments, batch.labels, *batch.draws.values()]
 
 
 def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
@@ -39,13 +46,13 @@ def global_rows(config_path, overrides, latents, world_size, samples_seen=0):
             for _ in range(accumulation):
                 b = next(iterator)
                 for i in range(len(b.labels)):
-                    key = b.e[i].numpy().tobytes()
+                    key = b.draws["e"][i].numpy().tobytes()
                     rows[key] = (
                         int(b.labels[i]),
                         b.moments[i].numpy().tobytes(),
-                        b.posterior_noise[i].numpy().tobytes(),
-                        b.time_normals[i].numpy().tobytes(),
-                        float(b.drop_uniforms[i]),
+                        b.draws["posterior_noise"][i].numpy().tobytes(),
+                        b.draws["time_normals"][i].numpy().tobytes(),
+                        float(b.draws["drop_uniforms"][i]),
                     )
         assert len(rows) == batch
         per_step.append(rows)
@@ -76,7 +83,7 @@ def test_another_batch_size_continues_with_the_next_image(tiny_config, latents, 
     """44 images seen, which neither the new batch nor the micro-batches divide: the next steps are of the images
     44, 45, ..., in complete batches, for any number of ranks."""
     options = [f"train.batch_size={batch}", "train.total_images=100", "meanflow.share_r_equals_t=1/2"]
-    by_draw = {rng.train_draws(0, slot, (4, 8, 8))[1].tobytes(): slot for slot in range(100)}
+    by_draw = {rng.train_draws(0, slot, DRAWS)[0]["e"].tobytes(): slot for slot in range(100)}
     resumed = global_rows(tiny_config, options, latents, 1, samples_seen=44)
     assert [sorted(by_draw[e] for e in rows) for rows in resumed] == [
         list(range(first, first + batch)) for first in range(44, 44 + steps * batch, batch)
@@ -88,7 +95,7 @@ def test_another_batch_size_continues_with_the_next_image(tiny_config, latents, 
 def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
     """With r = t on every row nothing is reordered, so the rows must be the concatenated permutations."""
     shards = LatentShards(latents)
-    stream = LatentStream(shards, seed=3, micro_batch=8, share_r_equals_t=Fraction(1), flip=False)
+    stream = LatentStream(shards, seed=3, micro_batch=8, objective=MeanFlowConfig(Fraction(1)), flip=False)
     rows = torch.cat([stream[first].moments for first in range(0, 293, 8)]).numpy()  # 150 is not a multiple of 8
     slots = [*rng.order(3, 0, shards.count), *rng.order(3, 1, shards.count)]
     for row, image in zip(rows, slots, strict=False):
@@ -97,26 +104,26 @@ def test_every_image_once_an_epoch_and_batches_cross_epochs(latents):
 
 def test_stream_can_be_pickled_for_loader_processes(latents):
     """Needed where loader processes are not forked."""
-    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
+    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, objective=MeanFlowConfig(), flip=False)
     expected = stream[5]
     copy = pickle.loads(pickle.dumps(stream))  # noqa: S301  as for a spawned loader process
-    assert all(torch.equal(a, b) for a, b in zip(copy[5], expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(copy[5]), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("share", ["3/4", "1/2", "1", "0", "5/8"])
 def test_rows_with_r_below_t_come_last_and_are_those_of_their_slots(latents, share):
     share, m = Fraction(share), 8
-    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, share_r_equals_t=share, flip=False)
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=m, objective=MeanFlowConfig(share), flip=False)
     for first in (0, 40, 43):
-        expected = {slot: rng.train_draws(0, slot, (4, 8, 8))[1] for slot in range(first, first + m)}
+        expected = {slot: rng.train_draws(0, slot, DRAWS)[0]["e"] for slot in range(first, first + m)}
         equal = [e for slot, e in expected.items() if slot % share.denominator < share.numerator]
         below = [e for slot, e in expected.items() if slot % share.denominator >= share.numerator]
         assert len(equal) == m * share
-        assert np.array_equal(stream[first].e.numpy(), np.stack([*equal, *below]))
+        assert np.array_equal(stream[first].draws["e"].numpy(), np.stack([*equal, *below]))
 
 
 def test_seeking_takes_constant_time(latents):
-    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
+    stream = LatentStream(LatentShards(latents), seed=0, micro_batch=8, objective=MeanFlowConfig(), flip=False)
     start = time.perf_counter()
     stream[10**9]
     assert time.perf_counter() - start < 1
@@ -165,14 +172,14 @@ def test_ten_epochs_on_three_ranks_with_four_workers_and_seven_shards(images, tm
 
 def test_a_batch_travels_without_shared_memory_and_descriptors(latents):
     """Otherwise a long TMPDIR or a small /dev/shm makes training wait for a batch that was lost."""
-    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, share_r_equals_t=Fraction(3, 4), flip=False)
+    stream = LatentStream(LatentShards(latents), seed=3, micro_batch=8, objective=MeanFlowConfig(), flip=False)
     batch = stream[5]
     before = set(Path("/proc/self/fd").iterdir())
     sent = bytes(ForkingPickler.dumps(batch))
     assert set(Path("/proc/self/fd").iterdir()) == before
-    assert len(sent) > sum(tensor.nbytes for tensor in batch)
+    assert len(sent) > sum(tensor.nbytes for tensor in tensors(batch))
     received = pickle.loads(sent)  # noqa: S301  our own
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(received, batch, strict=True))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors(received), tensors(batch), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

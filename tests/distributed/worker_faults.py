@@ -10,7 +10,7 @@ import torch
 
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import LatentShards
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.errors import command_line
 from mf_dist.runtime.launch import exit_without_finalization
@@ -27,15 +27,17 @@ def main():
         net = build_network(config.model, 0)
         if fault == "weights" and ranks.rank == 1:
             net.blocks[1].mlp.fc1.bias.data[3] = 1e-6
-        engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        engine = Engine(build_loss(net, config.objective), config, ranks)
         if fault == "gradients":  # like a reduction that never happens
             for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_fn"):
                 setattr(deepspeed.comm, name, lambda *a, **k: None)
         g = torch.Generator().manual_seed(ranks.rank)
         shape = (config.train.micro_batch, config.model.latent_channels, *[config.model.latent_size] * 2)
         for _ in range(engine.accumulation):
-            draws = Draws(torch.randn(shape, generator=g), torch.randn(shape[0], 2, generator=g), torch.ones(shape[0]))
-            engine.train_micro_batch(torch.randn(shape, generator=g), torch.zeros(shape[0], dtype=torch.long), draws)
+            e, normals = torch.randn(shape, generator=g), torch.randn(shape[0], 2, generator=g)
+            draws = {"e": e, "time_normals": normals, "drop_uniforms": torch.ones(shape[0])}
+            x, labels = torch.randn(shape, generator=g), torch.zeros(shape[0], dtype=torch.long)
+            engine.train_micro_batch(x, labels, draws, torch.zeros(()))
 
 
 if __name__ == "__main__":

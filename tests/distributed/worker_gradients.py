@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
 from mf_dist.data.shards import LatentShards
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
@@ -38,14 +38,14 @@ def main():
         g, scale = torch.Generator().manual_seed(1), 1.1 / config.model.hidden_size**0.5
         for p in net.parameters():  # at the model's initial weights most gradients are 0
             p.data.copy_(torch.randn(p.shape, generator=g) * (scale if p.ndim > 1 else 0.05))
-        engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        engine = Engine(build_loss(net, config.objective), config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
         inner = engine._engine
         vae_scale = shards.manifest["vae"]["scaling_factor"]
 
         def inputs(b: Batch):
-            x = sample_posterior(b.moments, b.posterior_noise, vae_scale)
-            return x, b.labels, Draws(b.e, b.time_normals, b.drop_uniforms)
+            x = sample_posterior(b.moments, b.draws.pop("posterior_noise"), vae_scale)
+            return x, b.labels, b.draws, torch.tensor(config.objective.schedule(0.5))
 
         step, gradient = inner.step, {}
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import LatentShards
 from mf_dist.fault_tolerance.watchdog import process_group_timeout
-from mf_dist.objectives.meanflow import MeanFlowLoss
+from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
@@ -24,7 +24,7 @@ def main():
     with process_group(process_group_timeout(config.train.hang_seconds)) as ranks:
         config = resolve(config, LatentShards(config.data.path).manifest, ranks.world_size)
         net = build_network(config.model, 0)
-        Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+        Engine(build_loss(net, config.objective), config, ranks)
         groups = dist.group.WORLD, deepspeed.utils.groups._clone_world_group()
         if ranks.is_rank_zero:
             print(json.dumps([g._get_backend(ranks.device).options._timeout.total_seconds() for g in groups]))

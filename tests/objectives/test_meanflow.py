@@ -6,9 +6,8 @@ import pytest
 import torch
 from oracles import full_batch_rows, small_dit
 
-from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.objectives.guidance import guided_velocity
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss, meanflow_loss
+from mf_dist.config.objectives import MeanFlowConfig
+from mf_dist.objectives.meanflow import MeanFlowLoss, meanflow_loss, velocity_in_interval
 
 RECIPES = {
     "plain": MeanFlowConfig(),
@@ -74,7 +73,7 @@ def _targets(net, x, e, r, t, y, recipe):
     col = t[:, None, None, None]
     z, v = (1 - col) * x + col * e, e - x
     with torch.no_grad():
-        v_g = guided_velocity(v, net(z, t, t, y), net(z, t, t, torch.full_like(y, NULL)), t, y, NULL, recipe)
+        v_g = velocity_in_interval(v, net(z, t, t, y), net(z, t, t, torch.full_like(y, NULL)), t, y, NULL, recipe)
         h = 1e-6
         du_dt = (net(z + h * v_g, r, t + h, y) - net(z - h * v_g, r, t - h, y)) / (2 * h)
         return v_g - (t - r)[:, None, None, None] * du_dt
@@ -86,7 +85,7 @@ def test_r_equals_t_regresses_on_the_guided_velocity_for_any_net():
     c = _targets(net, x, e, t, t, y, recipe)
     col = t[:, None, None, None]
     z = (1 - col) * x + col * e
-    v_g = guided_velocity(e - x, net(z, t, t, y), net(z, t, t, torch.full_like(y, NULL)), t, y, NULL, recipe)
+    v_g = velocity_in_interval(e - x, net(z, t, t, y), net(z, t, t, torch.full_like(y, NULL)), t, y, NULL, recipe)
     torch.testing.assert_close(c, v_g)
     _, sums = meanflow_loss(net, x, e, t, t, y, 12, NULL, recipe)
     s = ((net(z, t, t, y) - v_g) ** 2).sum()
@@ -116,13 +115,14 @@ def test_target_keeps_no_graph():
 
 def test_module_draws_times_and_drops_and_splits_rows():
     recipe = dataclasses.replace(RECIPES["kappa"], label_drop=0.75)
-    module = MeanFlowLoss(small_dit(), NULL, recipe)
+    module = MeanFlowLoss(small_dit(), recipe)
     g = torch.Generator().manual_seed(3)
     x, e = torch.randn(2, 8, 3, 4, 4, generator=g, dtype=torch.float64)
     normals, uniforms = torch.randn(8, 2, generator=g, dtype=torch.float64), torch.rand(8, generator=g)
     seen = []
     handle = module.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    loss, sums = module(x, torch.zeros(8, dtype=torch.int64), Draws(e, normals, uniforms))
+    draws = {"e": e, "time_normals": normals, "drop_uniforms": uniforms}
+    loss, sums = module(x, torch.zeros(8, dtype=torch.int64), draws, torch.zeros(()))
     handle.remove()
     assert torch.isfinite(loss) and sums["raw_loss_r_below_t"][1] == 2
     assert [len(inputs[0]) for inputs in seen] == [8 + 2, 2, 8]  # null on all with y on r < t, JVP, regression

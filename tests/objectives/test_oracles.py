@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracles import Closed, GaussianData, point_mass
 
-from mf_dist.config.schema import MeanFlowConfig
+from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.objectives.meanflow import meanflow_loss, meanflow_target
 from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from mf_dist.config.schema import MeanFlowConfig
-from mf_dist.objectives.guidance import drop_labels, guided_velocity
+from mf_dist.config.objectives import MeanFlowConfig
+from mf_dist.objectives.guidance import drop_labels
+from mf_dist.objectives.meanflow import velocity_in_interval
 from mf_dist.objectives.path import path
 from mf_dist.objectives.times import sample_times
 
@@ -49,7 +50,7 @@ def test_guided_velocity_inside_outside_and_dropped():
     recipe = MeanFlowConfig(omega=0.2, kappa=0.92, guidance_start=0.3, guidance_end=0.8)
     v, u_cond, u_null = (torch.full((5, 1, 1, 1), value) for value in (1.0, 10.0, 100.0))
     t, y = torch.tensor([0.29, 0.3, 0.5, 0.8, 0.81]), torch.tensor([0, 0, 4, 0, 0])
-    v_g = guided_velocity(v, u_cond, u_null, t, y, 4, recipe).flatten()
+    v_g = velocity_in_interval(v, u_cond, u_null, t, y, 4, recipe).flatten()
     inside = 0.2 * 1 + 0.92 * 10 + (1 - 0.2 - 0.92) * 100
     torch.testing.assert_close(v_g, torch.tensor([1.0, inside, 1.0, inside, 1.0]))
 
@@ -57,13 +58,13 @@ def test_guided_velocity_inside_outside_and_dropped():
 def test_identity_guidance_gives_v():
     v, u_cond, u_null = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     t, y = torch.rand(5), torch.zeros(5, dtype=torch.int64)
-    torch.testing.assert_close(guided_velocity(v, u_cond, u_null, t, y, 4, MeanFlowConfig()), v)
+    torch.testing.assert_close(velocity_in_interval(v, u_cond, u_null, t, y, 4, MeanFlowConfig()), v)
 
 
 def test_kappa_zero_is_the_classical_form():
     v, u_null = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     t, y = torch.rand(5), torch.zeros(5, dtype=torch.int64)
-    v_g = guided_velocity(v, None, u_null, t, y, 4, MeanFlowConfig(omega=3.0))
+    v_g = velocity_in_interval(v, None, u_null, t, y, 4, MeanFlowConfig(omega=3.0))
     torch.testing.assert_close(v_g, u_null + 3.0 * (v - u_null))
 
 

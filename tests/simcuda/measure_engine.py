@@ -16,7 +16,7 @@ import torch
 from simcuda import device, waits
 
 from mf_dist.config.schema import load_config, resolve
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import process_group
 from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
@@ -34,14 +34,15 @@ def build(ranks, path, overrides):
     config = resolve(replace(config, data=replace(config.data, path="none")), None, ranks.world_size)
     net = build_network(config.model, 0)
     count = sum(p.numel() for p in net.parameters())
-    engine, rows = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks), config.train.micro_batch
+    engine, rows = Engine(build_loss(net, config.objective), config, ranks), config.train.micro_batch
 
     def batch():
         shape = (rows, 4, 8, 8)
-        draws = torch.randn(shape), torch.randn(rows, 2), torch.rand(rows)
-        on_device = [tensor.pin_memory().to(ranks.device, non_blocking=True) for tensor in draws]
+        drawn = {"e": torch.randn(shape), "time_normals": torch.randn(rows, 2), "drop_uniforms": torch.rand(rows)}
+        draws = {name: tensor.pin_memory().to(ranks.device, non_blocking=True) for name, tensor in drawn.items()}
         labels = torch.randint(0, 10, (rows,)).pin_memory().to(ranks.device, non_blocking=True)
-        return torch.randn(shape).pin_memory().to(ranks.device, non_blocking=True), labels, Draws(*on_device)
+        x = torch.randn(shape).pin_memory().to(ranks.device, non_blocking=True)
+        return x, labels, draws, torch.zeros((), device=ranks.device)
 
     return engine, count, batch
 

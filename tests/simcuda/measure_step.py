@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from simcuda import compiled, device, waits
 
-from mf_dist.config.schema import MeanFlowConfig
+from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.models.sizes import named_model
-from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+from mf_dist.objectives.meanflow import MeanFlowLoss
 from mf_dist.sampling.generator import build_network
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         from mf_dist.training.engine import _make_deterministic
 
         _make_deterministic()
-    loss = MeanFlowLoss(build_network(model, 0), model.num_classes, recipe).to("cuda")
+    loss = MeanFlowLoss(build_network(model, 0), recipe).to("cuda")
     for p in loss.parameters():
         p.data = p.data.bfloat16()
     loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)
@@ -50,7 +50,8 @@ def main() -> None:
     def inputs():
         normals, uniforms = torch.randn(args.rows, 2, device="cuda"), torch.rand(args.rows, device="cuda")
         labels = torch.randint(0, 1000, (args.rows,), device="cuda")
-        return torch.randn(shape, device="cuda"), labels, Draws(torch.randn(shape, device="cuda"), normals, uniforms)
+        draws = {"e": torch.randn(shape, device="cuda"), "time_normals": normals, "drop_uniforms": uniforms}
+        return torch.randn(shape, device="cuda"), labels, draws, torch.zeros((), device="cuda")
 
     start = time.perf_counter()
     loss(*inputs())[0].backward()

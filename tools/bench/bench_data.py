@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
@@ -131,6 +130,7 @@ def reading_forms(folder, samples):
     import torch
     import webdataset
 
+    from mf_dist.config.objectives import MeanFlowConfig
     from mf_dist.data.loader import LatentStream
     from mf_dist.data.shards import LatentShards
 
@@ -150,7 +150,7 @@ def reading_forms(folder, samples):
             yield len(torch.from_numpy(moments)) and len(labels)
 
     def whole():
-        stream = LatentStream(shards, 0, BATCH, Fraction(3, 4), False)
+        stream = LatentStream(shards, 0, BATCH, MeanFlowConfig(), False)
         for first in range(0, samples - BATCH + 1, BATCH):
             yield len(stream[first].labels)
 
@@ -222,6 +222,7 @@ def write_index(folder, total, member=20480):
 
 
 def bench_index(args):
+    from mf_dist.config.objectives import MeanFlowConfig
     from mf_dist.data.loader import LatentStream
     from mf_dist.data.shards import LatentShards
     from mf_dist.runtime import rng
@@ -235,7 +236,7 @@ def bench_index(args):
         rng.order(0, 1, args.index)
         shuffling = time.perf_counter() - start
         start = time.perf_counter()
-        _ = LatentStream(opened, 0, 32, Fraction(3, 4), False)[100 * args.index]
+        _ = LatentStream(opened, 0, 32, MeanFlowConfig(), False)[100 * args.index]
         seeking = time.perf_counter() - start
         del opened
         write_index(Path(small), 1000)
@@ -275,6 +276,7 @@ def one_rank(folder, rank, pipe):
     """Opens the dataset and loads batches with loader processes; sends its memory in MiB before and after."""
     from torch.utils.data import DataLoader
 
+    from mf_dist.config.objectives import MeanFlowConfig
     from mf_dist.data.loader import LatentStream
     from mf_dist.data.shards import LatentShards
 
@@ -288,7 +290,7 @@ def one_rank(folder, rank, pipe):
         pipe.recv()
 
     send_memory()
-    stream = LatentStream(LatentShards(folder), 0, 32, Fraction(3, 4), False)
+    stream = LatentStream(LatentShards(folder), 0, 32, MeanFlowConfig(), False)
     slots = range(32 * rank, 32 * (rank + 400 * RANKS), 32 * RANKS)
     batches = iter(DataLoader(stream, batch_size=None, sampler=slots, num_workers=WORKERS))
     for _ in range(100):

@@ -50,8 +50,11 @@ def parse():
 
 
 def random_batches(config, ranks):
-    """A few micro-batches (latents, labels, noise, normals, uniforms) in pinned memory, as the data loader's."""
+    """A few micro-batches in pinned memory, as the data loader's; in place of moments they hold latents."""
     import torch
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    from mf_dist.data.loader import Batch
 
     model, rows = config.model, config.train.micro_batch
     shape = (rows, model.latent_channels, model.latent_size, model.latent_size)
@@ -59,26 +62,28 @@ def random_batches(config, ranks):
     for _ in range(BATCHES):
         labels = torch.randint(0, max(1, model.num_classes), (rows,), generator=g)
         x, e, normals = (torch.randn(size, generator=g) for size in (shape, shape, (rows, 2)))
-        batch = x, labels, e, normals, torch.rand(rows, generator=g)
-        yield [tensor.pin_memory() for tensor in batch] if ranks.device.type == "cuda" else batch
+        draws = {"e": e, "time_normals": normals, "drop_uniforms": torch.rand(rows, generator=g)}
+        batch = Batch(x, labels, draws)
+        yield pin_memory(batch) if ranks.device.type == "cuda" else batch
 
 
 def measure(config, ranks, args):
     """What was measured, on this rank."""
     import torch
 
-    from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+    from mf_dist.objectives.build import build_loss
     from mf_dist.sampling.generator import build_network
     from mf_dist.training.engine import Engine
 
     net = build_network(config.model, config.train.seed)
-    engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+    engine = Engine(build_loss(net, config.objective), config, ranks)
     batches = itertools.cycle(list(random_batches(config, ranks)))
+    schedule = torch.zeros((), device=ranks.device)
 
     def step():
         for _ in range(engine.accumulation):
-            x, labels, *draws = (tensor.to(ranks.device, non_blocking=True) for tensor in next(batches))
-            engine.train_micro_batch(x, labels, Draws(*draws))
+            x, labels, draws = next(batches).to(ranks.device)
+            engine.train_micro_batch(x, labels, draws, schedule)
 
     start = now()
     step()

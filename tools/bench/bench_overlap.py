@@ -48,7 +48,7 @@ def build(args, ranks):
     import torch
 
     from mf_dist.config.schema import load_config, resolve
-    from mf_dist.objectives.meanflow import Draws, MeanFlowLoss
+    from mf_dist.objectives.build import build_loss
     from mf_dist.sampling.generator import build_network
     from mf_dist.training import data_parallel
     from mf_dist.training.engine import Engine
@@ -66,13 +66,14 @@ def build(args, ranks):
     config = load_config(CONFIG, [*shape, *options, "eval.every_images=0"])
     config = resolve(replace(config, data=replace(config.data, path="none")), None, ranks.world_size)
     net, g = build_network(config.model, 0), torch.Generator().manual_seed(ranks.rank)
-    engine = Engine(MeanFlowLoss(net, net.null_label, config.meanflow), config, ranks)
+    engine = Engine(build_loss(net, config.objective), config, ranks)
     latent = (args.rows, SHAPE["latent_channels"], SHAPE["latent_size"], SHAPE["latent_size"])
 
     def micro_batch():
         x, e = torch.randn(latent, generator=g), torch.randn(latent, generator=g)
         y = torch.randint(0, SHAPE["num_classes"], (args.rows,), generator=g)
-        return x, y, Draws(e, torch.randn(args.rows, 2, generator=g), torch.rand(args.rows, generator=g))
+        normals, uniforms = torch.randn(args.rows, 2, generator=g), torch.rand(args.rows, generator=g)
+        return x, y, {"e": e, "time_normals": normals, "drop_uniforms": uniforms}, torch.zeros(())
 
     return engine, net, micro_batch
 

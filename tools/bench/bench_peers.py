@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mf_dist.models.dit import DiT
-from mf_dist.objectives.guidance import guided_velocity
+from mf_dist.objectives.meanflow import velocity_in_interval
 from mf_dist.objectives.path import path, per_row
 
 
@@ -95,7 +95,7 @@ def _guided(net, z, v, t, y, null_label, recipe):
         return v
     with torch.no_grad():
         u_cond, u_null = net(z, t, t, y), net(z, t, t, torch.full_like(y, null_label))
-    return guided_velocity(v, u_cond, u_null, t, y, null_label, recipe)
+    return velocity_in_interval(v, u_cond, u_null, t, y, null_label, recipe)
 
 
 def _weighted(u, u_tgt, recipe):

@@ -33,7 +33,9 @@ def main() -> None:
 
     checkpoint = find_checkpoint(args.checkpoint)
     config = from_tree(Config, checkpoint.state["config"], str(checkpoint.folder))
-    if config.meanflow.share_r_equals_t == 1:
+    if config.meanflow is None:
+        raise UserError(f"{args.checkpoint} was trained by {config.objective_section}, expected meanflow")
+    if config.objective.is_flow:
         raise UserError(f"{args.checkpoint} is a flow-matching run: it has no r < t rows")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = build_nets(checkpoint.load("master"), config, device)
@@ -115,11 +117,11 @@ def batches(config, count, device):
     shards, recipe = LatentShards(config.data.path), config.meanflow
     stream = training_batches(shards, config, 0, 0, 1, pin_memory=False)
     for _, b in zip(range(count), stream, strict=False):
-        x = sample_posterior(b.moments, b.posterior_noise, shards.manifest["vae"]["scaling_factor"])
+        x = sample_posterior(b.moments, b.draws["posterior_noise"], shards.manifest["vae"]["scaling_factor"])
         n_eq = int(len(x) * recipe.share_r_equals_t)
-        r, t = sample_times(b.time_normals, n_eq, recipe.time_mean, recipe.time_std)
-        y = drop_labels(b.labels, b.drop_uniforms, n_eq, recipe.label_drop, config.model.num_classes)
-        yield *(tensor.to(device) for tensor in (*path(x, b.e, t), r, t, y)), n_eq
+        r, t = sample_times(b.draws["time_normals"], n_eq, recipe.time_mean, recipe.time_std)
+        y = drop_labels(b.labels, b.draws["drop_uniforms"], n_eq, recipe.label_drop, config.model.num_classes)
+        yield *(tensor.to(device) for tensor in (*path(x, b.draws["e"], t), r, t, y)), n_eq
 
 
 def target(net, z, v, r, t, y, n_eq, config, dtype):

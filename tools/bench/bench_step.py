@@ -91,7 +91,7 @@ def build_cases(args, device):
     import torch
     from bench_peers import authors, plain, port, tim
 
-    from mf_dist.config.schema import MeanFlowConfig
+    from mf_dist.config.objectives import MeanFlowConfig
     from mf_dist.models.sizes import named_model
     from mf_dist.objectives.meanflow import meanflow_loss
     from mf_dist.objectives.times import sample_times

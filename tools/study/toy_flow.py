@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from toy_field import STD, average_velocity, means, sample_data
 
-from mf_dist.config.schema import MeanFlowConfig
+from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.models.layers import Linear, silu
 from mf_dist.objectives.meanflow import meanflow_loss
 from mf_dist.objectives.times import sample_times

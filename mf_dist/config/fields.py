@@ -1,0 +1,27 @@
+"""Types of config fields: a plain type with the values that it may take. No torch."""
+
+from fractions import Fraction
+from typing import Annotated
+
+from mf_dist.config.loader import Check
+
+Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
+Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
+Count = Annotated[int, Check("a whole number >= 1", lambda n: n >= 1)]
+Positive = Annotated[float, Check("a number > 0", lambda a: a > 0)]
+NotNegative = Annotated[float, Check("a number >= 0", lambda a: a >= 0)]
+Share = Annotated[float, Check("a number in [0, 1]", lambda a: 0 <= a <= 1)]
+Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
+RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
+FewSteps = Annotated[int, Check("a whole number from 0 to 100", lambda n: 0 <= n <= 100)]
+Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
+Decays = Annotated[
+    tuple[float, ...],
+    Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
+]
+Text = Annotated[
+    str,
+    Check(
+        "a non-empty string without line breaks", lambda text: bool(text.strip()) and not {*text} & {"\n", "\r", "\0"}
+    ),
+]
