@@ -232,7 +232,7 @@ def test_an_exported_ema_is_sampled_like_its_run(runs, tmp_path):
         ),
         (["tools/fid_eval.py", "--times", "1,0.5"], "error: --times must fall from 1 to 0"),
         (["tools/fid_eval.py", "--times", "1,nan,0"], "error: --times must fall from 1 to 0"),
-        (["tools/fid_eval.py", "--nfe", "1,x"], "error: --nfe must be from 1 to 10000, got x"),
+        (["tools/fid_eval.py", "--nfe", "1,²"], "error: --nfe must be from 1 to 10000, got ²"),
         (["tools/reference_stats.py", "--images", "x", "--out", "x.npy"], "error: --out 'x.npy' must be"),
         (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),
         (["tools/demo/write_digits.py", "--out", "README.md/x"], "error:"),

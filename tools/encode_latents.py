@@ -71,7 +71,7 @@ def task_of(args):
     """(number, count) from --task, else from the SLURM job array and the launcher's rank combined."""
     if args.task is not None:
         number, slash, count = args.task.partition("/")
-        if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--task {args.task!r}: expected I/N with 0 <= I < N")
         return int(number), int(count)
     launched = rank_from_environment()
@@ -83,7 +83,7 @@ def array_task():
     """(number, count) of this task of a SLURM job array such as 0-7 or 10-40:10."""
     names = ("TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_COUNT")
     values = {name: os.environ.get(f"SLURM_ARRAY_{name}", "") for name in names}
-    if all(value.isdigit() for value in values.values()):
+    if all(value.isdecimal() for value in values.values()):
         number, first, last, count = (int(value) for value in values.values())
         step = max(1, (last - first) // max(1, count - 1))
         if (last - first) == step * (count - 1) and (number - first) % step == 0:

@@ -119,7 +119,7 @@ def check(args):
 
 
 def whole(text):
-    if not text.isdigit() or not 1 <= int(text) <= 10_000:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
         raise UserError(f"--nfe must be from 1 to 10000, got {text}")
     return int(text)
 

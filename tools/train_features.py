@@ -28,6 +28,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.resolution < 8:
         raise UserError("--steps must be at least 1, --resolution at least 8")
+    if args.name.startswith("inception") or not args.name.isidentifier():
+        raise UserError(f"--name {args.name!r} must be an identifier without the prefix inception")
     import numpy as np
     import torch
     from safetensors.torch import save

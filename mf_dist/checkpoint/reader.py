@@ -11,7 +11,6 @@ its name and place; one without is none.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError, is_disk_fault
+from mf_dist.runtime.output import complain
 from mf_dist.runtime.tensor_file import each_tensor, load_tensors, read_metadata
 
 REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
@@ -168,7 +168,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
             f"no checkpoint in {str(path)!r} (expected a folder of a run or checkpoint, or an exported EMA){detail}"
         )
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        complain(f"warning: {warning}")
     return checkpoint
 
 

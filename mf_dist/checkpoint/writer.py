@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor
 from mf_dist.checkpoint.reader import DESCRIPTION, number_of, step_folder, step_folders
 from mf_dist.runtime.atomic_files import fsync, fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.output import complain
 
 CHUNK = 64 << 20
 """Bytes per write, during which other threads run."""
@@ -243,7 +243,7 @@ class Retention:
             for old in self.removable([path for path in step_folders(root) if number_of(path) <= number_of(latest)]):
                 remove_checkpoint(old)
         except Exception as error:
-            print(f"warning: cannot remove older checkpoints ({error!r})", file=sys.stderr, flush=True)
+            complain(f"warning: cannot remove older checkpoints ({error!r})")
 
     def _is_milestone(self, folder: Path) -> bool:
         if not self.every_images:

@@ -182,7 +182,7 @@ def describe(config: Config, world_size: int) -> str:
     memory = {name: size / 2**30 for name, size in memory_per_rank(config, world_size).items()}
     accumulation = train.batch_size // (world_size * train.micro_batch)
     lines = [
-        yaml.safe_dump(to_tree(config), sort_keys=False).rstrip(),
+        yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         f"latent          ({model.latent_channels}, {model.latent_size}, {model.latent_size}), {tokens(model)} tokens, "
         f"{model.num_classes} classes",

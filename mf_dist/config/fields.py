@@ -4,6 +4,7 @@ from fractions import Fraction
 from typing import Annotated
 
 from mf_dist.config.loader import Check
+from mf_dist.runtime.paths import ODD
 
 Seed = Annotated[int, Check("a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
 Whole = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
@@ -21,7 +22,5 @@ Decays = Annotated[
 ]
 Text = Annotated[
     str,
-    Check(
-        "a non-empty string without line breaks", lambda text: bool(text.strip()) and not {*text} & {"\n", "\r", "\0"}
-    ),
+    Check("a non-empty string without line breaks, in UTF-8", lambda text: bool(text.strip()) and not ODD.search(text)),
 ]

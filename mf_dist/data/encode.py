@@ -6,7 +6,6 @@ absent. A task that finds all shards complete writes the manifest. Making a shar
 
 import hashlib
 import json
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, sh
 from mf_dist.fault_tolerance.tool_status import count_finished_unit
 from mf_dist.runtime.atomic_files import sha256_of, write_json
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.output import complain
 from mf_dist.runtime.progress import progress
 from mf_dist.vae import Vae
 
@@ -87,7 +87,7 @@ def _announce(source: ImageList) -> None:
             text or 'labels are class folders, KEY.cls, KEY.json with a "label", or one tar a class (see --help)'
         )
     if text:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        complain(f"warning: {text}")
 
 
 def check_resolution(resolution: int, vae: Vae) -> None:

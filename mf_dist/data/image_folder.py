@@ -10,6 +10,7 @@ from mf_dist.data.image_list import SUFFIXES, ImageList, describe, is_skipped
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_json, no_labels, numbered
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
+from mf_dist.runtime.paths import refuse_odd_name
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def _walk(root: Path, below: str, outputs: Iterable[Path], above: tuple[tuple[in
                 refuse_inside(outputs, entry.path)
             yield from _walk(root, path, outputs, (*above, (here.st_dev, here.st_ino)))
         elif entry.is_file():
-            if os.path.splitext(path)[1].lower() in SUFFIXES and not path.isprintable():  # as bytes that are not UTF-8
-                raise UserError(f"the name {path!r} below {str(root)!r} is not printable text; rename it")
+            if os.path.splitext(path)[1].lower() in SUFFIXES:
+                refuse_odd_name(path, f"below {str(root)!r} the name")
             yield path
         elif entry.is_symlink():
             raise UserError(f"{entry.path!r} is a link to nothing; repair or remove it")

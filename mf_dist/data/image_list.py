@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mf_dist.runtime.output import one_line
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SYSTEM = {
     *("__macosx", "desktop.ini", "thumbs.db", "ehthumbs.db", "$recycle.bin", "system volume information"),
@@ -47,6 +49,6 @@ def describe(ignored: Counter[str]) -> str:
     if not ignored:
         return ""
     ranked = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in ranked[:5]]
+    parts = [f"{count} {one_line(suffix) or 'without a suffix'}" for suffix, count in ranked[:5]]
     more = sum(count for _, count in ranked[5:])
     return "; ignored: " + ", ".join([*parts, f"{more} of other suffixes"] if more else parts)

@@ -17,6 +17,7 @@ from mf_dist.data.image_list import SUFFIXES, ImageList, describe, is_skipped
 from mf_dist.data.labels import MAX_JSON, Labels, from_cls, from_folders, from_json, from_tar_names, no_labels
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
+from mf_dist.runtime.paths import refuse_odd_name
 
 
 class _Location(NamedTuple):
@@ -73,6 +74,7 @@ def list_tars(root: Path, tars: list[Path], ignored: Counter[str], labelled: boo
             stem, suffix = os.path.splitext(name)
             key = f"{tar.name}/{stem}"
             if suffix.lower() in SUFFIXES:
+                refuse_odd_name(f"{tar.name}/{name}", f"{str(tar)!r}: the name")
                 if key in images:
                     raise UserError(f"{tar}: the key {stem!r} has two images")
                 images[key] = name, place
@@ -134,7 +136,7 @@ def _members(tar: Path) -> list[tuple[str, _Location]]:
     members: dict[str, _Location] = {}
     length = tar.stat().st_size if tar.is_file() else 0
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", encoding="utf-8") as archive:
             for member in archive:
                 if member.isdir() or any(map(is_skipped, member.name.split("/"))):
                     continue

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.paths import refuse_odd_name
 
 SHOWN = 10
 """Names of classes in a message."""
@@ -61,7 +62,7 @@ def from_cls(root: Path, keys: Sequence[str], places: dict[str, Place], read: Re
     values = []
     for key, raw in zip(keys, read(places[key] for key in keys), strict=True):
         text = raw[:20].decode("ascii", "replace").strip()
-        if not text.isdigit() or int(text) >= MAX_CLASSES:
+        if not text.isdecimal() or int(text) >= MAX_CLASSES:
             raise UserError(f"{key + '.cls'!r} in {str(root)!r} holds {text!r}, expected the number of a class")
         values.append(int(text))
     return numbered(values, ".cls")
@@ -84,6 +85,8 @@ def from_json(root: Path, keys: Sequence[str], places: dict[str, Place], read: R
     if 0 < len(numbers) < len(keys):
         name = next(key for key in keys if isinstance(values[key], str))
         raise UserError(f'in {str(root)!r} the "label" of {numbers[0]!r} is a number, that of {name!r} a name')
+    for key in keys:
+        refuse_odd_name(str(values[key]), f'in {str(root)!r} the "label" of {key!r}:')
     return numbered([value for key in keys if (value := values[key]) is not None], ".json")
 
 
@@ -95,7 +98,7 @@ def _label_in(raw: bytes) -> int | str | None:
         return None
     if isinstance(label, str):
         text = label.strip()
-        return int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else text or None
+        return int(text) if text.isascii() and text.isdecimal() and len(text) <= 6 else text or None
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_CLASSES:

@@ -20,6 +20,7 @@ from mf_dist.config.schema import Config, load_config
 from mf_dist.data.shards import read_manifest
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.runtime.errors import CrashLoopError, UnrecordedError, UserError, command_line
+from mf_dist.runtime.output import one_line
 from mf_dist.runtime.paths import expanded_path
 from mf_dist.train import check
 
@@ -156,7 +157,10 @@ def main() -> None:
         verdict = Verdict("failed" if isinstance(error, CrashLoopError) else "refused", str(error))
     except OSError as error:  # an unavailable disk, which is no verdict on the run
         verdict = Verdict("failed", f"{error.filename or args.config or args.tool}: {error.strerror or error}")
-    print(verdict.word, verdict.reason if verdict.word == "go" else " ".join(verdict.reason.split()))
+    reason = verdict.reason if verdict.word == "go" else one_line(" ".join(verdict.reason.split()))
+    # as it is, not escaped for a terminal: job scripts read the run's folder from it
+    sys.stdout.buffer.write(f"{verdict.word} {reason}\n".encode(errors="surrogateescape"))
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -26,12 +26,17 @@ def write_report(folders: list[Path], out: Path) -> None:
     """Writes `out` atomically. Raises UserError if a folder is not a run or the report exceeds LIMIT."""
     runs = read_runs(folders)
     empty = {name: Selection([]) for name in SHARES}
-    budget = (LIMIT - len(_render(runs, [empty] * len(runs)).encode())) // len(runs)
-    page = _render(runs, [_pictures(run, budget) for run in runs]).encode()
+    budget = (LIMIT - len(_encoded(_render(runs, [empty] * len(runs))))) // len(runs)
+    page = _encoded(_render(runs, [_pictures(run, budget) for run in runs]))
     if len(page) > LIMIT:
         raise UserError(f"a report of these {len(runs)} runs has {len(page) / 1e6:.1f} MB: give fewer runs")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda file: file.write(page))
+
+
+def _encoded(page: str) -> bytes:
+    """In UTF-8; of a folder whose name is not UTF-8, the other bytes are escaped."""
+    return page.encode(errors="backslashreplace")
 
 
 def _pictures(run: Run, budget: int) -> dict[str, Selection]:

@@ -153,7 +153,7 @@ def classes(run: Run, budget: int) -> Selection:
     paths = {
         int(p.stem[11:]): p
         for p in (run.folder / "eval").glob("samples_nfe*.npz")
-        if p.stem[11:].isdigit() and p.is_file()
+        if p.stem[11:].isdecimal() and p.is_file()
     }
     if not paths:
         return Selection([], "No samples_nfeN.npz in this run's folder eval: tools/fid_eval.py --save-npz writes one.")

@@ -130,14 +130,14 @@ def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
 
 
 def broadcast_text(rank: int, text: str, ranks: Ranks) -> str:
-    """The text of `rank`, on every rank."""
-    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=ranks.device)
+    """The text of `rank`, on every rank; names that are not UTF-8 are kept."""
+    raw = torch.tensor(list(text.encode(errors="surrogatepass")), dtype=torch.uint8, device=ranks.device)
     length = torch.tensor(len(raw), device=ranks.device)
     dist.broadcast(length, src=rank)
     if rank != ranks.rank:
         raw = torch.empty(int(length), dtype=torch.uint8, device=ranks.device)
     dist.broadcast(raw, src=rank)
-    return bytes(raw.tolist()).decode()
+    return bytes(raw.tolist()).decode(errors="surrogatepass")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from mf_dist.runtime.output import drop_what_cannot_be_written
+from mf_dist.runtime.output import complain, drop_what_cannot_be_written
 
 
 class UserError(Exception):
@@ -40,12 +40,18 @@ def is_disk_fault(error: BaseException | None) -> bool:
 
 def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
     """Makes `main` a program whose exit code is what main returns, or 0. A UserError, or an OSError of a file, prints
-    one line on stderr and gives exit code 2. What cannot be printed is dropped."""
+    one line on stderr and gives exit code 2; so does a locale whose encoding is not UTF-8. What cannot be printed is
+    dropped."""
 
     @functools.wraps(main)
     def run() -> int:
         drop_what_cannot_be_written()
+        encoding = sys.getfilesystemencoding()
         try:
+            if encoding != "utf-8":
+                raise UserError(
+                    f"Python reads files and their names as {encoding} here, not as UTF-8; set PYTHONUTF8=1"
+                )
             return main() or 0
         except UserError as error:
             _print_error(str(error), is_shared=isinstance(error, SharedError))
@@ -56,7 +62,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
             _print_error(f"{error.filename}: {error.strerror}")
             return 2
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
+            complain("interrupted; run the same command again to continue")
             return 130
 
     return run
@@ -67,6 +73,6 @@ def _print_error(text: str, is_shared: bool = False) -> None:
     since all ranks then find the same mistakes."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        print(f"error: {text}", file=sys.stderr)
+        complain(f"error: {text}")
     elif "torch" in sys.modules and not is_shared:
-        print(f"error on rank {rank}: {text}", file=sys.stderr)
+        complain(f"error on rank {rank}: {text}")

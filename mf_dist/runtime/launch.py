@@ -37,7 +37,7 @@ def rank_from_environment() -> LaunchedRank:
     numbers = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
-        if not text.isdigit():
+        if not text.isdecimal():
             raise UserError(f"environment variable {name} is {text!r}, expected a whole number; start with torchrun")
         numbers.append(int(text))
     launched = LaunchedRank(*numbers)
@@ -69,7 +69,7 @@ def _adopt_srun_variables() -> None:
         return
     first = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?(?:,|$)", env.get("SLURM_STEP_NODELIST", ""))
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    if any(not env.get(name, "").isdigit() for name in names):
+    if any(not env.get(name, "").isdecimal() for name in names):
         return
     if not first and "MASTER_ADDR" not in env:
         raise UserError(f"cannot determine the first node of {env.get('SLURM_STEP_NODELIST')!r}; set MASTER_ADDR to it")

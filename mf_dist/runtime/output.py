@@ -1,5 +1,5 @@
 """Standard output and error that cannot end a program: what cannot be written, on a full disk or into a pipe whose
-reader has gone, is dropped. Does not import torch.
+reader has gone, is dropped; letters that an encoding lacks and control characters are escaped. Does not import torch.
 """
 
 import os
@@ -10,10 +10,23 @@ from typing import Any
 _lost: list[str] = []
 """A sentence on the first loss of this process."""
 _listeners: list[Callable[[str], None]] = []
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+"""Of control characters, which in a name would move the cursor or change colours."""
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters escaped, line breaks included."""
+    return text.translate(_ESCAPES)
+
+
+def complain(text: str) -> None:
+    """Prints one line on standard error."""
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 class DroppingStream:
-    """A text stream whose write and flush never fail. Letters that its encoding lacks are escaped."""
+    """A text stream whose write and flush never fail. Letters that its encoding lacks are escaped, and so are control
+    characters on standard output; progress bars need them on standard error."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._name = stream, name
@@ -22,12 +35,13 @@ class DroppingStream:
         return getattr(self._stream, attribute)
 
     def write(self, text: str) -> int:
+        shown = text if self._name == "standard error" else "\n".join(map(one_line, text.split("\n")))
         try:
             try:
-                self._stream.write(text)
+                self._stream.write(shown)
             except UnicodeEncodeError:
                 encoding = self._stream.encoding
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError) as error:  # ValueError: it has been closed
             _note_loss(self._name, error)
         return len(text)

@@ -1,18 +1,31 @@
-"""Paths in configs and arguments that no shell has expanded: ~, $NAME and ${NAME}. Does not import torch."""
+"""Names of files and folders, and paths in configs and arguments that no shell has expanded: ~, $NAME and ${NAME}. Does
+not import torch.
+"""
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.output import complain
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\}|\()", re.ASCII)
+
+ODD = re.compile("[\n\0\ud800-\udfff]")
+"""Letters that no name has. Python stands lone surrogates for bytes that are not UTF-8."""
+
+
+def refuse_odd_name(name: str, what: str) -> None:
+    """A name of a file, of a member of a tar or of a class is Unicode text on one line; all else, such as U+202F in the
+    names of macOS' screenshots, is kept as it is. Raises UserError, whose text begins with `what`, for any other."""
+    if match := ODD.search(name):
+        fault = "has a line break or a NUL" if match[0] in "\n\0" else "is not UTF-8"
+        raise UserError(f"{what} {name!r} {fault}; rename it")
 
 
 def shell_expansion(text: str) -> str:
     """`text` with a leading ~ or ~USER and every $NAME or ${NAME} expanded. Raises UserError for a variable that is not
-    set or empty, an unknown user, and $(command), which is not run."""
+    set or empty, an unknown user, $(command), which is not run, and names that refuse_odd_name refuses."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] if match[2] is None else match[2]
@@ -25,14 +38,16 @@ def shell_expansion(text: str) -> str:
     home = os.path.expanduser(text)
     if home.startswith("~"):
         raise UserError(f"path {text!r}: no home folder of {text.split('/')[0]}; write ./{text} for a name with a ~")
-    return VARIABLE.sub(value, home)
+    result = VARIABLE.sub(value, home)
+    refuse_odd_name(result, "path")
+    return result
 
 
 def expanded(text: str) -> str:
     """shell_expansion, with a line on stderr, by rank 0, if it changes the text."""
     result = shell_expansion(text)
     if result != text and os.environ.get("RANK", "0") == "0":
-        print(f"note: {text} is {result}", file=sys.stderr, flush=True)
+        complain(f"note: {text} is {result}")
     return result
 
 

@@ -3,7 +3,6 @@
 Except `fail`, every rank calls each method at the same step.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +16,7 @@ from mf_dist.fault_tolerance.stop import MARGIN, Stop, StopAgreement
 from mf_dist.fault_tolerance.watchdog import Watchdog, process_group_timeout
 from mf_dist.runtime.distributed import Ranks, broadcast_int, local_peers
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.output import complain
 from mf_dist.training.engine import Engine
 from mf_dist.training.resume import measured_ema_decays
 
@@ -100,7 +100,7 @@ class Supervisor:
         self._failures += 1
         if problem:
             self.status.note(self.step, problem)
-            print(f"warning: {problem}; earlier checkpoints are untouched", file=sys.stderr, flush=True)
+            complain(f"warning: {problem}; earlier checkpoints are untouched")
         if self._failures >= MAX_FAILED_SAVES:
             reason = problem or "another rank failed to write"
             raise UserError(f"{self._failures} consecutive saves failed; the last one: {reason}")

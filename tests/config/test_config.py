@@ -63,7 +63,7 @@ WRONG = [
     (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
     (["train.seed=18446744073709551616"], r"train\.seed"),
     (["run_dir=null"], r"run_dir: expected a non-empty string"),
-    (["run_dir=a\nb"], r"run_dir: expected a non-empty string without line breaks, got 'a\\nb'"),
+    (["run_dir=a\nb"], r"run_dir: expected a non-empty string without line breaks, in UTF-8, got 'a\\nb'"),
     (["train.total_images=06400"], r"expected a whole number >= 1, got '06400' \(numbers are decimal, without leading"),
     (["train.total_images=0x1900"], "got '0x1900' .numbers are decimal"),
     (["train.total_images=0b11"], "got '0b11'"),

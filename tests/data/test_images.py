@@ -1,7 +1,6 @@
 """Listing, decoding and cropping images."""
 
 import io
-import os
 
 import numpy as np
 import pytest
@@ -123,17 +122,13 @@ def test_an_extreme_aspect_ratio_is_refused(tmp_path):
         load_image(tmp_path / "strip.jpg", 256)
 
 
-def test_hidden_folders_recursive_links_and_unprintable_names(tmp_path):
+def test_hidden_folders_and_recursive_links(tmp_path):
     for name in ("a", ".thumbs"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
     assert list_images(tmp_path / "images").paths == ["a/1.png"]
     (tmp_path / "images/a/up").symlink_to(tmp_path / "images")
     with pytest.raises(UserError, match=r"images/a/up' links back"):
-        list_images(tmp_path / "images")
-    (tmp_path / "images/a/up").unlink()
-    (tmp_path / "images/a" / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    with pytest.raises(UserError, match="not printable text"):
         list_images(tmp_path / "images")
 
 

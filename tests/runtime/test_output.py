@@ -1,6 +1,7 @@
 """Output that cannot be written does not end a program, and its exit code stays right."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -49,11 +50,33 @@ def test_the_first_loss_is_told_once_and_later_output_is_written(fresh, capsys):
     assert len(told) == 2 and capsys.readouterr().err == ""
 
 
+def test_control_characters_do_not_reach_a_terminal(fresh, capsys):
+    """Those of a name, on standard output and in complaints; progress bars use them on standard error."""
+    plain, stream = io.StringIO(), DroppingStream(io.StringIO(), "standard error")
+    print("runs/a\r\x1b[31m\x85\tb\nc\u202f", file=DroppingStream(plain, "standard output"))
+    assert plain.getvalue() == "runs/a\\x0d\\x1b[31m\\x85\\x09b\nc\u202f\n"
+    stream.write("\r50%\x1b[A")
+    assert stream.getvalue() == "\r50%\x1b[A"
+    output.complain("no run 'a\r\nb'")
+    assert capsys.readouterr().err == "no run 'a\\x0d\\x0ab'\n"
+
+
 def test_letters_that_the_encoding_lacks_are_escaped(fresh):
     stream = Broken()
     stream.works = True
     print("Größe", file=DroppingStream(stream, "standard output"))
     assert stream.getvalue() == "Gr\\xf6\\xdfe\n" and not output._lost
+
+
+def test_another_encoding_than_utf_8_is_refused_in_a_line():
+    """torch itself cannot be imported then."""
+    program = (
+        "from mf_dist.runtime.errors import command_line\n@command_line\ndef main(): return 1\nraise SystemExit(main())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    line = "error: Python reads files and their names as ascii here, not as UTF-8; set PYTHONUTF8=1\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,18 @@ def test_the_home_folder_and_variables_are_expanded_and_said(home, capsys):
     }.items():
         assert expanded(text) == path and str(expanded_path(text)) == path.replace("//", "/")
         assert capsys.readouterr().err == 2 * f"note: {text} is {path}\n"
-    for text in ("runs/x", "./~", "a~b", "runs/~/x", "cost$5", "a$", "owner/name", "efflite0", ""):
+    for text in (
+        "runs/x",
+        "./~",
+        "a~b",
+        "runs/~/x",
+        "cost$5",
+        "a$",
+        "owner/name",
+        "efflite0",
+        "",
+        "a\u202f\u3000\r\x1b",
+    ):
         assert expanded(text) == text
     assert capsys.readouterr().err == ""
 
@@ -48,6 +59,8 @@ def test_only_rank_0_says_it(home, capsys, monkeypatch):
         ("${SCRATCH:-y}", "the environment variable SCRATCH:-y is not set"),
         ("${}", "the environment variable  is not set"),
         ("runs/$(date)", "commands in a path are not run"),
+        ("runs/\udcff", r"path 'runs/\\udcff' is not UTF-8; rename it"),
+        ("${SCRATCH}/a\nb", "has a line break or a NUL; rename it"),
         ("~nobody-of-this-name/x", "no home folder of ~nobody-of-this-name; write ./~nobody-of-this-name/x for"),
     ],
 )
