@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,25 @@ from mf_dist.runtime.atomic_files import sha256_of
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, compute_precision
 
+CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of safetensors in which weights may be stored."""
+COUNT = "a whole number >= 1", lambda value: type(value) is int and value >= 1
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "scaling_factor": ("a number from 1e-6 to 1e6", lambda value: type(value) in (int, float) and 1e-6 <= value <= 1e6),
+    "in_channels": ("3", lambda value: value == 3),
+    "out_channels": ("3", lambda value: value == 3),
+    "latent_channels": COUNT,
+    "layers_per_block": COUNT,
+    "norm_num_groups": COUNT,
+    "block_out_channels": (
+        "a list of whole numbers >= 1",
+        lambda value: isinstance(value, list) and len(value) > 0 and all(type(n) is int and n >= 1 for n in value),
+    ),
+}
+"""Of a VAE's config: what a number must be."""
+BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
 DECODED_PIXELS = 50 * 256 * 256
 """Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them in fp32 (docs/gpu.md)."""
 
@@ -57,8 +74,6 @@ class Vae:
         if compiled:
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
-        if self.model.config.get("shift_factor"):
-            raise UserError(f"VAE {source!r} shifts its latents (shift_factor), which is not supported")
         config = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
         self.config_sha256 = hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()
         self.scaling_factor = float(self.model.config["scaling_factor"])
@@ -145,25 +160,56 @@ def _vae_folder(source: str) -> Path:
     return Path(os.path.dirname(paths[0]))
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of the error that began a chain of them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _check_config(path: Path) -> None:
+    """Raises UserError unless the config.json of a VAE describes one that `Vae` can use. What is missing has a default
+    in diffusers."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {str(path)!r}: {_reason(error)}; expected JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object, expected the config of an AutoencoderKL")
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{str(path)!r} is of class {config.get('_class_name')}, expected AutoencoderKL")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key):
+            raise UserError(
+                f"{str(path)!r} has {key}: a VAE whose latents are shifted or scaled by it is not supported"
+            )
+    for key, (expected, holds) in RULES.items():
+        if key in config and not holds(config[key]):
+            raise UserError(f"{str(path)!r}: {key} is {json.dumps(config[key])}, expected {expected}")
+    blocks = {len(config[key]) for key in BLOCKS if isinstance(config.get(key), list)}
+    if len(blocks) > 1:
+        raise UserError(f"{str(path)!r}: {', '.join(BLOCKS)} differ in length")
+
+
 def _load_autoencoder(folder: Path) -> Any:
     from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     from diffusers import AutoencoderKL
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    _check_config(folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  it is no dict
-        class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
         model, loading = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"cannot load the VAE in {str(folder)!r}: {str(error).strip().splitlines()[0]}") from None
-    if class_name != "AutoencoderKL" or loading["missing_keys"] or loading["unexpected_keys"]:
-        mismatch = [*loading["missing_keys"], *loading["unexpected_keys"], f"class {class_name}"][0]
-        raise UserError(f"the weights in {str(folder)!r} are not those of a complete AutoencoderKL: {mismatch}")
+    except Exception as error:  # diffusers' constructors raise any on numbers that do not fit together
+        raise UserError(f"cannot load the VAE in {str(folder)!r}: {_reason(error)}") from None
+    if mismatch := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+        raise UserError(f"the weights in {str(folder)!r} are not those of a complete AutoencoderKL: {mismatch[0]}")
     odd = [f"{name} has type {kind}, which holds no weights" for name, kind in stored.items() if kind not in DTYPES]
     odd += [f"{name} is not finite" for name, p in model.named_parameters() if not p.isfinite().all()]
     if odd:

@@ -74,9 +74,11 @@ class FolderNetwork(FeatureNetwork):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             self.name, self.resolution = str(config["name"]), int(config["resolution"])
+            if self.resolution < 1:
+                raise ValueError(f"its resolution is {self.resolution}")
             self.network = SmallClassifier(int(config["classes"]))
             self.sha256 = sha256_of(folder / WEIGHTS)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no feature network in {str(folder)!r} ({reason}); expected inception, inception-other, "

@@ -55,6 +55,13 @@ def test_refused_network_folders(tmp_path):
     config(name="inception")
     with pytest.raises(UserError, match="without the prefix inception"):
         FolderNetwork(copy, CPU)
+    for odd in (
+        *({"resolution": 0}, {"resolution": float("inf")}, {"resolution": None}),
+        *({"classes": -1}, {"classes": [10]}, {"classes": float("nan")}),
+    ):
+        config(**odd)
+        with pytest.raises(UserError, match="no feature network in"):
+            FolderNetwork(copy, CPU)
     config()
     tensors = read_state_dict(copy / "model.safetensors")
     save_file({**tensors, "classify.bias": tensors["classify.bias"] * np.nan}, copy / "model.safetensors")
