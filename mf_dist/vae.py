@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from mf_dist.runtime.precision import Precision, compute_precision
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LOCAL_FOLDERS = {
+    *("cache", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "dataset", "datasets", "exp"),
+    *("home", "local", "mnt", "model", "models", "opt", "out", "output", "outputs"),
+    *("pretrained", "results", "run", "runs", "scratch", "shared", "storage", "tmp", "vae"),
+    *("vaes", "weights", "work"),
+}
+"""Usual names of folders, which are taken for missing ones and not for owners on the hub."""
 DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of safetensors in which weights may be stored."""
 COUNT = "a whole number >= 1", lambda value: type(value) is int and value >= 1
@@ -136,28 +144,49 @@ class _InFp32(torch.nn.Module):
 
 
 def _vae_folder(source: str) -> Path:
-    """A local folder with config.json and weights; downloads both if `source` is a hub id."""
+    """A folder with config.json and weights: a local one, or, for a hub id, that in the hub's cache, where both are
+    downloaded if one is missing. No network is asked before that."""
     folder = Path(source)
     if folder.is_dir():
-        for name in ("config.json", WEIGHTS):
+        for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise UserError(f"VAE folder {source!r} has no {name}; save it with diffusers' save_pretrained")
         return folder
-    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
+    if not _is_hub_id(source):
         raise UserError(
             f"no VAE folder at {source!r}; working directory: {os.getcwd()} (a hub id has the form owner/name)"
         )
     import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
-        paths = [huggingface_hub.hf_hub_download(source, name) for name in ("config.json", WEIGHTS)]
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        paths = [huggingface_hub.try_to_load_from_cache(source, name) for name in (CONFIG, WEIGHTS)]
+        if not all(isinstance(path, str) for path in paths):
+            # asked once: a download tries an unreachable hub for half a minute, which is right for a busy one only
+            with suppress(huggingface_hub.errors.HfHubHTTPError):
+                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(source, CONFIG))
+            paths = [huggingface_hub.hf_hub_download(source, name) for name in (CONFIG, WEIGHTS)]
+    except Exception as error:  # of the hub, its HTTP client, the disk; ImportError where a proxy needs a package
         raise UserError(
-            f"cannot get VAE {source!r}: {reason} On a machine with network run `hf download {source} config.json"
-            f" {WEIGHTS} --local-dir FOLDER`, copy FOLDER to this machine and give its path"
+            f"no VAE folder at {source!r}, and none from the hub: {_reason(error)}. On a machine with network run "
+            f"`hf download {source} {CONFIG} {WEIGHTS} --local-dir FOLDER`, copy FOLDER here and give its path"
         ) from None
-    return Path(os.path.dirname(paths[0]))
+    return Path(str(paths[0])).parent
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether a source that is no folder is owner/name on the hub: in the hub's letters, where `owner` is neither a
+    folder here nor one of the usual names of folders."""
+    owner, slash, _ = source.partition("/")
+    if not slash or owner.lower() in LOCAL_FOLDERS or Path(owner).is_dir():
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:
