@@ -193,7 +193,9 @@ def test_sampling_one_class(runs, tmp_path):
     width, height = Image.open(out).size
     assert height == 66 and width > 8 * 64
     wrong = run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 10, expect=2)
-    assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9"]
+    assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9; --classes lists them"]
+    listed = run_python("tools/sample.py", "--checkpoint", root / "whole", "--classes")
+    assert listed.stdout.splitlines() == [f"class {number}: {number}" for number in range(10)]
 
 
 def test_an_exported_ema_is_sampled_like_its_run(runs, tmp_path):

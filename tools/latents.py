@@ -1,7 +1,7 @@
 """Checks and shows a dataset of latents.
 
 python tools/latents.py verify data/imagenet256           # every byte, count and value; exit 1 if anything is wrong
-python tools/latents.py stats data/imagenet256            # classes, channels, what was left out
+python tools/latents.py stats data/imagenet256            # classes by number, channels, what was left out
 python tools/latents.py show data/digits-latents --images data/digits --count 8 --out grid.png
                                                           # sources above, decoded latents below, PSNR
 """
@@ -59,6 +59,8 @@ def stats(args):
         f"VAE {vae['source']}, sha256 {vae['sha256'][:16]}..., scale {vae['scaling_factor']:g}, encoded in "
         f"{manifest['encode_precision']}"
     )
+    for number, name in enumerate(manifest["classes"]):
+        print(f"class {number}: {name}")
     for c, (mean, std) in enumerate(zip(manifest["channel_mean"], manifest["channel_std"], strict=True)):
         print(f"channel {c}: mean {mean:.4f}, std {std:.4f}, scaled std {std * vae['scaling_factor']:.4f}")
     for line in manifest["skipped"]:

@@ -2,6 +2,7 @@
 
 python tools/sample.py --class 3 --nfe 1 --out grid.png
 python tools/sample.py --checkpoint runs/digits --nfe 2 --seed 7 --out grid.png     # every class
+python tools/sample.py --classes                                                    # lists their numbers and names
 """
 
 import argparse
@@ -22,6 +23,9 @@ def main() -> None:
         "--checkpoint", type=expanded_path, help="run or checkpoint folder (default: the newest run under runs/)"
     )
     parser.add_argument("--class", type=int, action="append", dest="classes", help="class index; may be repeated")
+    parser.add_argument(
+        "--classes", action="store_true", dest="lists", help="list the classes: number and name, and stop"
+    )
     parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", help="decay of the EMA to sample from (default: the run's)")
@@ -40,13 +44,17 @@ def main() -> None:
     from mf_dist.sampling.generator import load_trained_model
 
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
+    if args.lists:
+        names = checkpoint.state.get("classes", [])
+        print("\n".join(f"class {number}: {name}" for number, name in enumerate(names)) or "without classes")
+        return
     refuse_inside([args.out], checkpoint.folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0))
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:
-        raise UserError(f"--class {wrong[0]} is not in 0..{known - 1}")
+        raise UserError(f"--class {wrong[0]} is not in 0..{known - 1}; --classes lists them")
     if warning := trained.generator.warning_of_few_steps(args.nfe):
         print(warning, file=sys.stderr)
     trained.generator.grid([args.nfe], args.seed, args.out, trained.class_names, args.classes)

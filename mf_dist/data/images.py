@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from mf_dist.runtime.errors import UserError
 
@@ -144,6 +144,13 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+def can_draw(text: str) -> bool:
+    """Whether the font of image_grid has every letter of a text: for others it draws an empty square."""
+    font = ImageFont.load_default()
+    squares = bytes(font.getmask("\uffff"))
+    return text.isprintable() and all(bytes(font.getmask(letter)) != squares for letter in text)
 
 
 def image_grid(images: Pixels, row_labels: list[str], heads: Sequence[str] = (), gap: int = 2) -> Image.Image:

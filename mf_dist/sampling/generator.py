@@ -19,7 +19,7 @@ from torch import Tensor
 from mf_dist.checkpoint.reader import Checkpoint
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config, ModelConfig
-from mf_dist.data.images import Pixels, image_grid
+from mf_dist.data.images import Pixels, can_draw, image_grid
 from mf_dist.models.dit import DiT
 from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
 from mf_dist.runtime import rng
@@ -117,8 +117,8 @@ class ImageGenerator:
         classes: list[int] | None = None,
         times: list[float] | None = None,
     ) -> None:
-        """Writes a labelled PNG: one row per class (at most ten by default), the numbers of steps side by side, always
-        with the same noise and classes. `times`: a grid of times instead of equal steps."""
+        """Writes a PNG: one row per class (at most ten by default), with its name or number, the numbers of
+        steps side by side, always with the same noise and classes. `times`: a grid of times instead of equal steps."""
         classes = self._grid_classes() if classes is None else classes
         columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
         noise, _ = self.draw(range(len(classes) * columns), "random", seed)
@@ -129,11 +129,17 @@ class ImageGenerator:
                 np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
             ]
         side_by_side = np.stack([group.reshape(len(classes), columns, *group.shape[1:]) for group in groups], axis=1)
-        row_labels = [names[c] if c < len(names) else str(c) if self.num_classes else "any" for c in classes]
+        row_labels = [self._row_label(c, names) for c in classes]
         column_labels = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in nfes]
         path.parent.mkdir(parents=True, exist_ok=True)
         column_labels = column_labels if len(nfes) > 1 else []
         image_grid(side_by_side.reshape(-1, *groups[0].shape[1:]), row_labels, column_labels).save(path)
+
+    def _row_label(self, number: int, names: list[str]) -> str:
+        """The name of a class, or its number if it has no name, or one that cannot be drawn."""
+        if not self.num_classes:
+            return "any"
+        return names[number] if number < len(names) and can_draw(names[number]) else str(number)
 
     def _grid_classes(self) -> list[int]:
         if self.num_classes == 1000:

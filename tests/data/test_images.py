@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mf_dist.data.image_folder import list_images
-from mf_dist.data.images import centre_crop, decode_image, image_grid, load_image
+from mf_dist.data.images import can_draw, centre_crop, decode_image, image_grid, load_image
 from mf_dist.runtime.errors import UserError
 
 
@@ -156,6 +156,14 @@ def test_truncated_image_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match=r"cut\.jpg"):
         load_image(path, 32)
+
+
+def test_letters_that_the_font_lacks_are_known():
+    """By the font's own table of letters: the default one has no more than ASCII."""
+    for text in ("n01440764", "golden retriever", "~3_a-b'c"):
+        assert can_draw(text)
+    for text in ("数字", "Größe", "caf\u00e9", "\U0001f469", "a\nb", "a\x1bb", "a\u00a0b"):
+        assert not can_draw(text)
 
 
 def test_grid_has_every_image_in_its_row():
