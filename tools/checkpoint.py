@@ -16,6 +16,7 @@ import os
 import sys
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded_path
 
@@ -74,7 +75,7 @@ def ls(args):
         size = sum(path.stat().st_size for path in folder.iterdir()) / 2**30
         emas = ", ".join(sorted(path.stem.removeprefix("ema-") for path in folder.glob("ema-*.safetensors")))
         name = "" if number_of(folder) == step else f"  in {folder.name}"
-        print(f"{step:10}{images:14,}{size:9.2f}  {emas}{name}")
+        print(f"{step:10}{images:14,}{three_digits(size):>9}  {emas}{name}")
     return 0
 
 

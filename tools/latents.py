@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.paths import expanded, expanded_path
 
 
@@ -49,7 +50,7 @@ def stats(args):
     vae = manifest["vae"]
     print(
         f"{manifest['count']:,} samples of {manifest['num_classes']} classes in {len(manifest['shards'])} shards, "
-        f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**30:.2f} GiB"
+        f"{three_digits(sum(shard['bytes'] for shard in manifest['shards']) / 2**30)} GiB"
     )
     print(
         f"latents ({manifest['latent_channels']}, {manifest['latent_size']}, {manifest['latent_size']}) of "

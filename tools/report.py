@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded_path
 
@@ -41,7 +42,7 @@ def main() -> None:
     for run in runs:
         refuse_inside([out], run / "checkpoints")
     write_report(runs, out)
-    print(f"{', '.join(map(str, runs))}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"{', '.join(map(str, runs))}: {out} ({three_digits(out.stat().st_size / 1e6)} MB)")
 
 
 if __name__ == "__main__":

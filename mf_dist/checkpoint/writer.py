@@ -23,6 +23,7 @@ from torch import Tensor
 from mf_dist.checkpoint.reader import DESCRIPTION, number_of, step_folder, step_folders
 from mf_dist.runtime.atomic_files import fsync, fsync_folder, write_json
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.output import complain
 
 CHUNK = 64 << 20
@@ -148,8 +149,8 @@ def check_free_space(root: Path, checkpoint_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{existing} has {free / 2**20:,.1f} MiB free, checkpoints need {needed / 2**20:,.1f} MiB: make room, or "
-            "choose another run_dir"
+            f"{existing} has {three_digits(free / 2**20)} MiB free, checkpoints need {three_digits(needed / 2**20)} "
+            "MiB: make room, or choose another run_dir"
         )
 
 

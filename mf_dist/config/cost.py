@@ -4,6 +4,7 @@ import yaml
 
 from mf_dist.config.loader import to_tree
 from mf_dist.config.schema import Config, ModelConfig
+from mf_dist.runtime.figures import three_digits
 
 SINUSOIDS = 256
 KEPT_PER_BLOCK = 18
@@ -150,8 +151,8 @@ def weak_scaling(config: Config) -> list[str]:
     assert rows is not None
     compute, kinds = compute_seconds(config, rows), list(sizes)
     lines = [
-        f"scaling         at {rows} rows per GPU and step, {compute * 1e3:.0f} ms of compute; "
-        + ", ".join(f"{kind} of {size / 1e9:.2f} GB" for kind, size in sizes.items()),
+        f"scaling         at {rows} rows per GPU and step, {three_digits(compute * 1e3)} ms of compute; "
+        + ", ".join(f"{kind} of {three_digits(size / 1e9)} GB" for kind, size in sizes.items()),
         f"                at an assumed {BUS_WITHIN / 1e9:.0f} GB/s per rank within a node, "
         f"{BUS_BETWEEN / 1e9:.0f} between nodes, latency not counted; exposed: what compute does not hide",
         f"                | nodes | GPUs | global batch | {kinds[0]} ms | {kinds[1]} ms | exposed ms | of linear |",
@@ -163,8 +164,8 @@ def weak_scaling(config: Config) -> list[str]:
         exposed = exposed_seconds(config, ranks, rows)
         share, batch = compute / (compute + exposed), rows * ranks
         lines.append(
-            f"                | {nodes} | {ranks} | {batch} | {reduce * 1e3:.1f} | {gather * 1e3:.1f} | "
-            f"{exposed * 1e3:.1f} | {share:.0%} |"
+            f"                | {nodes} | {ranks} | {batch} | {three_digits(reduce * 1e3)} | "
+            f"{three_digits(gather * 1e3)} | {three_digits(exposed * 1e3)} | {share:.0%} |"
         )
     return lines
 
@@ -187,18 +188,18 @@ def describe(config: Config, world_size: int) -> str:
         f"latent          ({model.latent_channels}, {model.latent_size}, {model.latent_size}), {tokens(model)} tokens, "
         f"{model.num_classes} classes",
         f"parameters      {count:,}",
-        f"forward         {flops / 1e9:,.2f} GFLOP per image (2 per multiply-add)",
-        f"step            {per_image:.2f} forwards per image, {per_image * flops * train.batch_size / 1e12:,.3f} TFLOP "
-        "(plain flow matching: 3)",
+        f"forward         {three_digits(flops / 1e9)} GFLOP per image (2 per multiply-add)",
+        f"step            {per_image:.2f} forwards per image, "
+        f"{three_digits(per_image * flops * train.batch_size / 1e12)} TFLOP (plain flow matching: 3)",
         f"batch           {train.batch_size} = {world_size} ranks x {train.micro_batch} x {accumulation} accumulation",
         f"run             {config.steps_left(0):,} steps, {per_image * flops * train.total_images:.2e} FLOP",
-        f"time            {run_hours(config, world_size):,.1f} hours at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
-        "per rank and the collective speeds below",
-        f"memory per rank {sum(memory.values()):,.2f} GiB: "
-        + ", ".join(f"{name} {size:,.2f}" for name, size in memory.items()),
-        f"checkpoint      {checkpoint_bytes(config) / 2**30:,.2f} GiB each (fp32 weights, two moments, EMAs)",
+        f"time            {three_digits(run_hours(config, world_size))} hours at an assumed "
+        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per rank and the collective speeds below",
+        f"memory per rank {three_digits(sum(memory.values()))} GiB: "
+        + ", ".join(f"{name} {three_digits(size)}" for name, size in memory.items()),
+        f"checkpoint      {three_digits(checkpoint_bytes(config) / 2**30)} GiB each (fp32 weights, two moments, EMAs)",
     ]
-    wire = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in payload(config, accumulation).items())
+    wire = ", ".join(f"{kind} {three_digits(size / 2**30)}" for kind, size in payload(config, accumulation).items())
     lines += [f"wire            {wire} GiB per step", *weak_scaling(config)]
     if remainder := config.remainder(0):
         lines.append(f"note: {remainder}")

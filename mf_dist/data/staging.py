@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.runtime.atomic_files import fsync, partial_path, sha256_of
+from mf_dist.runtime.figures import three_digits
 
 CHUNK = 16 << 20
 
@@ -70,7 +71,9 @@ def check_free_space(stage_dir: Path, manifest: dict[str, Any]) -> None:
     missing = [s for s in manifest["shards"] if not is_staged(staged_path(stage_dir, s), s)]
     needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(stage_dir).free
     if free < needed:
-        raise OSError(f"{stage_dir} has {free / 2**30:.1f} GiB free, the shards need {needed / 2**30:.1f}")
+        raise OSError(
+            f"{stage_dir} has {three_digits(free / 2**30)} GiB free, the shards need {three_digits(needed / 2**30)}"
+        )
 
 
 def is_staged(target: Path, shard: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from mf_dist.data.images import Pixels
 from mf_dist.evaluation.blocks import Blocks
 from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.figures import three_digits
 
 METRIC_SETTINGS = ("pr_real_images", "kid_subset_size", "kid_real_images")
 """Settings of single metrics."""
@@ -80,7 +81,7 @@ def table(entry: dict[str, Any]) -> str:
     """The entry as text: metrics, protocol, warnings."""
     lines = [f"  {name:28} {value:.6g}" for name, value in entry["metrics"].items()]
     lines += [f"  {key:28} {entry[key]}" for key in SHOWN if key in entry]
-    seconds = ", ".join(f"{stage.replace('_', ' ')} {taken:.1f}" for stage, taken in entry["seconds"].items())
+    seconds = ", ".join(f"{stage.replace('_', ' ')} {three_digits(taken)}" for stage, taken in entry["seconds"].items())
     lines.append(f"  {'seconds':28} {seconds}")
     return "\n".join(lines + [f"  warning: {text}" for text in entry["warnings"]])
 

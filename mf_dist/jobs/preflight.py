@@ -24,6 +24,7 @@ from typing import Any
 from mf_dist.config.schema import Config, load_config
 from mf_dist.runtime.atomic_files import write_json
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.paths import expanded_path
 from mf_dist.train import check
 
@@ -235,7 +236,8 @@ def _speed_lines(network: dict[str, dict[str, Any]]) -> list[str]:
         if speeds:
             slowest = min(speeds, key=lambda node: speeds[node]["gb_per_second"])
             speed, ranks = speeds[slowest]["gb_per_second"], speeds[slowest]["ranks"]
-            lines.append(f"all-reduce {scope}: {ranks} ranks, {speed:.2f} GB/s a rank on the slowest node, {slowest}")
+            rate = f"{three_digits(speed)} GB/s a rank"
+            lines.append(f"all-reduce {scope}: {ranks} ranks, {rate} on the slowest node, {slowest}")
     return lines
 
 

@@ -9,6 +9,7 @@ from mf_dist.fault_tolerance.status import NO_REASON
 from mf_dist.report.collect import Run, Table, number, table
 from mf_dist.report.curves import POINTS, tflops_per_image
 from mf_dist.report.standing import ago, current_entry, ends, is_alive, last_activity
+from mf_dist.runtime.figures import three_digits
 
 MAX_ROWS = 200
 """Rows of a table that grows with a run; the newest are kept."""
@@ -113,20 +114,20 @@ def _overview(run: Run) -> list[Row]:
 
 def _speed_and_memory(run: Run, lines: list[Table]) -> list[Row]:
     names = {
-        "images_per_second": ("Throughput, median", "{:,.0f} images/s"),
-        "data_wait_share": ("Waiting for data, median", "{:.1%}"),
+        "images_per_second": ("Throughput, median", lambda rate: f"{three_digits(rate)} images/s"),
+        "data_wait_share": ("Waiting for data, median", "{:.1%}".format),
     }
     rows: list[Row] = []
-    for key, (name, form) in names.items():
+    for key, (name, shown) in names.items():
         known = [line[key] for line in lines if key in line]
         if known:
-            rows.append([name, form.format(statistics.median(known))])
+            rows.append([name, shown(statistics.median(known))])
     if memory := [line["memory_gib"] for line in lines if "memory_gib" in line]:
-        rows.append(["Memory, peak of rank 0", f"{max(memory):.2f} GiB"])
+        rows.append(["Memory, peak of rank 0", f"{three_digits(max(memory))} GiB"])
     rate, speeds = tflops_per_image(run), [line["images_per_second"] for line in lines if "images_per_second" in line]
     if rate is not None and speeds:
         tflops = rate * statistics.median(speeds)
-        rows.append(["Model FLOP/s, median", f"{tflops:.3g} TFLOP/s per rank, from config and throughput"])
+        rows.append(["Model FLOP/s, median", f"{three_digits(tflops)} TFLOP/s per rank, from config and throughput"])
     return rows
 
 

@@ -14,6 +14,7 @@ from mf_dist.report.pictures import Selection, classes, grids, last_grids, neigh
 from mf_dist.report.results import compared, headline, measured
 from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.figures import three_digits
 
 HERE = Path(__file__).parent
 LIMIT = 9_900_000
@@ -29,7 +30,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     budget = (LIMIT - len(_encoded(_render(runs, [empty] * len(runs))))) // len(runs)
     page = _encoded(_render(runs, [_pictures(run, budget) for run in runs]))
     if len(page) > LIMIT:
-        raise UserError(f"a report of these {len(runs)} runs has {len(page) / 1e6:.1f} MB: give fewer runs")
+        raise UserError(f"a report of these {len(runs)} runs has {three_digits(len(page) / 1e6)} MB: give fewer runs")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda file: file.write(page))
 

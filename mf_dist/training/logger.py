@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mf_dist.config.loader import to_tree
 from mf_dist.config.schema import Config
+from mf_dist.runtime.figures import three_digits
 
 SHOWN = {
     "raw r=t": "raw_loss_r_equals_t",
@@ -58,7 +59,7 @@ class Logger:
         """The same for a measurement, as a separate line; `metrics` has step, samples_seen and evaluation_seconds."""
         self._write(metrics)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" in name)
-        pause = f"training waited {metrics['evaluation_seconds']:.1f} s for it"
+        pause = f"training waited {three_digits(metrics['evaluation_seconds'])} s for it"
         self.info(f"step {metrics['step']}/{self.total_steps} measured: {values}; {pause}")
 
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -112,7 +113,8 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
     raw = " ".join(f"{label} {m[key]:.3g}" for label, key in SHOWN.items() if m.get(key) is not None)
     return (
         f"step {m['step']}/{total_steps} {raw} "
-        f"{m['images_per_second']:.0f} img/s wait {m['data_wait_share']:.0%} mem {m['memory_gib']:.2f} GiB eta {eta}"
+        f"{three_digits(m['images_per_second'])} img/s wait {m['data_wait_share']:.0%} "
+        f"mem {three_digits(m['memory_gib'])} GiB eta {eta}"
     )
 
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, supported_activi
 
 from mf_dist.runtime.atomic_files import partial_path, write_atomic, write_json
 from mf_dist.runtime.distributed import Ranks
+from mf_dist.runtime.figures import three_digits
 from mf_dist.training.trace import as_text, summarize
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints log lines
@@ -67,7 +68,8 @@ class StepProfile:
             return f"warning: no profile of steps {step - self.steps + 1} to {step}: {reason}"
         finally:
             self._profiler = None  # and its events
-        return f"profiled steps {table['first_step']} to {step}, {table['ms']:.1f} ms each: {self.folder}/profile.txt"
+        ms = three_digits(table["ms"])
+        return f"profiled steps {table['first_step']} to {step}, {ms} ms each: {self.folder}/profile.txt"
 
     def _write(self, profiler: profile, step: int) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from mf_dist.fault_tolerance.stop import MARGIN, Stop, StopAgreement
 from mf_dist.fault_tolerance.watchdog import Watchdog, process_group_timeout
 from mf_dist.runtime.distributed import Ranks, broadcast_int, local_peers
 from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.output import complain
 from mf_dist.training.engine import Engine
 from mf_dist.training.resume import measured_ema_decays
@@ -65,8 +66,8 @@ class Supervisor:
             self._save_start = time.perf_counter()
             self.writer.begin(engine.state(), list(engine.kinds), state)
             gathering, waited = time.perf_counter() - self._save_start, self._save_start - start
-            before = f" after {waited:.2f} s for the previous save" if waited > 0.1 else ""
-            self._info(f"saving step {self.step}: training waited {gathering:.2f} s for it{before}")
+            before = f" after {three_digits(waited)} s for the previous save" if waited > 0.1 else ""
+            self._info(f"saving step {self.step}: training waited {three_digits(gathering)} s for it{before}")
             self.saved_step, self._saved_images, self._is_saving = self.step, state["samples_seen"], True
 
     def agree_at_step_boundary(self) -> Stop:
@@ -85,7 +86,7 @@ class Supervisor:
                 seconds = time.perf_counter() - self._save_start
                 self.stop_agreement.margin = MARGIN + 2 * seconds
                 self.status.checkpoint_committed(self.saved_step)
-                self._info(f"saved {self.writer.committed} in {seconds:.1f} s")
+                self._info(f"saved {self.writer.committed} in {three_digits(seconds)} s")
         return stop
 
     def finish_save(self) -> None:

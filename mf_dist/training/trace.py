@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mf_dist.runtime.figures import three_digits
+
 LARGEST = 20
 """Rows of a table."""
 HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
@@ -170,12 +172,12 @@ def as_text(table: dict[str, Any]) -> str:
     """The table, with `device` and `first_step`, for reading."""
     first, idle = table["first_step"], table["idle_share"]
     lines = [
-        f"{table['device']}, steps {first} to {first + table['steps'] - 1}: {table['ms']:.2f} ms per step while "
-        f"recorded" + ("" if idle is None else f", GPU idle {idle:.1%}")
+        f"{table['device']}, steps {first} to {first + table['steps'] - 1}: "
+        f"{three_digits(table['ms'])} ms per step while recorded" + ("" if idle is None else f", GPU idle {idle:.1%}")
     ]
     for key, title in {"classes": "by class", "costs": "the largest", "waits": "the host waits in"}.items():
         lines += ["", f"{'ms':>10}{'of step':>9}{'calls':>9}  {title}"]
         for row in table[key]:
-            of = f" ({row['class']})" if "class" in row else ""
-            lines.append(f"{row['ms']:10.3f}{row['share']:9.1%}{row['calls']:9.1f}  {row['name'][:140]}{of}")
+            of, ms = f" ({row['class']})" if "class" in row else "", three_digits(row["ms"])
+            lines.append(f"{ms:>10}{row['share']:9.1%}{row['calls']:9.1f}  {row['name'][:140]}{of}")
     return "\n".join(lines) + "\n"

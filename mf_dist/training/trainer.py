@@ -31,6 +31,7 @@ from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.output import when_output_is_lost
 from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import MASTER, Engine
@@ -169,7 +170,7 @@ class Trainer:
                 self._one_step(batches)
             if self.step == first_step:
                 seconds = time.perf_counter() - self.throughput.since
-                self._info(f"first step after {seconds:.1f} s: {self.engine.compiled()}")
+                self._info(f"first step after {three_digits(seconds)} s: {self.engine.compiled()}")
                 self.supervisor.watchdog.begin_regular_steps()
             stop = self.supervisor.agree_at_step_boundary()
             measures = not stop and self._is_due_or_last(config.eval.every_images)
@@ -334,6 +335,6 @@ class Trainer:
         advice += [] if engine.checkpoint_activations else ["engine.checkpoint_activations=true"]
         advice += [] if engine.zero_stage == 3 else [f"engine.zero_stage={engine.zero_stage + 1}"]
         return UserError(
-            f"out of GPU memory in step {self.step + 1}, peak {peak:.1f} GiB; try {', or '.join(advice)} "
+            f"out of GPU memory in step {self.step + 1}, peak {three_digits(peak)} GiB; try {', or '.join(advice)} "
             "(--dry-run estimates each)"
         )

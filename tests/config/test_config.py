@@ -414,7 +414,7 @@ def test_dry_run_prints_config_shapes_and_cost():
         "omega: 0.2",
         "(4, 32, 32), 256 tokens",
         "676,440,592",
-        "237.24 GFLOP",
+        "237 GFLOP",
         "1,200,960 steps",
         "4.75 forwards",
     ):

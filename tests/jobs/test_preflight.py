@@ -101,7 +101,7 @@ def test_network_results(tmp_path):
     write_node(tmp_path, "n3")
     bad, lines = judge(tmp_path, ["n1", "n2", "n3"])
     assert bad == {"n2": ["a wrong sum from the all-reduce within a node"], "n3": ["its ranks did not answer"]}
-    assert lines == ["all-reduce within a node: 8 ranks, 80.00 GB/s a rank on the slowest node, n2"]
+    assert lines == ["all-reduce within a node: 8 ranks, 80.0 GB/s a rank on the slowest node, n2"]
 
 
 def test_a_wrong_sum_over_all_nodes_blames_none_before_the_pairs(tmp_path):

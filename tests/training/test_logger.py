@@ -3,7 +3,7 @@
 import json
 
 from mf_dist.config.schema import load_config
-from mf_dist.training.logger import Logger
+from mf_dist.training.logger import Logger, _status_line
 
 LINE = {
     "loss": 1.0,
@@ -25,6 +25,7 @@ def test_later_and_damaged_lines_are_removed_on_resume(tmp_path, capsys):
     options = ["train.total_images=1050", "train.batch_size=10"]
     logger = Logger(load_config("configs/digits_cpu.yaml", options), tmp_path, step=20, samples_seen=995)
     logger.log({"step": 25, **LINE})
+    assert _status_line({"step": 25, **LINE, "images_per_second": 1.4449}, 25).count("1.44 img/s") == 1
     logger.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
     out = capsys.readouterr().out

@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.paths import expanded
 
 BATCH = 256
@@ -72,7 +73,7 @@ def bench_decode(args):
     median = {name: statistics.median(values) for name, values in seconds.items()}
     kib = sum(map(len, raw)) / len(raw) / 1024
     print(
-        f"decode and crop to {args.resolution} px: {1 / median['whole']:.0f} images/s per core, "
+        f"decode and crop to {args.resolution} px: {three_digits(1 / median['whole'])} images/s per core, "
         f"{1e3 * median['whole']:.2f} ms ({len(raw)} images of {kib:.0f} KiB)"
     )
     if len(forms) > 1:

@@ -17,6 +17,7 @@ from pathlib import Path
 from bench_measure import matmul_peak, now
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.paths import expanded, expanded_path
 
 
@@ -91,7 +92,8 @@ def report(name, vae, exact, pixels, seconds, flops, peak):
     rate = statistics.median(rates)
     a, b = vae.encode(pixels), exact.encode(pixels)
     print(
-        f"{name:16}{rate:9.1f} images/s ({rates[0]:.1f} to {rates[-1]:.1f}), {rate * flops / 1e12:.2f} TFLOP/s, "
+        f"{name:16}{three_digits(rate):>9} images/s ({three_digits(rates[0])} to {three_digits(rates[-1])}), "
+        f"{three_digits(rate * flops / 1e12)} TFLOP/s, "
         f"{rate * flops / peak:.0%} of a matrix product's {peak / 1e12:.2f}; "
         f"error {((a - b).norm() / b.norm()).item():.1e}"
     )

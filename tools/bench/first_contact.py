@@ -20,7 +20,7 @@ from mf_dist.runtime.paths import expanded_path
 
 TOLERANCE = 0.2
 """Largest relative difference from a prediction that is no miss."""
-SAVE_WAIT, FIRST_STEP = r"saving step \d+: training waited ([\d.]+) s", r"first step after ([\d.]+) s"
+SAVE_WAIT, FIRST_STEP = r"saving step \d+: training waited (\S+) s", r"first step after (\S+) s"
 """In what a training run prints."""
 
 
@@ -61,7 +61,7 @@ def facts_of_run(folder, log, against):
         text = log.read_text(encoding="utf-8")
         for key, pattern in {"save_wait_s": SAVE_WAIT, "first_step_s": FIRST_STEP}.items():
             found = re.findall(pattern, text)
-            facts |= {key: max(map(float, found))} if found else {}
+            facts |= {key: max(float(number.replace(",", "")) for number in found)} if found else {}
     if against:
         other = read_run(against, against.name).training[-1]
         loss = "raw_loss_r_equals_t"

@@ -11,6 +11,7 @@ import json
 import sys
 
 from mf_dist.runtime.errors import UserError, command_line
+from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.paths import expanded_path
 
 
@@ -64,7 +65,8 @@ def run_rows(name, run, nfes, real, flow):
     speed = log[-1]["samples_seen"] / seconds
     for nfe in nfes:
         _, (_, value) = result(run / "eval", nfe)
-        yield f"{name:15}{nfe:6}{seconds:8.0f}{speed:8.0f}{raw}{value:14.2f}{value / real:8.2f}{value / flow:8.2f}"
+        times = f"{three_digits(seconds):>8}{three_digits(speed):>8}"
+        yield f"{name:15}{nfe:6}{times}{raw}{value:14.2f}{value / real:8.2f}{value / flow:8.2f}"
 
 
 @command_line
