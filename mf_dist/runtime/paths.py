@@ -10,7 +10,6 @@ from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.output import complain
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\}|\()", re.ASCII)
-
 ODD = re.compile("[\n\0\ud800-\udfff]")
 """Letters that no name has. Python stands lone surrogates for bytes that are not UTF-8."""
 
@@ -25,7 +24,8 @@ def refuse_odd_name(name: str, what: str) -> None:
 
 def shell_expansion(text: str) -> str:
     """`text` with a leading ~ or ~USER and every $NAME or ${NAME} expanded. Raises UserError for a variable that is not
-    set or empty, an unknown user, $(command), which is not run, and names that refuse_odd_name refuses."""
+    set or empty, an unknown user, $(command), which is not run, a name that refuse_odd_name refuses, and one that ends
+    in a carriage return."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] if match[2] is None else match[2]
@@ -40,6 +40,8 @@ def shell_expansion(text: str) -> str:
         raise UserError(f"path {text!r}: no home folder of {text.split('/')[0]}; write ./{text} for a name with a ~")
     result = VARIABLE.sub(value, home)
     refuse_odd_name(result, "path")
+    if result.endswith("\r"):
+        raise UserError(f"path {result!r} ends in a carriage return: its script has Windows' line ends; remove them")
     return result
 
 

@@ -61,6 +61,7 @@ def test_only_rank_0_says_it(home, capsys, monkeypatch):
         ("runs/$(date)", "commands in a path are not run"),
         ("runs/\udcff", r"path 'runs/\\udcff' is not UTF-8; rename it"),
         ("${SCRATCH}/a\nb", "has a line break or a NUL; rename it"),
+        ("runs/x\r", "ends in a carriage return: its script has Windows' line ends; remove them"),
         ("~nobody-of-this-name/x", "no home folder of ~nobody-of-this-name; write ./~nobody-of-this-name/x for"),
     ],
 )
