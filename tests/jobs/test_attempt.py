@@ -113,7 +113,8 @@ def test_a_run_that_another_process_holds_is_waited_for(config):
 def test_the_command_answers_in_one_line(tiny_config, tmp_path):
     def attempt(*arguments):
         command = [sys.executable, "-m", "mf_dist.jobs.attempt", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+        env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
         return done.stdout.strip()
 
@@ -128,6 +129,8 @@ def test_the_command_answers_in_one_line(tiny_config, tmp_path):
     (tmp_path / "run/STOP").touch()
     assert attempt("begin", tiny_config) == f"stopped {tmp_path}/run/STOP exists; remove it to go on"
     assert attempt("begin", tmp_path / "gone.yaml").startswith("refused cannot read config")
+    odd = f"{tmp_path}/größe\x1b"
+    assert attempt("begin", tiny_config, f"run_dir={odd}") == f"go {odd}"  # not escaped, as for a terminal
 
 
 def test_a_run_that_another_job_holds_is_not_concluded(config):
