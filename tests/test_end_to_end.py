@@ -320,6 +320,19 @@ def test_unconditional_model_with_a_stale_build_lock(zygote, tiny_config, tmp_pa
 
 
 @pytest.mark.dist
+def test_settings_of_another_cluster_matter_to_several_processes_only(tiny_config, tmp_path):
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "ib0", "MASTER_ADDR": "node17.invalid", "MASTER_PORT": "1"}
+    env |= {"NCCL_SOCKET_IFNAME": "ib0", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "DS_ACCELERATOR": "cuda"}
+    train = ["-m", "mf_dist.train", tiny_config]
+    measure = ["tools/fid_eval.py", "--checkpoint", tmp_path / "run", "--nfe", 1, "--num-samples", 20]
+    for command in (train, measure):
+        run_python(*command, env=env)
+        refused = run_python(*command, env={**env, "RANK": "0", "WORLD_SIZE": "2"}, expect=2)
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith("error: GLOO_SOCKET_IFNAME is 'ib0': no interface ib0 with an address; ")
+
+
+@pytest.mark.dist
 def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
     options = ["engine.precision=bf16", "meanflow.share_r_equals_t=1", "meanflow.kappa=0", "train.total_images=32"]
     assert zygote.run(tmp_path / "log", [tiny_config, *options, "eval.nfe=3"]) == [0], (tmp_path / "log").read_text()

@@ -18,6 +18,16 @@ from mf_dist.runtime.rendezvous import meet
 
 DEVICE_FILES = Path("/dev")
 """Where a driver shows its GPUs as nvidia0, nvidia1, ..."""
+NETWORK_SETTINGS = (
+    "GLOO_SOCKET_IFNAME",
+    "GLOO_DEVICE_TRANSPORT",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_SOCKET_FAMILY",
+    "NCCL_NET",
+    "NCCL_NET_PLUGIN",
+    "NCCL_COMM_ID",
+)
+"""Variables with which a process group cannot be made on a machine that lacks what they name."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +77,61 @@ def check_host_name() -> None:
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return  # gloo then takes an interface of its own choice
-    if address.startswith("127."):
+        address = ""  # gloo then takes 127.0.0.1
+    if not address or address.startswith("127."):
         raise UserError(
-            f"{socket.gethostname()} resolves to {address}, which other nodes cannot reach: set GLOO_SOCKET_IFNAME to "
-            "the network interface between the nodes (in slurm/site.env), or correct /etc/hosts"
+            f"{socket.gethostname()} resolves to {address or 'no address'}, which other nodes cannot reach: set "
+            "GLOO_SOCKET_IFNAME to the network interface between the nodes (in slurm/site.env), or correct /etc/hosts"
         )
+
+
+def interface_problem(uses_nccl: bool) -> str:
+    """The variable that names a network interface which this machine does not have, or for gloo one without an address;
+    "" if none does. gloo takes names; NCCL prefixes, names after a leading =, and after ^ what to leave out."""
+    present = [name for _, name in socket.if_nameindex()]
+    problem = ""
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        try:
+            dist.ProcessGroupGloo.create_device(interface=name)
+        except RuntimeError:
+            problem = f"GLOO_SOCKET_IFNAME is {os.environ['GLOO_SOCKET_IFNAME']!r}: no interface {name} with an address"
+    text = os.environ.get("NCCL_SOCKET_IFNAME", "") if uses_nccl else ""
+    if listed := tuple(filter(None, text.lstrip("^=").split(","))):
+        named = [name in listed if "=" in text[:2] else name.startswith(listed) for name in present]
+        if all(named) if text.startswith("^") else not any(named):
+            problem = f"NCCL_SOCKET_IFNAME is {text!r}: no interface is left"
+    where = f"; {socket.gethostname()} has {', '.join(present)}. Set it to the one between the nodes, or unset it"
+    return problem and problem + where
+
+
+def _use_loopback() -> None:
+    """For one process, which needs no network: a name service, or settings for the network of another machine, must
+    not matter. NCCL reads settings from files too, which a variable overrides."""
+    for name in NETWORK_SETTINGS:
+        os.environ.pop(name, None)
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
 
 
 @contextmanager
 def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
-    a rank may wait for the others in one operation."""
+    a rank may wait for the others in one operation. Raises UserError if a variable names no usable network interface."""
     launched = rank_from_environment()
     rank, world_size, local_rank = launched
     device = choose_device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed uses the GPU of this number: not the local rank where each rank sees only its own
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it refuses one that differs
     if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
         check_host_name()
+    if world_size > 1:
+        if problem := interface_problem(uses_nccl=backend == "nccl"):
+            raise (SharedError if local_rank else UserError)(problem)  # a line of each machine
+    else:
+        _use_loopback()
     store = meet(launched, timeout) if world_size > 1 else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     yield Ranks(rank, world_size, device, local_rank)

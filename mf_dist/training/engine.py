@@ -31,8 +31,8 @@ from mf_dist.training.data_parallel import DataParallel, parameter_groups
 from mf_dist.training.gradient_guard import GradientGuard
 from mf_dist.training.optimizer import AdamWEma, ema_name
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
+# without it DeepSpeed warns where it finds no GPU; one that was set for another machine would end the run
+os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 with contextlib.redirect_stdout(io.StringIO()):  # without nvcc it lists the kernels of its own that it cannot build
     import deepspeed
