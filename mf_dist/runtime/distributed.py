@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mf_dist.runtime.errors import SharedError, UserError
 from mf_dist.runtime.launch import rank_from_environment
@@ -18,6 +19,7 @@ from mf_dist.runtime.rendezvous import meet
 
 DEVICE_FILES = Path("/dev")
 """Where a driver shows its GPUs as nvidia0, nvidia1, ..."""
+UNLIMITED = timedelta(days=3650)
 NETWORK_SETTINGS = (
     "GLOO_SOCKET_IFNAME",
     "GLOO_DEVICE_TRANSPORT",
@@ -36,6 +38,8 @@ class Ranks:
     world_size: int
     device: torch.device
     local_rank: int = 0
+    waiting: dist.ProcessGroup | None = None
+    """A group of all ranks on CPUs whose operations have no time limit; None for one process."""
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -114,10 +118,19 @@ def _use_loopback() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
 
 
+def _waiting_group(timeout: float) -> dist.ProcessGroup:
+    """A group for Ranks.waiting, whose ranks are connected within `timeout` seconds. A wait for a rank that dies ends:
+    its connection breaks."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    _set_pg_timeout(UNLIMITED, group)
+    return group
+
+
 @contextmanager
 def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Joins the launcher's process group, or makes one of a single process that opens no port. `timeout`: seconds that
-    a rank may wait for the others in one operation. Raises UserError if a variable names no usable network interface."""
+    one operation may take, from when all ranks are expected to call it; where they wait for each other's work, they use
+    Ranks.waiting. Raises UserError if a variable names no usable network interface."""
     launched = rank_from_environment()
     rank, world_size, local_rank = launched
     device = choose_device(local_rank)
@@ -134,7 +147,8 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
         _use_loopback()
     store = meet(launched, timeout) if world_size > 1 else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
-    yield Ranks(rank, world_size, device, local_rank)
+    waiting = _waiting_group(timeout) if world_size > 1 else None
+    yield Ranks(rank, world_size, device, local_rank, waiting)
     # not after an error: the other ranks would wait here for one that has exited
     dist.barrier()  # a rank that leaves early would break the connections of the others
     dist.destroy_process_group()
@@ -149,9 +163,10 @@ def broadcast_int(number: int, device: torch.device) -> int:
 
 @contextmanager
 def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
-    """For work that may fail on a single rank and contains no collective. At its end every rank waits for the others;
-    if any failed, all raise the error of the lowest failing rank as SharedError. An unexpected exception (neither
-    UserError nor OSError) is raised unchanged on its own rank. Otherwise ranks would wait for one that has exited."""
+    """For work that may fail on a single rank and contains no collective. At its end every rank waits for the others,
+    however long their work takes: that of rank 0 alone may take hours. If any failed, all raise the error of the lowest
+    failing rank as SharedError. An unexpected exception (neither UserError nor OSError) is raised unchanged on its own
+    rank. Otherwise ranks would wait for one that has exited."""
     if ranks.world_size == 1:
         yield
         return
@@ -164,8 +179,8 @@ def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except Exception as error:
         text, unexpected = f"{type(error).__name__}: {error}", error
-    failed = torch.tensor(ranks.world_size if text is None else ranks.rank, device=ranks.device)
-    dist.all_reduce(failed, dist.ReduceOp.MIN)
+    failed = torch.tensor(ranks.world_size if text is None else ranks.rank)
+    dist.all_reduce(failed, dist.ReduceOp.MIN, group=ranks.waiting)
     first = int(failed)
     if unexpected is not None:
         broadcast_text(first, text or "", ranks)

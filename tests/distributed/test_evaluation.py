@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +171,16 @@ def test_a_mistake_that_one_rank_finds_is_one_line_for_all(evaluate, zygote, con
         log = (tmp_path / f"{name}.log").read_text()
         (line,) = [line for line in log.splitlines() if "error" in line.lower()]
         assert re.match(f"error: .*{text}", line) and "Traceback" not in log, log
+
+
+def test_ranks_wait_for_work_without_a_limit(zygote, whole, exact, tmp_path):
+    """Rank 0's distance takes twice the time limit of a collective, in which a rank is not waited for longer."""
+    script, out = Path(__file__).with_name("worker_waiting.py"), tmp_path / "out"
+    command = ["--checkpoint", whole(1), "--nfe", 1, "--num-samples", COUNT, "--block", 4, "--out", out]
+    assert zygote.run(tmp_path / "log", command, 2, script=script) == [0, 0], (tmp_path / "log").read_text()
+    assert entries(out)[0]["metrics"] == exact[0]["metrics"]
+    assert zygote.run(tmp_path / "alone.log", ["alone"], 2, script=script)[0] == 1
+    assert "2000ms" in (tmp_path / "alone.log").read_text()
 
 
 def test_inception_is_that_of_torch_fidelity_and_of_pytorch_fid(tmp_path, monkeypatch):
