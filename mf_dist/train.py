@@ -28,6 +28,11 @@ def check(config: Config, world_size: int, needs_data: bool) -> Config:
     return resolved
 
 
+def _record_refusal(config: Config, error: UserError) -> None:
+    """For the launcher."""
+    Status(Path(config.run_dir)).refuse(str(error), has_begun=False)
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -51,7 +56,7 @@ def main() -> None:
         config = check(config, launched.world_size, needs_data=not args.dry_run)
     except UserError as error:
         if launched.rank == 0 and not args.dry_run:
-            Status(Path(config.run_dir)).refuse(str(error), has_begun=False)  # for the launcher
+            _record_refusal(config, error)
         raise
     if args.dry_run:
         print(describe(config, launched.world_size))
@@ -59,10 +64,21 @@ def main() -> None:
     record_signals()
     # torch and deepspeed are imported only once the config is valid
     from mf_dist.fault_tolerance.watchdog import process_group_timeout
-    from mf_dist.runtime.distributed import process_group
-    from mf_dist.training.trainer import Trainer
+    from mf_dist.runtime.compiler import require_compiler
+    from mf_dist.runtime.distributed import process_group, raise_on_all_ranks
 
     with process_group(process_group_timeout(config.train.hang_seconds)) as ranks:
+        if config.engine.compile:
+            try:
+                with raise_on_all_ranks(ranks):
+                    if ranks.is_local_rank_zero:
+                        require_compiler(ranks.device, "set engine.compile=false")
+            except UserError as error:
+                if ranks.is_rank_zero:
+                    _record_refusal(config, error)
+                raise
+        from mf_dist.training.trainer import Trainer  # deepspeed takes seconds
+
         Trainer(config, ranks, args.allow_config_change).run()
 
 

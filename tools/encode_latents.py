@@ -99,6 +99,7 @@ def main() -> None:
     import torch
 
     from mf_dist.data.encode import Encoding, Task, encode_images, precision_error
+    from mf_dist.runtime.compiler import require_compiler
     from mf_dist.runtime.distributed import choose_device
     from mf_dist.vae import Vae
 
@@ -106,6 +107,8 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # it affects a convolution's last bits, and the bytes of shards must not vary
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
+        require_compiler(device, "give --no-compile")
     vae = Vae(args.vae, device, precision=args.precision, compiled=compiled)
     encoding = Encoding(args.resolution, args.shard_size, args.batch, args.flip, args.max_bad_share)
     if args.verify:

@@ -290,9 +290,13 @@ def finish(args, entry, out):
 @reports_status
 def main() -> None:
     args = parse()
-    from mf_dist.runtime.distributed import process_group
+    from mf_dist.runtime.compiler import require_compiler
+    from mf_dist.runtime.distributed import process_group, raise_on_all_ranks
 
     with process_group() as ranks:
+        with raise_on_all_ranks(ranks):
+            if args.compile and ranks.is_local_rank_zero:
+                require_compiler(ranks.device, "leave out --compile")
         (measure_images if args.images else measure_model)(args, ranks)
 
 

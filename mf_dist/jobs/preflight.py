@@ -4,11 +4,11 @@
     srun torchrun ... -m mf_dist.jobs.preflight network --into DIR              # one per GPU: DIR/NODE.network.json
     python -m mf_dist.jobs.preflight judge --into DIR n1 n2       # good | bad NODES WHY | failed - WHY | refused - WHY
 
-node: versions, working GPUs, room for checkpoints and staged shards, readable shards. network: an all-reduce within
-each node, then over all nodes: its sum and its speed. If that fails, the launcher runs the network step on pairs of
-neighbours in the ring of nodes, in DIR/pairs/A+B: a node that fails with both neighbours is bad. Nodes write their
-results into a shared folder, so that a node without a result is detected too; judge compares them. A step that has not
-run is not judged.
+node: versions, working GPUs, a compiler, room for checkpoints and staged shards, readable shards. network: an
+all-reduce within each node, then over all nodes: its sum and its speed. If that fails, the launcher runs the network
+step on pairs of neighbours in the ring of nodes, in DIR/pairs/A+B: a node that fails with both neighbours is bad. Nodes
+write their results into a shared folder, so that a node without a result is detected too; judge compares them. A step
+that has not run is not judged.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def check_node(config: Config, gpus: int, ranks: int) -> dict[str, Any]:
         "GPUs": lambda: _check_gpus(gpus),
         "host name": _check_host_name,
         "shards": lambda: _check_shards(config),
+        "compiler": lambda: _check_compiler(config),
         "checkpoints": lambda: _check_disk(check(config, ranks, needs_data=False)),
         "staging": lambda: _check_scratch(config),
     }
@@ -86,6 +87,15 @@ def _check_host_name() -> None:
 
     if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
         check_host_name()
+
+
+def _check_compiler(config: Config) -> None:
+    """The first step of a run compiles, if it does, minutes after the start."""
+    from mf_dist.runtime.compiler import require_compiler
+    from mf_dist.runtime.distributed import choose_device
+
+    if config.engine.compile:
+        require_compiler(choose_device(0), "set engine.compile=false")
 
 
 def _check_shards(config: Config) -> None:

@@ -10,11 +10,8 @@ import io
 import logging
 import math
 import os
-import shutil
-import sysconfig
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,30 +99,12 @@ def _make_deterministic() -> None:
     inductor.deterministic = True
 
 
-def _check_compiler() -> None:
-    """Raises UserError without the compiler that torch.compile calls: g++ on a CPU; on a GPU, Triton builds its driver
-    by a C compiler and Python.h at the first launch."""
-    if not torch.cuda.is_available():
-        needed, names = "a C++ compiler on a CPU: install g++", (os.environ.get("CXX", "g++"), "g++", "clang++")
-    else:
-        needed, names = "a C compiler for Triton: install gcc", (os.environ.get("CC", "gcc"), "gcc", "clang")
-        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        if not header.is_file():
-            raise UserError(
-                f"engine.compile=true needs {header} for Triton: install the python headers (python3-dev), or set "
-                "engine.compile=false"
-            )
-    if not any(map(shutil.which, names)):
-        raise UserError(f"engine.compile=true needs {needed}, or set engine.compile=false")
-
-
 def _compile(loss: Loss, stage: int, is_bf16: bool, world_size: int) -> None:
     """Compiles in place. Shapes never change, so nothing is recompiled; compilation happens in the first step.
 
     One rank at stage 1 or 2: one graph. Several ranks: one for each block and one for the layers after them, since the
     backward of a graph returns all its gradients at its end, and none could be reduced earlier; what comes before the
     blocks is small. Only functions are compiled, not modules, whose hooks a graph cannot contain."""
-    _check_compiler()
     if is_bf16 and not torch.cuda.is_available():
         # in torch 2.13.0, C++ of two equal sums in bf16 (of two biases' gradients) that are fused does not compile
         torch._inductor.config.cpp.max_horizontal_fusion_size = 1

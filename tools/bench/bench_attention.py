@@ -36,8 +36,11 @@ def main() -> None:
         raise UserError("--rows, --heads, --size and --rounds must be at least 1")
     import torch
 
+    from mf_dist.runtime.compiler import require_compiler
+
     if not torch.cuda.is_available():
         raise UserError("the fused kernel runs on a CUDA GPU, and torch finds none")
+    require_compiler(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}")
     print(
         f"{'tokens':>8}{'plain ms':>10}{'fused ms':>10}{'ratio':>7}{'spread':>14}{'plain MiB':>11}{'fused MiB':>11}"

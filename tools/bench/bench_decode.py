@@ -91,10 +91,13 @@ def main() -> None:
         raise UserError("--width, --latent-size, --batch and --rounds must be at least 1")
     import torch
 
+    from mf_dist.runtime.compiler import require_compiler
     from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not args.eager:
+        require_compiler(device, "give --eager")
     torch.manual_seed(0)
     x = torch.randn(args.batch, 4, args.latent_size, args.latent_size)
     with tempfile.TemporaryDirectory() as folder:

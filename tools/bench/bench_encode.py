@@ -47,12 +47,15 @@ def main() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from mf_dist.runtime.compiler import require_compiler
     from mf_dist.vae import Vae
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     if not on_gpu:
         torch.set_num_threads(1)  # as tools/encode_latents.py does
+    if "compiled" in args.forms.split(","):
+        require_compiler(device, "give --forms eager")
     forms = {
         f"{precision}, {form}": Vae(args.vae, device, precision=precision, compiled=form == "compiled")
         for precision in args.precisions.split(",")

@@ -160,9 +160,13 @@ def main() -> None:
     launched = rank_from_environment()
     config = load_config(args.config, args.overrides)
     config = resolve(replace(config, data=replace(config.data, path="none")), None, launched.world_size)
-    from mf_dist.runtime.distributed import process_group
+    from mf_dist.runtime.compiler import require_compiler
+    from mf_dist.runtime.distributed import process_group, raise_on_all_ranks
 
     with process_group() as ranks:
+        with raise_on_all_ranks(ranks):
+            if config.engine.compile and ranks.is_local_rank_zero:
+                require_compiler(ranks.device, "set engine.compile=false")
         result = measure(config, ranks, args)
     if launched.rank == 0:
         print(json.dumps(result))

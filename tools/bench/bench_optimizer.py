@@ -82,9 +82,11 @@ def main() -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     import torch
 
+    from mf_dist.runtime.compiler import require_compiler
     from mf_dist.runtime.distributed import choose_device
 
     device = choose_device(0)
+    require_compiler(device)
     torch.set_num_threads(args.threads)
     with torch.no_grad():
         calls = forms(args.parameters, device)

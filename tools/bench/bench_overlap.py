@@ -209,6 +209,11 @@ def main():
     args = parse_args()
     if args.rank is not None:
         rank_main(args)
+    import torch
+
+    from mf_dist.runtime.compiler import require_compiler
+
+    require_compiler(torch.device("cpu"))
     result = measure_ready(args) if args.ready else measure_link(args)
     if args.ready:
         for form, shares in result.items():

@@ -252,9 +252,12 @@ def main() -> None:
     args = parse()
     import torch
 
+    from mf_dist.runtime.compiler import require_compiler
+
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 64  # every case is the same method to dynamo
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_compiler(device)
     cases = build_cases(args, device)
     check_same_loss(cases)
     result = report(cases, measure(cases, args.rounds), args, device)
