@@ -5,6 +5,7 @@ r = t rows, slot i has r = t where i % d < n; inside a micro-batch those rows co
 d, so its number of r = t rows is the same at whatever slot it begins: a run may change its batch size at any image.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +23,8 @@ from mf_dist.config.schema import Config
 from mf_dist.data.shards import LatentShards
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
+
+LAUNCHER_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 class Batch(NamedTuple):
@@ -78,20 +81,23 @@ class LatentStream(Dataset[Batch]):
         return int(self._orders[epoch][position])
 
 
-def _ignore_launcher_signals(worker: int) -> None:
-    """Lets a loader process end only on its parent's SIGTERM. A launcher that stops a run also signals the loader
-    processes; if one ended then, the trainer would fail before saving."""
+def _end_with_trainer(worker: int) -> None:
+    """Lets a loader process end only on the trainer's SIGTERM, or with the trainer. A launcher that stops a run also
+    signals the loader processes; if one ended then, the trainer would fail before saving."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
+    parent, trainer = os.getppid(), multiprocessing.parent_process()  # from python 3.14 on the parent is a fork server
+    assert trainer is not None
 
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+    def wait_for_trainer() -> None:
+        while os.getppid() == parent and trainer.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if received is not None and received.si_pid == trainer.pid:
+                break
         os._exit(0)
 
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+    threading.Thread(target=wait_for_trainer, daemon=True).start()
 
 
 def training_batches(
@@ -108,13 +114,19 @@ def training_batches(
         sampler=range(samples_seen + rank * micro_batch, end, world_size * micro_batch),
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_launcher_signals,
+        worker_init_fn=_end_with_trainer,
         generator=torch.Generator(),  # for the base seed, which the loader would draw from the global generator
     )
     try:
         if config.data.num_workers:
             torch.multiprocessing.Queue().close()  # raises here what would leave torch's iterator half built
-        yield from loader
+        # blocked in all processes that this starts: in loaders until they handle them, in a fork server for good
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, LAUNCHER_SIGNALS)
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield from batches
     except UserError as error:  # a loader process sends its traceback, whose last line is the error
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")

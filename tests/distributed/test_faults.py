@@ -3,6 +3,7 @@
 TORTURE=1 (make torture) runs every trial; otherwise a seeded sample.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -324,6 +325,45 @@ def test_a_signal_to_the_whole_group_spares_the_loaders(whole, config, tmp_path,
     assert status(run)["status"] == "stopped" and valid_steps(run)[-1] == status(run)["step"]
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(config).encode() in p.read_bytes()]
     assert not left, "loader processes outlived the run"
+
+
+def session(leader):
+    """Pids of the processes of a session that have not ended."""
+    pids = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, number = path.read_text().rsplit(")", 1)[1].split()[:4]
+            pids |= {int(path.parent.name)} if int(number) == leader and state != "Z" else set()
+    return pids
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_loaders_that_are_not_forked_end_with_the_trainer_only(config, tmp_path, method):
+    """From python 3.14 on a fork server is their parent. SIGTERM to all processes but the trainer, which goes on; then
+    kill -9 of the trainer."""
+    log = tmp_path / "log"
+    start = (
+        "import multiprocessing, sys, mf_dist.train as t; multiprocessing.set_start_method(sys.argv.pop(1)); t.main()"
+    )
+    command = [sys.executable, "-c", start, method, config, "data.num_workers=2", "train.total_images=160000"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=file, stderr=file, start_new_session=True)
+    while "step 3/" not in log.read_text() and process.poll() is None:
+        time.sleep(0.02)
+    others = session(process.pid) - {process.pid}
+    assert len(others) >= 2
+    for pid in others:
+        os.kill(pid, signal.SIGTERM)
+    step = int(log.read_text().rsplit("\nstep ", 1)[1].split("/")[0])
+    while f"step {step + 20}/" not in log.read_text():  # more than are loaded ahead
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while left := session(process.pid):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
+        time.sleep(0.1)
 
 
 def test_a_refused_start_is_in_the_status(config, tmp_path):
