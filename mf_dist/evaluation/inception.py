@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from mf_dist.evaluation.feature_network import FeatureNetwork, read_state_dict
 from mf_dist.runtime.atomic_files import sha256_of
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.torchvision_repair import repair_torchvision
 from mf_dist.runtime.weights import load_weights
 
 repair_torchvision()
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402
+try:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+except Exception as error:
+    raise import_error("torch_fidelity", "has the Inception network", error) from None
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Hash of torch-fidelity's weights file, which is also pytorch-fid's."""

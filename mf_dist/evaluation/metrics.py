@@ -24,13 +24,16 @@ from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_ranks
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.torchvision_repair import repair_torchvision
 
 repair_torchvision()
-from torch_fidelity.metric_isc import isc_features_to_metric  # noqa: E402
-from torch_fidelity.metric_kid import kid_features_to_metric  # noqa: E402
-from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
+try:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+except Exception as error:
+    raise import_error("torch_fidelity", "computes metrics", error) from None
 
 KINDS = ("fid", "sfid", "is", "pr", "kid")
 SPLITS, NEIGHBOURS, SUBSET = 10, 3, 1000

@@ -13,7 +13,7 @@ from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
 from mf_dist.report.pictures import Selection, classes, grids, last_grids, neighbours
 from mf_dist.report.results import compared, headline, measured
 from mf_dist.runtime.atomic_files import write_atomic
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.figures import three_digits
 
 HERE = Path(__file__).parent
@@ -97,6 +97,8 @@ def _package_file(name: str) -> Markup:
 
 
 def _plotly() -> Markup:
-    from plotly.offline import get_plotlyjs
-
+    try:
+        from plotly.offline import get_plotlyjs
+    except Exception as error:
+        raise import_error("plotly", "draws the curves", error) from None
     return Markup(get_plotlyjs())

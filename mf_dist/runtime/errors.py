@@ -25,6 +25,18 @@ class UnrecordedError(UserError):
     """A refusal that leaves status.json unchanged: rank 0 has recorded why, or another process holds the run."""
 
 
+def import_error(package: str, use: str, error: BaseException) -> UserError:
+    """For a package that cannot be imported, as where one that it imports in turn is broken; `use`: what needs it."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+    return UserError(
+        f"cannot import {package}, which {use} ({reason}): install requirements.txt again, with constraints.txt, or "
+        "uninstall the package that breaks"
+    )
+
+
 USER_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of a path that are the caller's mistake; any other is a disk fault, which may not occur again."""
 

@@ -5,11 +5,14 @@ import os
 import re
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from mf_dist.runtime.errors import UserError
 
+EXIT_SECONDS = 60.0
+"""How long the exit hooks of libraries may take."""
 RECEIVED_SIGNALS: list[signal.Signals] = []
 """Signals received since record_signals()."""
 
@@ -82,7 +85,13 @@ def _adopt_srun_variables() -> None:
 
 def exit_without_finalization(code: int) -> NoReturn:
     """Ends this process without Python's finalization: DeepSpeed keeps the process group and with it Gloo's threads,
-    and one that requests the interpreter lock during finalization aborts a run that succeeded."""
+    and one that requests the interpreter lock during finalization aborts a run that succeeded. A library's exit hook
+    may wait for a server: all of them together get EXIT_SECONDS."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    limit = threading.Timer(EXIT_SECONDS, os._exit, [code])
+    limit.daemon = True
+    limit.start()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

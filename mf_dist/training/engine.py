@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ from mf_dist.training.optimizer import AdamWEma, ema_name
 # without it DeepSpeed warns where it finds no GPU; one that was set for another machine would end the run
 os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+sys.modules.setdefault("apex", None)  # type: ignore[arg-type]  # DeepSpeed imports it, for nothing that is used here
 with contextlib.redirect_stdout(io.StringIO()):  # without nvcc it lists the kernels of its own that it cannot build
     import deepspeed
 from deepspeed.utils import (  # noqa: E402

@@ -3,7 +3,11 @@
 import json
 import secrets
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ SHOWN = {
     "|du/dt|": "du_dt_norm",
     "grad": "grad_norm",
 }
+WANDB_SECONDS = 100.0
+"""Limit of a call of W&B; longer than its own limits of a start."""
 
 
 class Logger:
@@ -40,7 +46,10 @@ class Logger:
             disable=not sys.stderr.isatty(),
             desc="train",
         )
-        self._wandb = None if config.log.wandb == "off" else _start_wandb(config, run_dir, self.info)
+        self._wandb_seconds = min(WANDB_SECONDS, config.train.hang_seconds / 2)  # before the watchdog ends the run
+        self._wandb = None
+        if config.log.wandb != "off":
+            self._wandb = _start_wandb(config, run_dir, self.info, self._wandb_seconds)
 
     def info(self, text: str) -> None:
         """Prints a line on stdout, above the progress bar."""
@@ -73,9 +82,7 @@ class Logger:
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
         def send(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Image(str(path))}, step=step)
+            run.log({name: _import_wandb().Image(str(path))}, step=step)
 
         self._to_wandb(send)
 
@@ -83,10 +90,10 @@ class Logger:
         if self._wandb is None:
             return
         try:
-            send(self._wandb)
-        except Exception as error:  # W&B must never end a run; metrics.jsonl is complete
+            _within(self._wandb_seconds, lambda: send(self._wandb))
+        except Exception as error:  # metrics.jsonl is complete
             self._wandb = None
-            self.info(f"warning: W&B stopped working ({error!r}); continuing without it, see {self._path}")
+            self.info(f"warning: W&B stopped working ({_first_line(error)}); continuing without it, see {self._path}")
 
     def close(self) -> None:
         self._bar.close()
@@ -118,13 +125,61 @@ def _status_line(m: dict[str, Any], total_steps: int) -> str:
     )
 
 
-def _start_wandb(config: Config, run_dir: Path, info: Callable[[str], None]) -> Any:
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`, in a thread of its own: what W&B does wrong must neither end the run nor keep it waiting.
+    Raises an Exception whatever it raises, such as SystemExit, and if it takes longer."""
+    outcome = Future[Any]()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+        except BaseException as error:
+            outcome.set_exception(RuntimeError(repr(error)))
+
+    threading.Thread(target=run, name="wandb", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise RuntimeError(f"no answer after {seconds:.0f} s") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _start_wandb(config: Config, run_dir: Path, info: Callable[[str], None], seconds: float) -> Any:
     """A W&B run, with the same id after every restart. Falls back to offline mode if the server is unreachable; None
-    if that fails too."""
+    if that fails too. `seconds`: limit of each attempt."""
+    try:
+        wandb = _within(seconds, _import_wandb)
+        options = _wandb_options(config, run_dir)
+    except Exception as error:
+        info(f"warning: W&B cannot be used ({_first_line(error)}); continuing without it")
+        return None
+    for mode in dict.fromkeys([config.log.wandb, "offline"]):
+        try:
+            return _within(seconds, partial(_init_wandb, wandb, mode, options))
+        except Exception as error:  # no network, no key, no disk
+            fallback = "logging W&B offline" if mode == "online" else "continuing without W&B"
+            info(f"warning: W&B {mode} does not start ({_first_line(error)}); {fallback}")
+            with suppress(Exception):
+                _within(seconds, wandb.teardown)  # its service still holds the id of the failed run
+    return None
+
+
+def _import_wandb() -> Any:
+    import wandb
+
+    return wandb
+
+
+def _wandb_options(config: Config, run_dir: Path) -> dict[str, Any]:
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    options: Any = {
+    return {
         "project": config.log.wandb_project,
         "name": run_dir.name,
         "id": id_file.read_text(encoding="utf-8").strip(),
@@ -132,16 +187,8 @@ def _start_wandb(config: Config, run_dir: Path, info: Callable[[str], None]) -> 
         "dir": str(run_dir),
         "config": to_tree(config),
     }
-    modes: Any = dict.fromkeys([config.log.wandb, "offline"])
-    import wandb
 
-    for mode in modes:
-        try:
-            settings = wandb.Settings(init_timeout=30, login_timeout=60, silent=True)
-            return wandb.init(**options, mode=mode, settings=settings)
-        except Exception as error:  # no network, no key, no disk: must not end the training run
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fallback = "logging W&B offline" if mode == "online" else "continuing without W&B"
-            info(f"warning: W&B {mode} does not start ({reason}); {fallback}")
-            wandb.teardown()  # its service still holds the id of the failed run
-    return None
+
+def _init_wandb(wandb: Any, mode: str, options: dict[str, Any]) -> Any:
+    settings = wandb.Settings(init_timeout=30, login_timeout=60, silent=True)
+    return wandb.init(**options, mode=mode, settings=settings)

@@ -296,7 +296,7 @@ class Trainer:
             from mf_dist.report.page import write_report
 
             write_report([self.run_dir], self.run_dir / "report.html")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             self.logger.info(f"warning: no report ({reason}); tools/report.py {self.run_dir} writes it")
 
