@@ -199,6 +199,9 @@ def describe(config: Config, world_size: int) -> str:
         + ", ".join(f"{name} {three_digits(size)}" for name, size in memory.items()),
         f"checkpoint      {three_digits(checkpoint_bytes(config) / 2**30)} GiB each (fp32 weights, two moments, EMAs)",
     ]
+    if len(config.objective.phases) > 1:
+        phases = (f"{p.name} from {p.begin:.1%}, {p.forwards:.2f} forwards" for p in config.objective.phases)
+        lines.append(f"phases          {'; '.join(phases)}")
     wire = ", ".join(f"{kind} {three_digits(size / 2**30)}" for kind, size in payload(config, accumulation).items())
     lines += [f"wire            {wire} GiB per step", *weak_scaling(config)]
     if remainder := config.remainder(0):

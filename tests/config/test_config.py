@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, repository_files
 
 from mf_dist.config.loader import from_tree, to_tree
-from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig
+from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
 from mf_dist.config.schema import Config, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
@@ -311,6 +311,31 @@ def test_presets_match_the_paper(name):
     )
     assert config.train.batch_size == 256
     assert (m.latent_size, m.latent_channels, m.num_classes) == (32, 4, 1000)
+
+
+def test_presets_of_other_targets_match_their_papers():
+    def preset(name):
+        config = load_config(str(ROOT / f"configs/imagenet256_{name}.yaml"), [])
+        return config, config.objective, config.steps_left(0)
+
+    config, boundary, _ = preset("xl2_boundary")
+    plain, guided, _ = preset("xl2")
+    assert boundary == dataclasses.replace(guided, tangent="boundary")
+    assert dataclasses.replace(config, run_dir=plain.run_dir, meanflow=guided) == plain
+    for size in ("b2", "xl2"):
+        config, objective, steps = preset(f"{size}_solution_flow")
+        assert objective == SolutionFlowConfig() and config.optim.beta2 == 0.99 and steps == 240 * 5004
+        # guidance 3 mixed with 1/4 of it and 3/4 of u(z, t, t | y)
+        assert (objective.omega, objective.kappa) == (0.25 * 3, 1 - 0.25)
+    for size, share, guidance, window in (
+        ("b2", Fraction(1, 4), (1.0, 0.5, 1.0), (0, 1_200_960)),
+        ("xl2", Fraction(1, 2), (0.2, 0.92, 0.75), (600_000, 1_000_000)),
+    ):
+        config, objective, steps = preset(f"{size}_alpha_flow")
+        assert objective.share_r_equals_t == share and steps == 1_200_960
+        assert (objective.omega, objective.kappa, objective.guidance_end) == guidance
+        assert (objective.window_start * steps, objective.window_end * steps) == pytest.approx(window, rel=1e-3)
+        assert config.model == preset(size)[0].model and config.optim == preset(size)[0].optim
 
 
 def test_wrong_command_line_fails_within_two_seconds_without_torch():

@@ -38,7 +38,9 @@ def main():
         g, scale = torch.Generator().manual_seed(1), 1.1 / config.model.hidden_size**0.5
         for p in net.parameters():  # at the model's initial weights most gradients are 0
             p.data.copy_(torch.randn(p.shape, generator=g) * (scale if p.ndim > 1 else 0.05))
-        engine = Engine(build_loss(net, config.objective), config, ranks)
+        loss = build_loss(net, config.objective)
+        loss.phase = config.objective.phase(0.5).name
+        engine = Engine(loss, config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
         inner = engine._engine
         vae_scale = shards.manifest["vae"]["scaling_factor"]

@@ -180,7 +180,7 @@ def poison(poisons):
     """Makes the loss, one gradient or the JVP's tangent not finite in the given steps."""
     train_micro_batch = mf_dist.training.trainer.Trainer._train_micro_batch
 
-    def poisoned(self, batch):
+    def poisoned(self, *inputs):
         where, loss = poisons.get(self.step + 1), self.engine._engine.module
         handles = []
         if where == "loss":
@@ -190,7 +190,7 @@ def poison(poisons):
         elif where == "tangent":
             divide = lambda m, i, out: out if not isinstance(out, tuple) else (out[0], out[1] / 0)  # noqa: E731
             handles.append(loss.net.register_forward_hook(divide))
-        sums = train_micro_batch(self, batch)
+        sums = train_micro_batch(self, *inputs)
         for handle in handles:
             handle.remove()
         return sums

@@ -1,0 +1,73 @@
+"""Objectives whose target changes over the run, in real processes: gradients of any ranks, and kills at a switch."""
+
+import numpy as np
+import pytest
+from processes import FULL, STEPS, assert_same_end, losses, valid_steps, write_config
+from test_ranks import one_step  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.dist
+SECTIONS = {
+    "solution_flow": "solution_flow: {share_start: 0.5, share_end: 0.5}",  # rounding errors are divided by the share
+    "alpha_flow": "alpha_flow: {kappa: 0.5}",
+}
+SWITCHES = {"discrete target": 10, "MeanFlow target": 23}
+"""Phase of alpha-Flow -> the first step that is in it: images 144 and 352 of 480, 16 a step."""
+
+
+def config_of(objective, root, latents, images):
+    path = write_config(root, objective, latents, images)
+    path.write_text(path.read_text().replace("meanflow: {kappa: 0.5}", SECTIONS[objective]))
+    return path
+
+
+@pytest.fixture(scope="module", params=SECTIONS)
+def reference(request, one_step, tmp_path_factory, latents, images):  # noqa: F811
+    """The gradient of one process in the middle of the run, where both have the discrete target."""
+    config = config_of(request.param, tmp_path_factory.mktemp("objectives"), latents, images)
+    return one_step(config, 1)[0], config
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(1, ["train.micro_batch=8"]), (2, []), (2, ["engine.zero_stage=2"]), (2, ["engine.zero_stage=3"])],
+    ids=["accumulation2", "ranks2", "zero2", "zero3"],
+)
+def test_gradients_are_those_of_one_process(one_step, reference, ranks, overrides):  # noqa: F811
+    exact, config = reference
+    other, *_ = one_step(config, ranks, *overrides)
+    assert np.linalg.norm(exact) > 0.01 and np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.fixture(scope="module")
+def whole_run(zygote, tmp_path_factory, latents, images):
+    root = tmp_path_factory.mktemp("alpha")
+    config = config_of("alpha_flow", root, latents, images)
+    assert zygote.run(root / "log", [config]) == [0], (root / "log").read_text()
+    return root / "alpha_flow", (root / "log").read_text()
+
+
+def test_each_phase_begins_once_at_its_step(whole_run):
+    _, log = whole_run
+    begins = [line for line in log.splitlines() if line.endswith("begins")]
+    assert begins == [f"step {step}, image {16 * (step - 1):,}: {name} begins" for name, step in SWITCHES.items()]
+
+
+@pytest.mark.parametrize("step", [s + d for s in SWITCHES.values() for d in ((-1, 0, 1) if FULL else (0,))])
+def test_kill_9_around_a_switch(zygote, whole_run, tmp_path, latents, images, step):
+    config, log = config_of("alpha_flow", tmp_path, latents, images), tmp_path / "log"
+    assert zygote.run(log, [config], 1, [{"do": "kill", "step": step}]) == [-9]
+    assert valid_steps(tmp_path / "alpha_flow")[-1] in (5 * ((step - 1) // 5), 5 * ((step - 1) // 5) - 5)
+    assert zygote.run(log, [config]) == [0], log.read_text()
+    assert_same_end(tmp_path / "alpha_flow", whole_run[0])
+
+
+def test_other_ranks_and_stages_after_a_switch(zygote, whole_run, tmp_path, latents, images):
+    config, log, run = config_of("alpha_flow", tmp_path, latents, images), tmp_path / "log", tmp_path / "alpha_flow"
+    for ranks, stage, stop in ((2, 1, 12), (1, 3, 25), (2, 2, None)):
+        faults = [{"do": "term", "step": stop}] if stop else []
+        codes = zygote.run(log, [config, f"engine.zero_stage={stage}"], ranks, faults)
+        assert set(codes) == {0}, log.read_text()
+    ours, theirs = losses(run), losses(whole_run[0])
+    assert len(ours) == len(theirs) == STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["raw_loss_r_below_t"] == pytest.approx(b["raw_loss_r_below_t"], rel=1e-4), a["step"]
