@@ -28,6 +28,7 @@ MODEL_ONLY = (
     "checkpoint",
     "nfe",
     "times",
+    "sampler",
     "num_samples",
     "labels",
     "seed",
@@ -51,6 +52,11 @@ def parse():
     add("--images", type=expanded, help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
+    add(
+        "--sampler",
+        choices=("meanflow", "restart"),
+        help="several steps along the path, or with fresh noise between them (default: the run's)",
+    )
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
     add("--seed", type=int, help="seed of noise and labels (default: the run's, 0)")
@@ -197,7 +203,7 @@ def load(args, ranks):
     if ranks.is_rank_zero:
         print(f"evaluating {checkpoint.folder}\nresults go to {args.out}", flush=True)
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
-    trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile)
+    trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile, args.sampler)
     defaults = ["features", "reference", "num_samples", "labels", "seed"]
     if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # other networks refuse them
         defaults.append("inception_weights")
@@ -227,7 +233,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
     protocol = {
         "nfe": nfe,
         "times": times,
-        "sampler": "euler" if generator.is_flow else "meanflow",
+        "sampler": generator.sampler,
         "labels": args.labels,
         "seed": args.seed,
         **made_by,

@@ -27,6 +27,11 @@ def main() -> None:
         "--classes", action="store_true", dest="lists", help="list the classes: number and name, and stop"
     )
     parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
+    parser.add_argument(
+        "--sampler",
+        choices=("meanflow", "restart"),
+        help="several steps along the path, or with fresh noise between them (default: the run's)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", help="decay of the EMA to sample from (default: the run's)")
     parser.add_argument(
@@ -50,7 +55,7 @@ def main() -> None:
         return
     refuse_inside([args.out], checkpoint.folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0))
+    trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0), sampler=args.sampler)
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:

@@ -92,6 +92,11 @@ class Objective(ABC):
         return self.share_r_equals_t == 1
 
     @property
+    def sampler(self) -> Literal["meanflow", "restart", "euler"]:
+        """How its network is sampled in several steps (objectives/sampler.py)."""
+        return "euler" if self.is_flow else "meanflow"
+
+    @property
     @abstractmethod
     def guided(self) -> bool:
         """Whether the target contains classifier-free guidance."""
@@ -201,6 +206,11 @@ class SolutionFlowConfig(Guided):
     adaptive_eps: Positive = 0.01
     """eps of the weight 1 / (m + eps)^p, where m is a mean over C, H, W."""
     adaptive_p: NotNegative = 1.0
+
+    @property
+    def sampler(self) -> Literal["meanflow", "restart", "euler"]:
+        """The paper's: fresh noise between the steps."""
+        return "euler" if self.is_flow else "restart"
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -160,6 +160,9 @@ class EvalConfig:
 
     nfe: Steps = (1, 2)
     """Network calls per image in measurements."""
+    sampler: Literal["meanflow", "restart"] | None = None
+    """In several steps: along the path, or with fresh noise between the steps; None: as the objective's paper does.
+    Has no effect on flow matching, which takes Euler steps."""
     grid_nfe: Steps = (1, 2, 4)
     """Network calls per image in the grids drawn during training, side by side."""
     num_samples: Count = 50_000
@@ -213,6 +216,11 @@ class Config:
             has = f"has {' and '.join(given)}" if given else "has none"
             raise UserError(f"the config {has}, expected exactly one objective: {', '.join(OBJECTIVES)}")
         return given[0]
+
+    @property
+    def sampler(self) -> Literal["meanflow", "restart", "euler"]:
+        """Name of the sampler of this run's network."""
+        return self.objective.sampler if self.objective.is_flow else self.eval.sampler or self.objective.sampler
 
     def progress(self, samples_seen: int) -> float:
         """In [0, 1]."""

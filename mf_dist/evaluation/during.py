@@ -70,7 +70,7 @@ class TrainingEvaluation:
             value, seconds = self._distance(generator, nfe)
             if value is not None:
                 values[f"{self.name}/nfe{nfe}/ema{decay}"] = value
-                entry = self._entry(value, nfe, decay, step, generator.is_flow, seconds)
+                entry = self._entry(value, nfe, decay, step, generator.sampler, seconds)
                 entry["samples_seen"] = samples_seen
                 try:
                     record(entry, Path(self.config.run_dir) / "eval")
@@ -100,14 +100,14 @@ class TrainingEvaluation:
         return value, {**generator.seconds, **seconds}
 
     def _entry(
-        self, value: float, nfe: int, decay: float, step: int, is_flow: bool, seconds: dict[str, float]
+        self, value: float, nfe: int, decay: float, step: int, sampler: str, seconds: dict[str, float]
     ) -> dict[str, Any]:
         settings, count = self.config.eval, self.config.eval.training_samples
         return {
             "metrics": {self.name: value},
             "in_training": True,
             "nfe": nfe,
-            "sampler": "euler" if is_flow else "meanflow",
+            "sampler": sampler,
             "labels": settings.labels,
             "seed": settings.training_seed,
             "ema": str(decay),

@@ -39,8 +39,11 @@ def train_draws(seed: int, slot: int, draws: Mapping[str, tuple[str, tuple[int, 
     return drawn, bool(g.random() < 0.5)
 
 
-def sample_draw(seed: int, index: int, shape: tuple[int, int, int], num_classes: int) -> tuple[Floats, int]:
-    """Noise and uniformly random label of generated sample `index` (label 0 without classes)."""
+def sample_draw(
+    seed: int, index: int, shape: tuple[int, int, int], num_classes: int, count: int = 1
+) -> tuple[Floats, int]:
+    """Noises (count, *shape) and uniformly random label of generated sample `index` (label 0 without classes). The
+    first noises do not depend on their count."""
     g = generator(seed, Purpose.SAMPLE, index)
     label = int(g.integers(max(1, num_classes)))
-    return g.standard_normal(shape, dtype=np.float32), label
+    return g.standard_normal((count, *shape), dtype=np.float32), label

@@ -7,9 +7,9 @@ of samples.
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, can_draw, image_grid
 from mf_dist.models.dit import DiT
-from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
+from mf_dist.objectives.sampler import SAMPLERS, uniform_grid
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, compute_precision, single_cpu_thread
@@ -73,17 +73,16 @@ class ImageGenerator:
         self.resolution = model.latent_size * vae.reduction
         """Side of an image."""
         self.num_classes = model.num_classes
-        self.is_flow = config.objective.is_flow
-        self._sample = sample_euler if self.is_flow else sample_meanflow
+        self.is_flow, self.sampler = config.objective.is_flow, config.sampler
         self.seconds: dict[str, float] = defaultdict(float)
         """Time spent in sampling and in decoding."""
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
-        """noise (B, C, S, S), labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
+        """noise (k, B, C, S, S) as from `draw`, labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
         start = time.perf_counter()
         with compute_precision(self.precision, self.device):
-            x = self._sample(self.net, noise.to(self.device), labels.to(self.device), times)
+            x = SAMPLERS[self.sampler](self.net, noise.to(self.device), labels.to(self.device), times)
         if not x.isfinite().all():  # also synchronises with the GPU
             raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
         sampled = time.perf_counter()
@@ -102,11 +101,13 @@ class ImageGenerator:
             f"step{'s' * (nfe > 1)} are {shown}; use --nfe 25 or more, or a run with r < t"
         )
 
-    def draw(self, indices: range, labels: str, seed: int) -> tuple[Tensor, Tensor]:
-        """Noise (B, C, S, S) and labels (B,) of the samples `indices`; `labels` is 'random' or 'balanced'."""
-        draws = [rng.sample_draw(seed, i, self.shape, self.num_classes) for i in indices]
+    def draw(self, indices: range, labels: str, seed: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Noise (k, B, C, S, S), k = 1 unless the sampler takes new noise in each of `steps`, and labels (B,) of the
+        samples `indices`; `labels` is 'random' or 'balanced'."""
+        count = steps if self.sampler == "restart" else 1
+        draws = [rng.sample_draw(seed, i, self.shape, self.num_classes, count) for i in indices]
         y = [label for _, label in draws] if labels == "random" else [i % max(1, self.num_classes) for i in indices]
-        return torch.from_numpy(np.stack([noise for noise, _ in draws])), torch.tensor(y)
+        return torch.from_numpy(np.stack([noise for noise, _ in draws], axis=1)), torch.tensor(y)
 
     def grid(
         self,
@@ -121,9 +122,9 @@ class ImageGenerator:
         steps side by side, always with the same noise and classes. `times`: a grid of times instead of equal steps."""
         classes = self._grid_classes() if classes is None else classes
         columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
-        noise, _ = self.draw(range(len(classes) * columns), "random", seed)
+        noise, _ = self.draw(range(len(classes) * columns), "random", seed, max(len(times or []) - 1, *nfes))
         y = torch.tensor(classes).repeat_interleave(columns)
-        batches = list(zip(noise.split(GRID_BATCH), y.split(GRID_BATCH), strict=True))
+        batches = list(zip(noise.split(GRID_BATCH, dim=1), y.split(GRID_BATCH), strict=True))
         with single_cpu_thread(self.device):
             groups = [
                 np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
@@ -164,11 +165,11 @@ class Samples:
             "resolution": generator.resolution,
             "vae_sha256": generator.vae.sha256,
             "precision": generator.precision,
-            "euler": generator.is_flow,
+            "sampler": generator.sampler,
         }
 
     def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
-        noise, labels = self.generator.draw(range(first, last), *self._draw)
+        noise, labels = self.generator.draw(range(first, last), *self._draw, len(self.times) - 1)
         return self.generator(noise, labels, self.times), labels.numpy()
 
 
@@ -190,13 +191,16 @@ def load_trained_model(
     device: torch.device,
     precision: Precision = "fp32",
     compiles: bool = False,
+    sampler: Literal["meanflow", "restart"] | None = None,
 ) -> TrainedModel:
-    """The EMA network of a checkpoint and the VAE of its latents. Raises UserError if one is missing."""
+    """The EMA network of a checkpoint and the VAE of its latents; sampler: in place of the run's. Raises UserError if
+    one is missing."""
     state = checkpoint.state
     for key in ("config", "vae", "classes"):
         if key not in state:
             raise UserError(f"{checkpoint.folder}/state.json has no {key!r}: not a checkpoint of this program")
     config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
+    config = replace(config, eval=replace(config.eval, sampler=sampler or config.eval.sampler))
     decays = checkpoint.ema_decays()
     wanted = ema_decay or str(config.optim.ema_decay[0])
     if wanted not in decays:

@@ -7,7 +7,7 @@ from oracles import Closed, GaussianData, point_mass
 
 from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.objectives.meanflow import meanflow_loss, meanflow_target
-from mf_dist.objectives.sampler import sample_euler, sample_meanflow, uniform_grid
+from mf_dist.objectives.sampler import sample_average, sample_euler, sample_restart, uniform_grid
 
 PLAIN = MeanFlowConfig(omega=1.0, kappa=0.0)
 
@@ -67,8 +67,21 @@ def test_wrong_sign_or_tangent_violates_the_identity(wrong):
 def test_sampling_a_gaussian_is_exact_in_any_number_of_steps(nfe):
     data = GaussianData(s=0.5)
     z = torch.randn(4, 2, 3, 3, dtype=torch.float64)
-    x = sample_meanflow(Closed(data.u), z, torch.zeros(4), uniform_grid(nfe))
+    x = sample_average(Closed(data.u), z[None], torch.zeros(4), uniform_grid(nfe))
     torch.testing.assert_close(x, data.s * z, atol=1e-12, rtol=1e-12)
+
+
+def test_fresh_noise_between_steps_gives_the_same_law():
+    """Each call gives a sample of the data exactly; what is left of the first noise is what the path keeps of x."""
+    data = GaussianData(s=0.5)
+    noise = torch.randn(2, 4000, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = sample_restart(Closed(data.u), noise, torch.zeros(4000), [1.0, 0.5, 0.0])
+    assert x.std().item() == pytest.approx(data.s, rel=0.02)
+    t, first = torch.tensor(0.5, dtype=torch.float64), data.s * noise[0]
+    expected = data.s / data.sigma(t) * (0.5 * first + 0.5 * noise[1])
+    torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-12)
+    one = sample_restart(Closed(data.u), noise[:1], torch.zeros(4000), [1.0, 0.0])
+    torch.testing.assert_close(one, first, atol=1e-12, rtol=1e-12)
 
 
 def test_euler_steps_converge_at_first_order():
@@ -81,7 +94,7 @@ def test_euler_steps_converge_at_first_order():
             return data.velocity(z, t)
 
     errors = [
-        (sample_euler(Velocity(), z, torch.zeros(4), uniform_grid(n)) - data.s * z).abs().max() for n in (50, 100)
+        (sample_euler(Velocity(), z[None], torch.zeros(4), uniform_grid(n)) - data.s * z).abs().max() for n in (50, 100)
     ]
     assert 1.8 < errors[0] / errors[1] < 2.2
 

@@ -33,7 +33,7 @@ def test_neighbours_seeds_and_purposes_are_independent():
         rng.train_draws(5, 7, DRAWS)[0]["e"],
         rng.train_draws(5, 8, DRAWS)[0]["e"],
         rng.train_draws(6, 7, DRAWS)[0]["e"],
-        rng.sample_draw(5, 7, SHAPE, 10)[0],
+        rng.sample_draw(5, 7, SHAPE, 10)[0][0],
         rng.train_draws(5, 7, DRAWS)[0]["posterior_noise"],
     ]
     correlation = np.corrcoef([d.ravel() for d in draws]) - np.eye(len(draws))

@@ -123,7 +123,7 @@ def draw(args):
     for folder in CONFIGURATIONS:
         checkpoint = find_checkpoint(args.out / f"{folder}-0")
         generator = load_trained_model(checkpoint, None, None, torch.device("cpu")).generator
-        noise, labels = generator.draw(range(generator.num_classes), "balanced", 0)
+        noise, labels = generator.draw(range(generator.num_classes), "balanced", 0, 4)
         rows += [generator(noise, labels, uniform_grid(k)) for k in (1, 4)]
     names = [name for name, *_ in CONFIGURATIONS.values()]
     image_grid(np.concatenate(rows), names, ["1 step", "4 steps"]).save(args.out / "ablation.png")
