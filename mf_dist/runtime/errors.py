@@ -64,6 +64,7 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
                 raise UserError(
                     f"Python reads files and their names as {encoding} here, not as UTF-8; set PYTHONUTF8=1"
                 )
+            _make_cache_folder()
             return main() or 0
         except UserError as error:
             _print_error(str(error), is_shared=isinstance(error, SharedError))
@@ -78,6 +79,18 @@ def command_line(main: Callable[[], int | None]) -> Callable[[], int]:
             return 130
 
     return run
+
+
+def _make_cache_folder() -> None:
+    """torch makes it once it is imported, also where nothing is compiled."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TORCHINDUCTOR_CACHE_DIR is {folder!r}: {error.strerror}; set it to a folder that can be made, or unset it"
+        ) from None
 
 
 def _print_error(text: str, is_shared: bool = False) -> None:

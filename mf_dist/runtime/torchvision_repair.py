@@ -18,6 +18,8 @@ def repair_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # of a disk
+            raise
         is_for_cuda = "torchvision::nms" in str(error) and torch.version.cuda is None and not _libraries
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -7,7 +7,7 @@ import torch
 from conftest import VAE, run_python
 
 from mf_dist.runtime import compiler
-from mf_dist.runtime.errors import UserError
+from mf_dist.runtime.errors import UserError, command_line
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,16 @@ def test_missing_python_headers_are_named(monkeypatch, tmp_path, device):
     assert compiler._missing(torch.device(device)) == ""
 
 
+def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path, capsys):
+    """torch makes it as it is imported, in any program."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/x"))
+    assert command_line(lambda: None)() == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: TORCHINDUCTOR_CACHE_DIR is '{tmp_path}/file/x': Not a directory; "
+    )
+
+
 @pytest.mark.dist
 def test_compiling_is_tried_before_the_work(tmp_path):
     """With a compiler that does not find a header, one that is none, and a cache folder in which nothing can be
@@ -60,11 +70,7 @@ def test_compiling_is_tried_before_the_work(tmp_path):
     for command, variables, reason in (
         (encode, {"CXX": str(no_header)}, "Python.h): install the python headers (python3-dev), or give --no-compile"),
         (evaluate, {"CXX": "/bin/false"}, "install g++, or correct CXX, which is '/bin/false', or leave out --compile"),
-        (
-            evaluate,
-            {"TORCHINDUCTOR_CACHE_DIR": str(no_header)},
-            f"{no_header}'): set TORCHINDUCTOR_CACHE_DIR and TMPDIR",
-        ),
+        (evaluate, {"TORCHINDUCTOR_CACHE_DIR": "/proc"}, "set TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders where"),
     ):
         done = run_python(*command, "--compile", env={**os.environ, **cache, **variables}, expect=2)
         (line,) = done.stderr.splitlines()
