@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VAE
+from conftest import VAE
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 

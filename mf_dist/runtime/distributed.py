@@ -154,6 +154,12 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def wait_for_all(ranks: Ranks) -> None:
+    """Returns once every rank has come here, however long the work takes that it does before."""
+    if ranks.waiting is not None:
+        dist.all_reduce(torch.zeros(1), group=ranks.waiting)
+
+
 def broadcast_int(number: int, device: torch.device) -> int:
     """Rank 0's integer, on every rank."""
     tensor = torch.tensor(number, device=device)

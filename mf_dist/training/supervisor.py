@@ -14,7 +14,7 @@ from mf_dist.config.schema import Config
 from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import MARGIN, Stop, StopAgreement
 from mf_dist.fault_tolerance.watchdog import Watchdog, process_group_timeout
-from mf_dist.runtime.distributed import Ranks, broadcast_int, local_peers
+from mf_dist.runtime.distributed import Ranks, broadcast_int, local_peers, wait_for_all
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.output import complain
@@ -60,6 +60,7 @@ class Supervisor:
             start = time.perf_counter()
             self.finish_save()
             problem = self.writer.prepare(self.step) if self.ranks.is_rank_zero else None
+            wait_for_all(self.ranks)
             if broadcast_int(int(problem is not None), self.ranks.device):
                 self._note_failure(problem)
                 return

@@ -28,7 +28,7 @@ from mf_dist.fault_tolerance.status import Status
 from mf_dist.fault_tolerance.stop import Stop
 from mf_dist.objectives.base import Sums
 from mf_dist.objectives.build import build_loss
-from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text
+from mf_dist.runtime.distributed import Ranks, broadcast_int, broadcast_text, wait_for_all
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UnrecordedError, UserError, is_disk_fault
 from mf_dist.runtime.figures import three_digits
@@ -129,6 +129,7 @@ class Trainer:
                 error = caught
             except OSError as caught:
                 error = caught if is_disk_fault(caught) else UserError(f"{caught.filename}: {caught.strerror}")
+        wait_for_all(self.ranks)
         if broadcast_int(int(error is not None), self.ranks.device):
             raise error or UnrecordedError("rank 0 refuses to start, see its message")
         if name := broadcast_text(0, newest.folder.name if newest else "", self.ranks):
@@ -285,7 +286,7 @@ class Trainer:
         """Draws, measures or writes a profile. Every rank takes part; training waits."""
         with self.throughput.pausing(), self.supervisor.watchdog.extended_limit():
             show(self.engine, self.step, self.logger if self.ranks.is_rank_zero else None)
-            broadcast_int(0, self.ranks.device)  # all ranks leave extended_limit together, after rank 0
+            wait_for_all(self.ranks)  # all leave extended_limit together, after rank 0
 
     def _report(self) -> None:
         """Writes report.html after everything is saved. An error here is only a warning: it must not hide why a run

@@ -173,12 +173,18 @@ def test_a_mistake_that_one_rank_finds_is_one_line_for_all(evaluate, zygote, con
         assert re.match(f"error: .*{text}", line) and "Traceback" not in log, log
 
 
-def test_ranks_wait_for_work_without_a_limit(zygote, whole, exact, tmp_path):
-    """Rank 0's distance takes twice the time limit of a collective, in which a rank is not waited for longer."""
+def test_ranks_wait_for_work_without_a_limit(zygote, whole, exact, config, tmp_path):
+    """Rank 0's distance, its search for a checkpoint and its drawing take twice the time limit of a collective, in
+    which a rank is not waited for longer."""
     script, out = Path(__file__).with_name("worker_waiting.py"), tmp_path / "out"
     command = ["--checkpoint", whole(1), "--nfe", 1, "--num-samples", COUNT, "--block", 4, "--out", out]
     assert zygote.run(tmp_path / "log", command, 2, script=script) == [0, 0], (tmp_path / "log").read_text()
     assert entries(out)[0]["metrics"] == exact[0]["metrics"]
+    training = ["train", config, "train.total_images=32", "log.sample_every_images=32"]
+    assert zygote.run(tmp_path / "train.log", training, 2, script=script) == [0, 0], (
+        tmp_path / "train.log"
+    ).read_text()
+    assert list((tmp_path / "run/samples").glob("*.png"))
     assert zygote.run(tmp_path / "alone.log", ["alone"], 2, script=script)[0] == 1
     assert "2000ms" in (tmp_path / "alone.log").read_text()
 
