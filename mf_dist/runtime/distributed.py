@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mf_dist.runtime.errors import SharedError, UserError
 from mf_dist.runtime.launch import rank_from_environment
@@ -122,8 +121,8 @@ def _waiting_group(timeout: float) -> dist.ProcessGroup:
     """A group for Ranks.waiting, whose ranks are connected within `timeout` seconds. A wait for a rank that dies ends:
     its connection breaks."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    _set_pg_timeout(UNLIMITED, group)
-    return group
+    group._get_backend(torch.device("cpu"))._set_default_timeout(UNLIMITED)  # type: ignore[attr-defined]
+    return group  # type: ignore[no-any-return]
 
 
 @contextmanager
