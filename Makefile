@@ -8,8 +8,9 @@ PY := .venv/bin/python
 IMAGES ?= 76_800
 FLOW_IMAGES ?= 121_600
 MIN_SVC ?= 0.95
-# two processes of one thread each: the tests are too short to benefit from torch's threads
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# two processes of one thread each: the tests are too short to benefit from torch's threads. malloc keeps large blocks
+# instead of returning them to the system at every layer, to be cleared again: up to half of the time of networks' tests
+TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
 .PHONY: install demo test test-dist test-slurm test-slurm-ci test-simcuda test-gpu torture check format clean

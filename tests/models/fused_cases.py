@@ -13,7 +13,7 @@ if not HAS_GPU:
 from mf_dist.models import fused_attention as fused  # noqa: E402
 from mf_dist.models.attention import attention_with_tangent  # noqa: E402
 
-HEADS, ROWS = 3, 2
+HEADS, ROWS = 2, 2
 
 
 def plain(qkv, dqkv):
@@ -39,6 +39,6 @@ def errors(size, tokens, dtype, score_factor=1.0):
 # tl.dot of triton 3.9's interpreter is wrong in bf16: without a GPU fp16 is tested instead
 for dtype in (torch.float32, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16):
     for size in (24, 64, 72, 80, 96, 128):
-        for tokens in (1, 37, 130):
+        for tokens in (1, 37, 130 if size in (72, 128) else 97):  # the last block in part
             print(json.dumps([str(dtype), f"size {size}, {tokens} tokens", *errors(size, tokens, dtype)]))
 print(json.dumps(["large scores", "scores of several hundred", *errors(64, 70, torch.float32, score_factor=40.0)]))

@@ -168,15 +168,15 @@ def test_encode_bench_counts_the_convolutions(tmp_path):
 
 
 def test_degradation_increases_the_distance(tmp_path):
-    """Twelve pieces of each of the two photographs that scikit-learn ships; digits are farther still."""
+    """Eight pieces of each of the two photographs that scikit-learn ships; digits are farther still."""
     from sklearn.datasets import load_sample_images
 
     for name, image in zip("ab", load_sample_images().images, strict=True):
-        for i in range(12):
+        for i in range(8):
             y, x = divmod(i, 4)
             piece = image[y * 140 : y * 140 + 140, x * 160 : x * 160 + 140]
             Image.fromarray(piece).save(tmp_path / f"{name}{i:02d}.png")
-    digits = write_digits(tmp_path.with_name("digits"), 12)
+    digits = write_digits(tmp_path.with_name("digits"), 8)
     done = run_python(
         "tools/bench/bench_degradations.py",
         "--images",
