@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
+from statistics import NormalDist
 from typing import ClassVar, Literal, NamedTuple
 
 from mf_dist.config.fields import NotNegative, Positive, RowShare, Share
@@ -168,6 +169,9 @@ class MeanFlowConfig(GuidedInInterval):
     tangent: Literal["guided", "boundary"] = "guided"
     """Direction of the Jacobian-vector product: the guided velocity v_g, or u(z, t, t | y), the boundary condition of
     iMF (arXiv 2512.02012); without kappa it costs one more forward on the r < t rows."""
+    gap_weight: Literal["uniform", "progress"] = "uniform"
+    """progress: rows with a small t - r weigh more at the begin of the run, linearly less until all weigh the same at
+    its end (arXiv 2511.19065)."""
     adaptive_eps: Positive = 0.01
     """eps of the weight 1 / (s + eps)^p; the paper's text says 1e-3, the authors' code 0.01."""
     adaptive_p: NotNegative = 1.0
@@ -179,6 +183,19 @@ class MeanFlowConfig(GuidedInInterval):
         needs_velocity = self.tangent == "boundary" and not (self.guided and self.kappa)
         boundary = self.below if needs_velocity else 0
         return (Phase("", 0.0, 3 + self.guidance_forwards + boundary + 2 * self.below),)
+
+    def schedule(self, progress: float) -> float:
+        """How much the weight of r < t rows depends on t - r."""
+        return 1 - progress
+
+    @property
+    def mean_gap(self) -> float:
+        """E[t - r] of r < t rows: the mean distance of two draws is 2 times the integral of F (1 - F), here by the
+        midpoint rule."""
+        count, normal = 10_000, NormalDist(self.time_mean, self.time_std)
+        points = ((i + 0.5) / count for i in range(count))
+        below = (normal.cdf(math.log(x / (1 - x))) for x in points)
+        return 2 * sum(f * (1 - f) for f in below) / count
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mf_dist.objectives.guidance import drop_labels, guided_velocity, guiding_ve
 from mf_dist.objectives.network import Net
 from mf_dist.objectives.path import path, per_row
 from mf_dist.objectives.times import sample_times
-from mf_dist.objectives.weighting import adaptive
+from mf_dist.objectives.weighting import adaptive, gap_weight
 
 
 def velocity_in_interval(
@@ -54,9 +54,19 @@ def meanflow_target(
 
 
 def meanflow_loss(
-    net: Net, x: Tensor, e: Tensor, r: Tensor, t: Tensor, y: Tensor, n_eq: int, null_label: int, recipe: MeanFlowConfig
+    net: Net,
+    x: Tensor,
+    e: Tensor,
+    r: Tensor,
+    t: Tensor,
+    y: Tensor,
+    n_eq: int,
+    null_label: int,
+    recipe: MeanFlowConfig,
+    weight_lt: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
-    """x, e (B, C, S, S) and r, t (B,) in fp32, y (B,) with dropped labels; rows :n_eq have r = t."""
+    """x, e (B, C, S, S) and r, t (B,) in fp32, y (B,) with dropped labels; rows :n_eq have r = t. weight_lt: of the
+    r < t rows (B - n_eq,); None: 1."""
     z, v = path(x, e, t)
     with torch.no_grad():
         u_null, v_lt, du_dt = meanflow_target(net, z, v, r, t, y, n_eq, null_label, recipe)
@@ -70,6 +80,8 @@ def meanflow_loss(
     u_tgt = torch.cat([v_eq, v_lt - per_row(t - r)[n_eq:] * du_dt])
     s = (u - u_tgt).square().sum(dim=(1, 2, 3))
     weighted = adaptive(s, recipe.adaptive_eps, recipe.adaptive_p)
+    if weight_lt is not None:
+        weighted = torch.cat([weighted[:n_eq], weight_lt * weighted[n_eq:]])
     return weighted.mean(), meanflow_sums(s, weighted, u, v, du_dt, n_eq)
 
 
@@ -91,10 +103,13 @@ def meanflow_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tens
 class MeanFlowLoss(Loss):
     def __init__(self, net: DiT, recipe: MeanFlowConfig) -> None:
         super().__init__(net, recipe)
-        self.recipe = recipe
+        self.recipe, self.mean_gap = recipe, recipe.mean_gap
 
     def forward(self, x: Tensor, y: Tensor, draws: dict[str, Tensor], schedule: Tensor) -> tuple[Tensor, Sums]:
         recipe, n_eq = self.recipe, self.num_r_equals_t(len(x))
         r, t = sample_times(draws["time_normals"], n_eq, recipe.time_mean, recipe.time_std)
         y = drop_labels(y, draws["drop_uniforms"], n_eq, recipe.label_drop, self.null_label)
-        return meanflow_loss(self.net, x, draws["e"], r, t, y, n_eq, self.null_label, recipe)
+        weight = None
+        if recipe.gap_weight == "progress":
+            weight = gap_weight((t - r)[n_eq:], schedule, self.mean_gap)
+        return meanflow_loss(self.net, x, draws["e"], r, t, y, n_eq, self.null_label, recipe, weight)

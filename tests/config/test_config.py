@@ -293,6 +293,7 @@ def test_presets_match_the_paper(name):
         del rest[varied]
     assert rest == {
         "tangent": "guided",
+        "gap_weight": "uniform",
         "share_r_equals_t": Fraction(3, 4),
         "time_mean": -0.4,
         "time_std": 1.0,

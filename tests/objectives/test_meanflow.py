@@ -92,6 +92,38 @@ def test_r_equals_t_regresses_on_the_guided_velocity_for_any_net():
     torch.testing.assert_close(sums["raw_loss_r_equals_t"][0].double(), s, atol=1e-3, rtol=1e-5)
 
 
+def test_weight_by_gap_applies_to_rows_with_r_below_t():
+    """At the begin each such row's loss is multiplied by (1 - (t - r)) / (1 - E[t - r]); at the end by 1."""
+    recipe = dataclasses.replace(RECIPES["kappa"], gap_weight="progress", label_drop=0)
+    uniform = dataclasses.replace(recipe, gap_weight="uniform")
+    g = torch.Generator().manual_seed(3)
+    x, e = torch.randn(2, 8, 3, 4, 4, generator=g, dtype=torch.float64)
+    draws = {
+        "e": e,
+        "time_normals": torch.randn(8, 2, generator=g, dtype=torch.float64),
+        "drop_uniforms": torch.ones(8),
+    }
+    y, times = torch.zeros(8, dtype=torch.int64), draws["time_normals"]
+    draw = torch.sigmoid(-0.4 + times[6:])
+    gap = draw.amax(dim=1) - draw.amin(dim=1)
+
+    def loss(recipe, s):
+        return MeanFlowLoss(small_dit(), recipe)(x, y, draws, torch.tensor(s, dtype=torch.float64))[0]
+
+    rows = full_batch_rows(small_dit(), x, e, *(torch.cat([t, o]) for t, o in _times(times)), y, NULL, uniform)[1]
+    expected = rows.clone()
+    expected[6:] *= (1 - gap) / (1 - recipe.mean_gap)
+    torch.testing.assert_close(loss(recipe, 1.0), expected.mean(), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(loss(recipe, 0.0), loss(uniform, 0.0), atol=0, rtol=0)
+    torch.testing.assert_close(loss(uniform, 0.3), rows.mean(), atol=1e-10, rtol=1e-10)
+
+
+def _times(normals):
+    """r and t of six r = t rows and two others, each in two parts."""
+    t, r = (torch.sigmoid(-0.4 + normals)).sort(dim=1, descending=True)[0].unbind(1)
+    return (t[:6], r[6:]), (t[:6], t[6:])
+
+
 def test_target_keeps_no_graph():
     """As many bytes are saved for backward as by plain flow matching."""
     net = small_dit()

@@ -10,6 +10,7 @@ from mf_dist.objectives.guidance import drop_labels
 from mf_dist.objectives.meanflow import velocity_in_interval
 from mf_dist.objectives.path import path
 from mf_dist.objectives.times import sample_times
+from mf_dist.objectives.weighting import gap_weight
 
 N = 200_000
 
@@ -66,6 +67,20 @@ def test_kappa_zero_is_the_classical_form():
     t, y = torch.rand(5), torch.zeros(5, dtype=torch.int64)
     v_g = velocity_in_interval(v, None, u_null, t, y, 4, MeanFlowConfig(omega=3.0))
     torch.testing.assert_close(v_g, u_null + 3.0 * (v - u_null))
+
+
+def test_weight_by_gap_has_mean_1_at_the_begin_and_is_1_at_the_end():
+    recipe = MeanFlowConfig(time_mean=-0.4, time_std=1.0, gap_weight="progress")
+    r, t = sample_times(normals(), 0, recipe.time_mean, recipe.time_std)
+    assert (t - r).mean().item() == pytest.approx(recipe.mean_gap, rel=8e-3)
+    weights = gap_weight(t - r, torch.tensor(recipe.schedule(0.0)), recipe.mean_gap)
+    assert weights.mean().item() == pytest.approx(1, rel=3e-3)
+    small, large = (t - r) < 0.1, (t - r) > 0.5
+    assert weights[small].min() > 1.1 > 0.8 > weights[large].max() > 0
+    torch.testing.assert_close(
+        gap_weight(t - r, torch.tensor(0.5), recipe.mean_gap), (1 + weights) / 2, atol=1e-12, rtol=0
+    )
+    assert (gap_weight(t - r, torch.tensor(recipe.schedule(1.0)), recipe.mean_gap) == 1).all()
 
 
 def test_path_runs_from_data_to_noise_at_constant_velocity():
