@@ -88,13 +88,22 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None = None
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor,
+        tangent: Tangent | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """z (B, C, S, S), r and t (B,) with 0 <= r <= t <= 1, y (B,) in [0, num_classes], num_classes = null.
 
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
-        The layers compute in the dtype of the weights, or in tangent_dtype; u and du have the dtype of z."""
-        x, c, dx, dc = self.embed(z, r, t, y, tangent)
+        The layers compute in `dtype`; None: in that of the weights, or with a tangent in tangent_dtype. u and du have
+        the dtype of z."""
+        of_tangent = None if tangent is None else self.tangent_dtype
+        dtype = dtype or of_tangent or self.patch_in.weight.dtype
+        x, c, dx, dc = self.embed(z, r, t, y, tangent, dtype)
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, dx = checkpoint(block, x, c, dx, dc, use_reentrant=False)
@@ -104,13 +113,10 @@ class DiT(nn.Module):
         return u.to(z.dtype) if du is None else (u.to(z.dtype), du.to(z.dtype))
 
     def embed(
-        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, tangent: Tangent | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Before the blocks: tokens x (B, N, D), condition c (B, D), and their tangents."""
         dz, dr, dt = tangent if tangent is not None else (None, None, None)
-        dtype = self.patch_in.weight.dtype
-        if tangent is not None and self.tangent_dtype is not None:
-            dtype = self.tangent_dtype
         x, dx = self.patch_in(self._patchify(z).to(dtype), None if dz is None else self._patchify(dz).to(dtype))
         x = x + self.positions.to(dtype)
         c, dc = self._condition(r, t, y, dr, dt, dtype)

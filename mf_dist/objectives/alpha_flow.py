@@ -15,33 +15,12 @@ from torch import Tensor
 from mf_dist.config.objectives import AlphaFlowConfig
 from mf_dist.models.dit import DiT
 from mf_dist.objectives.base import Loss, Sums
-from mf_dist.objectives.discrete import discrete_target
+from mf_dist.objectives.discrete import discrete_target, with_value
 from mf_dist.objectives.guidance import guided_velocity, guiding_velocities
 from mf_dist.objectives.meanflow import meanflow_sums
-from mf_dist.objectives.network import Net
 from mf_dist.objectives.path import path, per_row
 from mf_dist.objectives.times import sample_times
 from mf_dist.objectives.weighting import adaptive
-
-
-def alpha_flow_target(
-    net: Net,
-    z: Tensor,
-    v_g: Tensor,
-    r: Tensor,
-    t: Tensor,
-    y: Tensor,
-    phase: str,
-    share: Tensor,
-    recipe: AlphaFlowConfig,
-) -> tuple[Tensor, Tensor | None]:
-    """u_tgt on rows with r < t, and du/dt in the phase that computes it."""
-    if phase == recipe.DISCRETE:
-        return discrete_target(net, z, v_g, r, t, y, share).clamp(-recipe.clip, recipe.clip), None
-    if phase == recipe.MEANFLOW:
-        _, du_dt = net(z, r, t, y, tangent=(v_g, torch.zeros_like(t), torch.ones_like(t)))
-        return v_g - per_row(t - r) * du_dt, du_dt
-    return v_g, None
 
 
 class AlphaFlowLoss(Loss):
@@ -61,10 +40,15 @@ class AlphaFlowLoss(Loss):
                 u_null, u_cond_lt = guiding_velocities(self.net, z, t, y, n_eq, self.null_label, recipe.kappa)
                 v_g = guided_velocity(v_lt, u_cond_lt, u_null[lt], recipe.omega, recipe.kappa)
                 v_lt = torch.where(per_row(inside[lt]), v_g, v_lt)
-            u_tgt, du_dt = v_lt, None
-            if n_eq < len(x):
+            u_tgt, u_lt, du_dt = v_lt, None, None
+            if self.phase == recipe.DISCRETE and n_eq < len(x):
                 rows = z[lt], v_lt, r[lt], t[lt], y[lt]
-                u_tgt, du_dt = alpha_flow_target(self.net, *rows, self.phase, schedule, recipe)
+                u_tgt, u_lt = discrete_target(self.net, *rows, schedule, in_fp32=self.in_bf16)
+                u_tgt = u_tgt.clamp(-recipe.clip, recipe.clip)
+            elif self.phase == recipe.MEANFLOW and n_eq < len(x):
+                direction = v_lt, torch.zeros_like(t[lt]), torch.ones_like(t[lt])
+                _, du_dt = self.net(z[lt], r[lt], t[lt], y[lt], tangent=direction)
+                u_tgt = v_lt - per_row(t - r)[lt] * du_dt
 
         u = self.net(z, r, t, y)
 
@@ -72,7 +56,7 @@ class AlphaFlowLoss(Loss):
             u_cond = u[eq].detach() if recipe.kappa else None
             v_g = guided_velocity(v_eq, u_cond, u_null[eq], recipe.omega, recipe.kappa)
             v_eq = torch.where(per_row(inside[eq]), v_g, v_eq)
-        squares = (u - torch.cat([v_eq, u_tgt])).square()
+        squares = (torch.cat([u[eq], with_value(u[lt], u_lt)]) - torch.cat([v_eq, u_tgt])).square()
         weighted = adaptive(squares.mean(dim=(1, 2, 3)), recipe.adaptive_eps)
         if self.phase == recipe.DISCRETE:
             weighted = torch.cat([weighted[eq], schedule * weighted[lt]])

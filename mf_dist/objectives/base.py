@@ -20,6 +20,8 @@ class Loss(nn.Module, ABC):
         self.net, self.null_label = net, net.null_label
         self.phase = objective.phases[0].name
         """Name of the current phase (config.objectives.Phase); each is a graph of its own."""
+        self.in_bf16 = False
+        """Whether the layers compute in bf16; set by the engine."""
         self._numerator, self._denominator = objective.share_r_equals_t.as_integer_ratio()
 
     def num_r_equals_t(self, rows: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mf_dist.config.objectives import SolutionFlowConfig
 from mf_dist.models.dit import DiT
 from mf_dist.objectives.base import Loss, Sums, log_sums
-from mf_dist.objectives.discrete import discrete_target
+from mf_dist.objectives.discrete import discrete_target, with_value
 from mf_dist.objectives.guidance import guided_velocity, guiding_velocities
 from mf_dist.objectives.network import Net
 from mf_dist.objectives.path import path, per_row
@@ -51,9 +51,10 @@ def solution_flow_loss(
     null_label: int,
     share: Tensor,
     recipe: SolutionFlowConfig,
+    in_bf16: bool = False,
 ) -> tuple[Tensor, Sums]:
     """x, e (B, C, S, S) and r, t (B,) in fp32, y (B,) with dropped labels, share () in (0, 1]; rows :n_eq have
-    r = t."""
+    r = t. in_bf16: whether the layers compute in bf16."""
     z, v = path(x, e, t)
     z_lt, v_lt, r_lt, t_lt, y_lt = z[n_eq:], v[n_eq:], r[n_eq:], t[n_eq:], y[n_eq:]
     with torch.no_grad():
@@ -61,7 +62,7 @@ def solution_flow_loss(
             u_null, u_cond_lt = guiding_velocities(net, z, t, y, n_eq, null_label, recipe.kappa)
             v_lt = faded_velocity(v_lt, u_cond_lt, u_null[n_eq:], t_lt, y_lt, null_label, recipe)
         a = torch.maximum(share, GAP / (t_lt - r_lt)).clamp(max=1)
-        u_tgt_lt = discrete_target(net, z_lt, v_lt, r_lt, t_lt, y_lt, a)
+        u_tgt_lt, u_lt = discrete_target(net, z_lt, v_lt, r_lt, t_lt, y_lt, a, in_fp32=in_bf16)
 
     u = net(z, r, t, y)
 
@@ -70,7 +71,7 @@ def solution_flow_loss(
         u_cond = u[:n_eq].detach() if recipe.kappa else None
         v_eq = faded_velocity(v_eq, u_cond, u_null[:n_eq], t[:n_eq], y[:n_eq], null_label, recipe)
     m_eq = (u[:n_eq] - v_eq).square().mean(dim=(1, 2, 3))
-    m_lt = ((u[n_eq:] - u_tgt_lt) / per_row(a)).square().mean(dim=(1, 2, 3))
+    m_lt = ((with_value(u[n_eq:], u_lt) - u_tgt_lt) / per_row(a)).square().mean(dim=(1, 2, 3))
     weighted = torch.cat(
         [
             adaptive(m_eq, recipe.adaptive_eps, recipe.adaptive_p),
@@ -103,4 +104,5 @@ class SolutionFlowLoss(Loss):
             (recipe.r_mean, recipe.r_std),
         )
         y = torch.where(draws["drop_uniforms"] < recipe.label_drop, self.null_label, y)
-        return solution_flow_loss(self.net, x, draws["e"], r, t, y, n_eq, self.null_label, schedule, recipe)
+        e, null = draws["e"], self.null_label
+        return solution_flow_loss(self.net, x, e, r, t, y, n_eq, null, schedule, recipe, self.in_bf16)

@@ -73,7 +73,7 @@ class ImageGenerator:
         self.resolution = model.latent_size * vae.reduction
         """Side of an image."""
         self.num_classes = model.num_classes
-        self.is_flow, self.sampler = config.objective.is_flow, config.sampler
+        self.section, self.is_flow, self.sampler = config.objective_section, config.objective.is_flow, config.sampler
         self.seconds: dict[str, float] = defaultdict(float)
         """Time spent in sampling and in decoding."""
 
@@ -97,7 +97,7 @@ class ImageGenerator:
             return None
         shown = "about the mean image of their class" if nfe == 1 else "blurred"
         return (
-            f"warning: this run is flow matching (share_r_equals_t=1), whose samples in {nfe} "
+            f"warning: this run is flow matching ({self.section}.share_r_equals_t=1), whose samples in {nfe} "
             f"step{'s' * (nfe > 1)} are {shown}; use --nfe 25 or more, or a run with r < t"
         )
 

@@ -173,6 +173,7 @@ class Engine:
         self.kinds = (MASTER, *self._optimizer.states)
         """Kinds of tensors that a checkpoint holds for each parameter."""
         loss.net.checkpoint_blocks = config.engine.checkpoint_activations
+        loss.in_bf16 = self.is_bf16
         loss.net.tangent_dtype = torch.float32 if config.engine.jvp_precision == "fp32" else None
         if config.engine.compile:
             _compile(loss, self.stage, self.is_bf16, ranks.world_size)
