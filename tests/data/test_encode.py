@@ -143,7 +143,7 @@ def test_two_processes_and_kills_make_the_same_bytes(tmp_path):
     import sys
     import time
 
-    images = write_digits(tmp_path / "images", 600 if FULL else 200)
+    images = write_digits(tmp_path / "images", 600 if FULL else 120)
     command = [
         "tools/encode_latents.py",
         "--images",
