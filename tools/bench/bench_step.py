@@ -9,19 +9,26 @@ matching (forward and backward, 3 F) by a DiT without tangent code, fused attent
 runs every variant once; medians over the rounds, and the spread of each round's ratio. Saved bytes are what the forward
 keeps for the backward, peak bytes what forward and backward hold at most beyond weights and inputs; FLOPs are counted
 by torch on the eager form. `diffusers` is `plain` with attention and MLP from diffusers.
+
+`boundary`, `discrete` and `trajectory` are other targets on the network of `ours`: MeanFlow's boundary tangent, the
+discrete target of SoFlow and alpha-Flow, and alpha-Flow's first phase, which has no second forward.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
+from fractions import Fraction
 
 from bench_measure import counted_flops, matmul_peak, now, peak_bytes, saved_bytes
 
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded_path
 
-VARIANTS = ("plain", "diffusers", "ours", "blocks", "authors", "port", "tim")
+OTHER_TARGETS = ("boundary", "discrete", "trajectory")
+ONE_TARGET = ("plain", "diffusers", "ours", "blocks", "authors", "port", "tim")
+VARIANTS = (*ONE_TARGET, *OTHER_TARGETS)
 UNGUIDED = ("plain", "diffusers")
 HEADS = {"median s": 9, "ratio": 7, "spread": 14, "saved": 7, "peak": 7, "FLOPs": 7, "1st, s": 8}
 KAPPA = {"guided": 0.5, "unguided": 0.0}
@@ -37,13 +44,15 @@ def parse():
     parser.add_argument("--resolution", type=int, default=256, help="side of the images; latents are 1/8 (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: quieter)")
-    parser.add_argument("--variants", default="plain,ours,authors", help=f"of {', '.join(VARIANTS)}; or all")
+    parser.add_argument(
+        "--variants", default="plain,ours,authors", help=f"of {', '.join(VARIANTS)}; all: {', '.join(ONE_TARGET)}"
+    )
     parser.add_argument("--guidance", choices=("both", "guided", "unguided"), default="both")
     parser.add_argument("--eager", action="store_true", help="measure the uncompiled forms too")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the layers (default fp32)")
     parser.add_argument("--json", type=expanded_path, help="also write the results to this file")
     args = parser.parse_args()
-    args.variants = VARIANTS if args.variants == "all" else tuple(args.variants.split(","))
+    args.variants = ONE_TARGET if args.variants == "all" else tuple(args.variants.split(","))
     unknown = [name for name in args.variants if name not in VARIANTS]
     if unknown or "plain" not in args.variants:
         raise UserError(
@@ -98,22 +107,33 @@ def build_cases(args, device):
 
     losses = {"plain": plain, "diffusers": plain, "authors": authors, "port": port, "tim": tim}
     losses |= dict.fromkeys(("ours", "blocks"), lambda *a: meanflow_loss(*a)[0])
+    losses["boundary"] = lambda *a: meanflow_loss(*a[:-1], replace(a[-1], tangent="boundary"))[0]
     try:
         model = named_model(args.model, args.resolution // 8)
     except (KeyError, ValueError):
         raise UserError(f"--model {args.model!r}: expected such as B/4, B/2, M/2, L/2, XL/2, XXL/2, G/2") from None
     nets, g = build_nets(model, args, device)
+
+    def loss_of(name, kappa):
+        is_alpha_flow = name in ("discrete", "trajectory")
+        return alpha_flow(nets["ours"], name, kappa, args.dtype == "bf16") if is_alpha_flow else losses[name]
+
     x, e = torch.randn(2, args.batch, 4, model.latent_size, model.latent_size, generator=g).to(device)
     r, t = sample_times(torch.randn(args.batch, 2, generator=g).to(device), args.batch * 3 // 4, -0.4, 1.0)
     y = torch.randint(0, 1000, (args.batch,), generator=g).to(device)
-    net_names = {"plain": "fused", "tim": "fused", "authors": "jvp", "port": "jvp"}
+    net_names = dict.fromkeys(OTHER_TARGETS, "ours") | {
+        "plain": "fused",
+        "tim": "fused",
+        "authors": "jvp",
+        "port": "jvp",
+    }
     return [
         Case(
             name,
             guidance,
             compiled,
             nets[net_names.get(name, name)],
-            losses[name],
+            loss_of(name, kappa),
             (x, e, r, t, y),
             MeanFlowConfig(kappa=kappa),
         )
@@ -124,6 +144,25 @@ def build_cases(args, device):
         if (compiled or name != "blocks")
         and (name not in UNGUIDED or guidance == ("unguided" if args.guidance != "guided" else "guided"))
     ]
+
+
+def alpha_flow(net, phase, kappa, in_bf16):
+    """The loss of a phase of alpha-Flow, at 75 % of r = t rows, with draws of its own."""
+    import torch
+
+    from mf_dist.config.objectives import AlphaFlowConfig
+    from mf_dist.objectives.alpha_flow import AlphaFlowLoss
+
+    config = AlphaFlowConfig(Fraction(3, 4), kappa=kappa)
+    module = AlphaFlowLoss(net, config)
+    module.phase = {"discrete": config.DISCRETE, "trajectory": config.TRAJECTORY}[phase]
+    module.in_bf16 = in_bf16
+
+    def loss(net, x, e, r, t, y, n_eq, null_label, recipe):
+        draws = {"e": e, "time_normals": torch.stack([t, r], dim=1), "drop_uniforms": t}
+        return module(x, y, draws, torch.full((), 0.5, device=x.device))[0]
+
+    return loss
 
 
 def build_nets(model, args, device):
@@ -165,7 +204,11 @@ def check_same_loss(cases):
     import torch
 
     for guidance in KAPPA:
-        losses = {c.name: c.value().item() for c in cases if c.guidance == guidance and c.name not in UNGUIDED}
+        losses = {
+            c.name: c.value().item()
+            for c in cases
+            if c.guidance == guidance and c.name not in (*UNGUIDED, *OTHER_TARGETS)
+        }
         reference = losses.get("ours")
         for name, loss in losses.items():
             # the weighted loss is near 1 by construction: compare its difference from 1
@@ -236,12 +279,12 @@ def print_table(result):
     base = next(row for row in result["results"] if row["variant"] == "plain" and row["compiled"])
     print(f"\n{json.dumps(result['setting'])}")
     numbers = "".join(f"{head:>{width}}" for head, width in HEADS.items())
-    print(f"{'variant':10}{'guidance':10}{'form':10}{numbers}")
+    print(f"{'variant':12}{'guidance':10}{'form':10}{numbers}")
     for row in result["results"]:
         spread = "{:.2f}-{:.2f}".format(*row["ratio_spread"])
         saved, peak, flops = (row[key] / base[key] for key in ("saved_bytes", "peak_bytes", "flops"))
         print(
-            f"{row['variant']:10}{row['guidance'] or '-':10}{'compiled' if row['compiled'] else 'eager':10}"
+            f"{row['variant']:12}{row['guidance'] or '-':10}{'compiled' if row['compiled'] else 'eager':10}"
             f"{row['median_seconds']:9.3f}{row['ratio']:7.2f}{spread:>14}{saved:7.2f}{peak:7.2f}{flops:7.2f}"
             f"{row['first_step_seconds']:8.1f}" + (f"{row['mfu']:6.2f}" if row["mfu"] else "")
         )
