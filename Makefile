@@ -40,10 +40,10 @@ demo: install
 test: install
 	$(TEST)
 
-# tests that start ranks and wait for them with time limits run alone
+# tests that start ranks and end them by time limits run alone
 test-dist: install
-	$(TEST) -m dist --ignore=tests/distributed --durations=10
-	$(PY) -m pytest -m dist tests/distributed --durations=10
+	$(TEST) -m "dist and not alone" --durations=10
+	$(PY) -m pytest -m "dist and alone" tests/distributed --durations=10
 
 test-slurm: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm

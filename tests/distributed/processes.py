@@ -73,7 +73,7 @@ class Zygote:
             )
         return pids
 
-    def wait(self, pids, seconds=120):
+    def wait(self, pids, seconds=240):
         """Exit codes. Once one rank has failed, the others get 5 s, then SIGKILL, as from a launcher."""
         codes, deadline = {}, time.monotonic() + seconds
         while len(codes) < len(pids):

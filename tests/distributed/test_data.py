@@ -7,7 +7,7 @@ from processes import assert_same_end, status
 
 from mf_dist.data.shards import LatentShards
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,7 +12,7 @@ import torch
 from conftest import FEATURES, ROOT
 from processes import FULL, status, valid_steps
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 TOOL = ROOT / "tools/fid_eval.py"
 COUNT = 46
 """Samples: 12 blocks of 4, the last one not full."""

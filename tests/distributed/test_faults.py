@@ -28,7 +28,7 @@ from processes import (
     valid_steps,
 )
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from processes import assert_same_end, run_history
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 PROFILE = "train.profile_steps=3"
 
 

@@ -98,6 +98,7 @@ def test_the_largest_shape_at_small_width(one_step, reference):
     assert np.linalg.norm(other - exact) <= 1e-5 * np.linalg.norm(exact) and np.linalg.norm(exact) > 0.1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
     ("fault", "message"),

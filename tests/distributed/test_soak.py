@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from processes import FULL, largest_difference, losses, status, tensors
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 STEPS, EVERY = (2000, 100) if FULL else (240, 60)
 
 

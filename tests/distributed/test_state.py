@@ -13,7 +13,7 @@ from processes import FULL, STEPS, assert_same_end, largest_difference, losses, 
 from safetensors.numpy import load_file, save_file
 from test_config import DIGITS, LATENT, WRONG
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 
 
 def test_a_changed_config_is_reported_and_needs_consent_if_it_matters(zygote, config, tmp_path):
