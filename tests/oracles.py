@@ -17,6 +17,17 @@ def small_dit(seed: int = 0, num_classes: int = 3, **changes) -> DiT:
     return net
 
 
+def random_batch(num_classes, rows, n_eq, seed, dropped):
+    """x, e, r, t, y in float64 for small_dit; the first n_eq rows have r = t, the rows `dropped` the null label."""
+    g = torch.Generator().manual_seed(seed)
+    x, e = torch.randn(2, rows, 3, 4, 4, generator=g, dtype=torch.float64)
+    t, r = torch.rand(2, rows, generator=g, dtype=torch.float64).sort(dim=0, descending=True)[0]
+    r = torch.where(torch.arange(rows) < n_eq, t, r)
+    y = torch.randint(0, num_classes, (rows,), generator=g)
+    y[list(dropped)] = num_classes
+    return x, e, r, t, y
+
+
 def func_jvp(function, primals, tangents):
     """torch.func.jvp, with plain attention: the fused kernels have no forward mode."""
     with sdpa_kernel(SDPBackend.MATH):

@@ -340,6 +340,9 @@ def test_bf16_and_the_flow_baseline_train(zygote, tiny_config, tmp_path):
     assert m["raw_loss_r_below_t"] is None and np.isfinite(m["raw_loss_r_equals_t"])
     assert m["v_loss"] == pytest.approx(m["raw_loss_r_equals_t"])
     command = ["--checkpoint", tmp_path / "run", "--nfe", 3, "--num-samples", 20]
+    refused = [*command, "--sampler", "restart"]
+    assert zygote.run(tmp_path / "refused", refused, script=ROOT / "tools/fid_eval.py") == [2]
+    assert "run of flow matching, sampled by Euler steps: leave out --sampler" in (tmp_path / "refused").read_text()
     assert zygote.run(tmp_path / "log", command, script=ROOT / "tools/fid_eval.py") == [0]
     (entry,) = json.loads((tmp_path / "run/eval/metrics.json").read_text())
     assert entry["sampler"] == "euler"

@@ -52,7 +52,7 @@ def forward_flops(model: ModelConfig) -> int:
 
 def forwards_per_image(config: Config) -> float:
     """Mean cost of a step per image over the run, in forward passes F."""
-    return config.objective.forwards
+    return config.objective.forwards(config.engine.precision == "bf16")
 
 
 def _has_bf16_optimizer(config: Config) -> bool:
@@ -200,7 +200,8 @@ def describe(config: Config, world_size: int) -> str:
         f"checkpoint      {three_digits(checkpoint_bytes(config) / 2**30)} GiB each (fp32 weights, two moments, EMAs)",
     ]
     if len(config.objective.phases) > 1:
-        phases = (f"{p.name} from {p.begin:.1%}, {p.forwards:.2f} forwards" for p in config.objective.phases)
+        in_bf16 = config.engine.precision == "bf16"
+        phases = (f"{p.name} from {p.begin:.1%}, {p.cost(in_bf16):.2f} forwards" for p in config.objective.phases)
         lines.append(f"phases          {'; '.join(phases)}")
     wire = ", ".join(f"{kind} {three_digits(size / 2**30)}" for kind, size in payload(config, accumulation).items())
     lines += [f"wire            {wire} GiB per step", *weak_scaling(config)]

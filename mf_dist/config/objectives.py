@@ -40,6 +40,12 @@ class Phase(NamedTuple):
     """Progress at which it begins."""
     forwards: float
     """Cost of its step per image, in forward passes of the network."""
+    more_in_bf16: float = 0.0
+    """Further forward passes where the layers compute in bf16: those that repeat in fp32 what rounding would spoil."""
+
+    def cost(self, in_bf16: bool) -> float:
+        """All forward passes of its step, per image."""
+        return self.forwards + in_bf16 * self.more_in_bf16
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,14 @@ class Objective(ABC):
         return 0.0
 
     @property
-    def forwards(self) -> float:
+    def follows_progress(self) -> bool:
+        """Whether the loss changes with progress, hence with train.total_images."""
+        return True
+
+    def forwards(self, in_bf16: bool) -> float:
         """Mean cost of a step over the run, per image, in forward passes F."""
         ends = [phase.begin for phase in self.phases[1:]] + [1.0]
-        return sum((end - phase.begin) * phase.forwards for phase, end in zip(self.phases, ends, strict=True))
+        return sum((end - phase.begin) * phase.cost(in_bf16) for phase, end in zip(self.phases, ends, strict=True))
 
     @property
     def is_flow(self) -> bool:
@@ -189,6 +199,10 @@ class MeanFlowConfig(GuidedInInterval):
         return 1 - progress
 
     @property
+    def follows_progress(self) -> bool:
+        return self.gap_weight == "progress"
+
+    @property
     def mean_gap(self) -> float:
         """E[t - r] of r < t rows: the mean distance of two draws is 2 times the integral of F (1 - F), here by the
         midpoint rule."""
@@ -232,7 +246,7 @@ class SolutionFlowConfig(Guided):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """3 F for the regression, guidance, 1 F on the r < t rows for the target's second pass."""
-        return (Phase("", 0.0, 3 + self.guidance_forwards + self.below),)
+        return (Phase("", 0.0, 3 + self.guidance_forwards + self.below, self.below),)
 
     def schedule(self, progress: float) -> float:
         return self.share_start * (self.share_end / self.share_start) ** progress
@@ -277,7 +291,7 @@ class AlphaFlowConfig(GuidedInInterval):
         cost = 3 + self.guidance_forwards
         return (
             Phase(self.TRAJECTORY, 0.0, cost),
-            Phase(self.DISCRETE, begin + width * (0.5 - half), cost + self.below),
+            Phase(self.DISCRETE, begin + width * (0.5 - half), cost + self.below, self.below),
             Phase(self.MEANFLOW, begin + width * (0.5 + half), cost + 2 * self.below),
         )
 

@@ -117,29 +117,34 @@ def training_batches(
         worker_init_fn=_end_with_trainer,
         generator=torch.Generator(),  # for the base seed, which the loader would draw from the global generator
     )
+    batches = _start(loader)
     try:
-        if config.data.num_workers:
-            torch.multiprocessing.Queue().close()  # raises here what would leave torch's iterator half built
-        # blocked in all processes that this starts: in loaders until they handle them, in a fork server for good
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, LAUNCHER_SIGNALS)
-        try:
-            batches = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from batches
     except UserError as error:  # a loader process sends its traceback, whose last line is the error
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix("mf_dist.runtime.errors.UserError: ")
         ) from None
-    except OSError as error:  # of starting the processes: a semaphore takes a page of /dev/shm
-        raise UserError(
-            f"cannot start data.num_workers={config.data.num_workers} loader processes: {error.strerror or error}; "
-            "check /dev/shm (df), open files and processes (ulimit -n, -u) and memory, or set data.num_workers=0"
-        ) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # as of an error in such a process
             raise
         raise UserError(
             f"a loader process has ended unexpectedly ({str(error).splitlines()[0]}): was it killed, as by the kernel "
             "when memory is short? Lower data.num_workers, or set it to 0"
         ) from None
+
+
+def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches; its processes run. Raises UserError if they cannot be started."""
+    # blocked in all processes that this starts: in loaders until they handle them, in a fork server for good
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, LAUNCHER_SIGNALS)
+    try:
+        if loader.num_workers:
+            torch.multiprocessing.Queue().close()  # raises here what would leave torch's iterator half built
+        return iter(loader)
+    except OSError as error:  # a semaphore takes a page of /dev/shm
+        raise UserError(
+            f"cannot start data.num_workers={loader.num_workers} loader processes: {error.strerror or error}; check "
+            "/dev/shm (df), open files and processes (ulimit -n, -u) and memory, or set data.num_workers=0"
+        ) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -200,6 +200,8 @@ def load_trained_model(
         if key not in state:
             raise UserError(f"{checkpoint.folder}/state.json has no {key!r}: not a checkpoint of this program")
     config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
+    if sampler and config.objective.is_flow:
+        raise UserError(f"{checkpoint.folder} is a run of flow matching, sampled by Euler steps: leave out --sampler")
     config = replace(config, eval=replace(config.eval, sampler=sampler or config.eval.sampler))
     decays = checkpoint.ema_decays()
     wanted = ema_decay or str(config.optim.ema_decay[0])

@@ -7,7 +7,7 @@ from torch import nn
 
 from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, read_description
 from mf_dist.config.loader import from_tree, to_tree
-from mf_dist.config.objectives import OBJECTIVES
+from mf_dist.config.objectives import OBJECTIVES, Objective
 from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.tensor_file import load_tensors
@@ -36,7 +36,9 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return changed
 
 
-def changes_training(key: str) -> bool:
+def changes_training(key: str, objective: Objective) -> bool:
+    if key == "train.total_images":
+        return objective.follows_progress
     return key.split(".")[0] in TRAINING_SECTIONS or key in TRAINING_KEYS
 
 
@@ -44,13 +46,13 @@ def check_config_changes(checkpoint: Checkpoint, now: dict[str, Any], allowed: b
     """A line for every difference in config, dataset and versions between the checkpoint and `now`. Raises UserError
     for a change that affects training, unless allowed, and for one in FIXED_SECTIONS."""
     state, lines = checkpoint.state, []
-    saved = to_tree(from_tree(Config, state["config"], f"{checkpoint.folder}/state.json"))
-    before = {**saved, "dataset": {"sha256": state.get("dataset", {}).get("sha256")}}
+    saved = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
+    before = {**to_tree(saved), "dataset": {"sha256": state.get("dataset", {}).get("sha256")}}
     after = {**now["config"], "dataset": {"sha256": now["dataset"]["sha256"]}}
     for key, (old, new) in differences(before, after).items():
         if key.split(".")[0] in FIXED_SECTIONS:
             raise UserError(f"{checkpoint.folder} has {key}={old}, now it is {new}: choose another run_dir")
-        if changes_training(key) and not allowed:
+        if changes_training(key, saved.objective) and not allowed:
             raise UserError(
                 f"this run was trained with {key}={old}, now it is {new}; restore it, choose another run_dir, or "
                 "accept the change with --allow-config-change"

@@ -105,6 +105,9 @@ class Trainer:
         self.engine = Engine(self.loss, config, ranks)
         if checkpoint:
             self._load_checkpoint(checkpoint)
+        self.loss.phase = self._phase()
+        if self.loss.phase:
+            self.messages.append(f"phase: {self.loss.phase}")
         if remainder := config.remainder(self.samples_seen):
             self.messages.append(remainder)
         self.supervisor.resume(self.step, self.samples_seen)
@@ -198,17 +201,17 @@ class Trainer:
 
     def _compiling_allowed_in_new_phase(self) -> AbstractContextManager[None]:
         """Enters the phase of the next step. One that is new has a graph of its own, which that step compiles."""
-        phase = self.config.objective.phase(self._progress()).name
-        if phase == self.loss.phase:
+        if self._phase() == self.loss.phase:
             return nullcontext()
-        self.loss.phase = phase
-        self._info(f"step {self.step + 1}, image {self.samples_seen:,}: {phase} begins")
+        self.loss.phase = self._phase()
+        self._info(f"step {self.step + 1}, image {self.samples_seen:,}: {self.loss.phase} begins")
         return self.supervisor.watchdog.extended_limit()
 
     def _one_step(self, batches: Any) -> None:
         sums = []
-        self.engine.set_learning_rate(self._learning_rate(self.samples_seen + self.config.train.batch_size))
-        value = self.config.objective.schedule(self._progress())
+        config = self.config
+        self.engine.set_learning_rate(config.optim.learning_rate(self.samples_seen + config.train.batch_size))
+        value = config.objective.schedule(config.progress(self.samples_seen))
         schedule = torch.full((), value, dtype=torch.float32, device=self.ranks.device)
         for _ in range(self.engine.accumulation):
             with self.throughput.waiting():
@@ -241,11 +244,9 @@ class Trainer:
         x = sample_posterior(moments, draws.pop("posterior_noise"), scale)
         return self.engine.train_micro_batch(x, labels, draws, schedule)
 
-    def _progress(self) -> float:
-        return self.config.progress(self.samples_seen)
-
-    def _learning_rate(self, images: int) -> float:
-        return self.config.optim.learning_rate(images)
+    def _phase(self) -> str:
+        """Name of the phase of the next step."""
+        return self.config.objective.phase(self.config.progress(self.samples_seen)).name
 
     def _is_finished(self) -> bool:
         return not self.config.steps_left(self.samples_seen)
@@ -267,7 +268,7 @@ class Trainer:
             "samples_seen": self.samples_seen,
             **self.throughput.means(),
             "grad_norm": norm if math.isfinite(norm) else None,
-            "lr": self._learning_rate(self.samples_seen),
+            "lr": self.config.optim.learning_rate(self.samples_seen),
             "skipped_steps": guard.skipped,
             "clipped_steps": guard.clipped,
             **self.throughput.speed(self.config.train.batch_size),

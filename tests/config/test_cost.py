@@ -70,6 +70,18 @@ def test_step_flops(objective, progress, forwards):
     """Counted by torch on a real step, within 4 %: the backward of a linear whose input needs no gradient costs less
     than assumed, the tangent's attention more."""
     assert objective.phase(progress).forwards == forwards
+    assert counted_forwards(objective, progress, in_bf16=False) == pytest.approx(forwards, rel=0.04)
+
+
+@pytest.mark.parametrize("objective", [SolutionFlowConfig(), AlphaFlowConfig(Fraction(1, 4), kappa=0.5)])
+def test_step_flops_in_bf16(objective):
+    """The pass that is repeated in fp32 counts as any other."""
+    forwards = objective.phase(0.5).cost(in_bf16=True)
+    assert forwards == objective.phase(0.5).forwards + objective.below
+    assert counted_forwards(objective, 0.5, in_bf16=True) == pytest.approx(forwards, rel=0.04)
+
+
+def counted_forwards(objective, progress, in_bf16):
     net = build_network(MODEL, 0)
     g = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
@@ -78,10 +90,10 @@ def test_step_flops(objective, progress, forwards):
     # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         module = build_loss(net, objective)
-        module.phase = objective.phase(progress).name
+        module.phase, module.in_bf16 = objective.phase(progress).name, in_bf16
         loss, _ = module(x, torch.zeros(8, dtype=torch.int64), draws, torch.tensor(objective.schedule(progress)))
         loss.backward()
-    assert counter.get_total_flops() / 8 / cost.forward_flops(MODEL) == pytest.approx(forwards, rel=0.04)
+    return counter.get_total_flops() / 8 / cost.forward_flops(MODEL)
 
 
 def xl2(world_size, *overrides):
@@ -138,9 +150,12 @@ def test_tables_in_docs_match_the_cost_model():
 
 
 def test_cost_of_a_run_of_several_phases():
-    """The mean over the run: 4.5 F for 59.6 % of it, 5.0 F for 14.1 %, 5.5 F for the rest."""
+    """The mean over the run: 4.5 F for 59.6 % of it, 5.0 F for 14.1 % and in bf16 0.5 F more, 5.5 F for the rest."""
     config = load_config("configs/imagenet256_xl2_alpha_flow.yaml", [])
     begin, end = (phase.begin for phase in config.objective.phases[1:])
-    assert cost.forwards_per_image(config) == pytest.approx(4.5 * begin + 5.0 * (end - begin) + 5.5 * (1 - end))
+    for precision, discrete in (("fp32", 5.0), ("bf16", 5.5)):
+        config = load_config("configs/imagenet256_xl2_alpha_flow.yaml", [f"engine.precision={precision}"])
+        expected = 4.5 * begin + discrete * (end - begin) + 5.5 * (1 - end)
+        assert cost.forwards_per_image(config) == pytest.approx(expected)
     text = cost.describe(resolve(config, None, 8), 8)
-    assert "phases          trajectory flow matching from 0.0%, 4.50 forwards; discrete target from 59.6%, 5.00" in text
+    assert "phases          trajectory flow matching from 0.0%, 4.50 forwards; discrete target from 59.6%, 5.50" in text

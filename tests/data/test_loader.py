@@ -198,6 +198,20 @@ def test_a_shard_that_becomes_shorter_is_one_line(latents, tiny_config, tmp_path
         list(batches)
 
 
+def test_an_unexpected_error_in_a_loader_process_keeps_its_traceback(latents, tiny_config, monkeypatch):
+    """A bug is neither a killed process nor one that cannot be started."""
+    shards = LatentShards(latents)
+    config = resolve(load_config(str(tiny_config), ["data.num_workers=1"]), shards.manifest, 1)
+    for kind in (RuntimeError, OSError):
+
+        def fail(*_, kind=kind):
+            raise kind("a bug")
+
+        monkeypatch.setattr(LatentShards, "batch", fail)
+        with pytest.raises(kind, match=r"^Caught \w+ in DataLoader worker process 0(.|\n)*a bug"):
+            next(training_batches(shards, config, 0, 0, 1, pin_memory=False))
+
+
 def test_a_killed_loader_process_is_one_line(latents, tiny_config):
     shards = LatentShards(latents)
     config = resolve(load_config(str(tiny_config), ["data.num_workers=1"]), shards.manifest, 1)

@@ -67,6 +67,15 @@ def test_other_ranks_and_stages_after_a_switch(zygote, whole_run, tmp_path, late
         faults = [{"do": "term", "step": stop}] if stop else []
         codes = zygote.run(log, [config, f"engine.zero_stage={stage}"], ranks, faults)
         assert set(codes) == {0}, log.read_text()
+    text = log.read_text()
+    assert all(text.count(f"{phase} begins") == 1 for phase in SWITCHES), "a phase that goes on does not begin"
+    assert [line for line in text.splitlines() if line.startswith("phase: ")] == [
+        "phase: trajectory flow matching",
+        "phase: discrete target",
+        "phase: MeanFlow target",
+    ]
+    assert set(zygote.run(log, [config, "train.total_images=640"])) == {2}
+    assert "trained with train.total_images=480, now it is 640" in log.read_text().splitlines()[-1]
     ours, theirs = losses(run), losses(whole_run[0])
     assert len(ours) == len(theirs) == STEPS
     for a, b in zip(ours, theirs, strict=True):

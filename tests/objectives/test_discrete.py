@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from oracles import Closed, GaussianData, column, small_dit
+from oracles import Closed, GaussianData, column, random_batch, small_dit
 
 from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
 from mf_dist.objectives.alpha_flow import AlphaFlowLoss
@@ -18,14 +18,8 @@ NULL = 3
 UNGUIDED = MeanFlowConfig()
 
 
-def batch(rows=12, n_eq=9, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x, e = torch.randn(2, rows, 3, 4, 4, generator=g, dtype=torch.float64)
-    t, r = torch.rand(2, rows, generator=g, dtype=torch.float64).sort(dim=0, descending=True)[0]
-    r = torch.where(torch.arange(rows) < n_eq, t, r)
-    y = torch.randint(0, NULL, (rows,), generator=g)
-    y[0], y[4], y[10] = NULL, NULL, NULL  # dropped
-    return x, e, r, t, y
+def batch(rows=12, n_eq=9):
+    return random_batch(NULL, rows, n_eq, seed=0, dropped=(0, 4, 10))
 
 
 def share(a):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from oracles import full_batch_rows, small_dit
+from oracles import full_batch_rows, random_batch, small_dit
 
 from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.objectives.meanflow import MeanFlowLoss, meanflow_loss, velocity_in_interval
@@ -21,13 +21,7 @@ NULL = 3
 
 
 def batch(rows=12, n_eq=9, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x, e = torch.randn(2, rows, 3, 4, 4, generator=g, dtype=torch.float64)
-    t, r = torch.rand(2, rows, generator=g, dtype=torch.float64).sort(dim=0, descending=True)[0]
-    r = torch.where(torch.arange(rows) < n_eq, t, r)
-    y = torch.randint(0, NULL, (rows,), generator=g)
-    y[0], y[4] = NULL, NULL  # dropped
-    return x, e, r, t, y
+    return random_batch(NULL, rows, n_eq, seed, dropped=(0, 4))
 
 
 @pytest.mark.parametrize("name", RECIPES)
