@@ -1,9 +1,9 @@
-"""Converts pixels to latents and back. Only this module handles the VAE, its scaling factor and its value range."""
+"""Converts pixels to latents and back. Only this module handles the VAE and its value range."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,14 @@ LOCAL_FOLDERS = {
 DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of safetensors in which weights may be stored."""
 COUNT = "a whole number >= 1", lambda value: type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e6  # false for what is not a number, too
+
+
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "scaling_factor": ("a number from 1e-6 to 1e6", lambda value: type(value) in (int, float) and 1e-6 <= value <= 1e6),
+    "scaling_factor": ("a number from 1e-6 to 1e6", lambda value: _is_number(value) and 1e-6 <= value <= 1e6),
     "in_channels": ("3", lambda value: value == 3),
     "out_channels": ("3", lambda value: value == 3),
     "latent_channels": COUNT,
@@ -41,15 +47,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 """Of a VAE's config: what a number must be."""
+SHIFTS = ("shift_factor", "latents_mean", "latents_std")
 BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
 DECODED_PIXELS = 50 * 256 * 256
 """Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them in fp32 (docs/gpu.md)."""
-
-
-def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
-    """x = (mean + std noise) scaling_factor: moments (B, 2C, S, S), noise (B, C, S, S) -> (B, C, S, S) fp32."""
-    mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * noise) * scaling_factor
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -84,7 +85,9 @@ class Vae:
             self.model.decoder.compile(dynamic=False)
         config = {key: value for key, value in sorted(self.model.config.items()) if key[0] != "_"}
         self.config_sha256 = hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()
-        self.scaling_factor = float(self.model.config["scaling_factor"])
+        self.scale = _scale(self.model.config)
+        """How diffusers' pipelines scale its latents: scaling_factor and, where the VAE has them, shift_factor or
+        latents_mean and latents_std."""
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
         for key in ("sha256", "scaling_factor", "config_sha256"):
@@ -101,7 +104,7 @@ class Vae:
             "source": self.source,
             "sha256": self.sha256,
             "config_sha256": self.config_sha256,
-            "scaling_factor": self.scaling_factor,
+            **self.scale,
         }
 
     @property
@@ -121,12 +124,12 @@ class Vae:
         return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8; in equal parts where one pass would take too much
-        memory. The parts depend on the size of the images only, so that their bits do too."""
-        pixels = x.shape[0] * x.shape[2] * x.shape[3] * self.reduction**2
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8; in equal parts where one pass would take too
+        much memory. The parts depend on the size of the images only, so that their bits do too."""
+        pixels = latents.shape[0] * latents.shape[2] * latents.shape[3] * self.reduction**2
         with compute_precision(self.precision, self.device):
-            parts = (x.to(self.device) / self.scaling_factor).chunk(-(-pixels // DECODED_PIXELS))
+            parts = latents.to(self.device).chunk(-(-pixels // DECODED_PIXELS))
             return torch.cat([to_pixels(self.model.decode(part).sample) for part in parts])
 
 
@@ -208,17 +211,35 @@ def _check_config(path: Path) -> None:
         raise UserError(f"{str(path)!r} holds no JSON object, expected the config of an AutoencoderKL")
     if config.get("_class_name") != "AutoencoderKL":
         raise UserError(f"{str(path)!r} is of class {config.get('_class_name')}, expected AutoencoderKL")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(key):
-            raise UserError(
-                f"{str(path)!r} has {key}: a VAE whose latents are shifted or scaled by it is not supported"
-            )
     for key, (expected, holds) in RULES.items():
         if key in config and not holds(config[key]):
             raise UserError(f"{str(path)!r}: {key} is {json.dumps(config[key])}, expected {expected}")
     blocks = {len(config[key]) for key in BLOCKS if isinstance(config.get(key), list)}
     if len(blocks) > 1:
         raise UserError(f"{str(path)!r}: {', '.join(BLOCKS)} differ in length")
+    _check_shift(path, config)
+
+
+def _check_shift(path: Path, config: dict[str, Any]) -> None:
+    """The numbers by which latents are shifted and scaled by channel."""
+    channels, given = config.get("latent_channels", 4), [key for key in SHIFTS if config.get(key) is not None]
+    for key in given:
+        value = config[key]
+        items = [value] if key == "shift_factor" else value if isinstance(value, list) else []
+        positive = key == "latents_std"
+        holds = all(_is_number(n) and (n >= 1e-6 or not positive) for n in items)
+        if not holds or len(items) != (1 if key == "shift_factor" else channels):
+            expected = "a number" if key == "shift_factor" else f"a list of {channels} {'positive ' * positive}numbers"
+            raise UserError(f"{str(path)!r}: {key} is {json.dumps(value)}, expected {expected}")
+    if given not in ([], ["shift_factor"], ["latents_mean", "latents_std"]):
+        raise UserError(
+            f"{str(path)!r} has {' and '.join(given)}; expected shift_factor, or latents_mean and latents_std together"
+        )
+
+
+def _scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: config[key] for key in SHIFTS if config.get(key) not in (None, 0)}
+    return {"scaling_factor": float(config["scaling_factor"]), **given}
 
 
 def _load_autoencoder(folder: Path) -> Any:

@@ -10,8 +10,9 @@ from conftest import VAE
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
+from mf_dist.data.normalisation import scale_of
 from mf_dist.runtime.errors import UserError
-from mf_dist.vae import WEIGHTS, Vae, sample_posterior, to_pixels
+from mf_dist.vae import WEIGHTS, Vae, to_pixels
 
 CPU = torch.device("cpu")
 
@@ -28,15 +29,15 @@ def test_round_trip_of_real_images(vae, images):
     folder = list_images(images)
     pixels = torch.from_numpy(np.stack([load_image(folder.root / path, 32) for path in folder.paths]))
     mean = vae.encode(pixels).chunk(2, dim=1)[0]
-    error = (vae.decode(mean * vae.scaling_factor).double() - pixels.double()).square().mean()
+    error = (vae.decode(mean).double() - pixels.double()).square().mean()
     assert 10 * np.log10(255**2 / error) > 35  # dB
-    x = sample_posterior(vae.encode(pixels), torch.randn(mean.shape), vae.scaling_factor)
+    x = scale_of(vae.identity, CPU).sample_posterior(vae.encode(pixels), torch.randn(mean.shape))
     assert 0.8 < x.std() < 1.2  # the scale makes latents of unit variance
 
 
 def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
     moments = torch.tensor([3.0, 0.5]).half().reshape(1, 2, 1, 1)
-    x = sample_posterior(moments, torch.full((1, 1, 1, 1), 2.0), 0.18215)
+    x = scale_of({"scaling_factor": 0.18215}, CPU).sample_posterior(moments, torch.full((1, 1, 1, 1), 2.0))
     assert x.dtype == torch.float32 and x.item() == pytest.approx((3 + 0.5 * 2) * 0.18215)
 
 
@@ -71,7 +72,7 @@ def test_sd_vaes_shape_and_old_config(tmp_path):
     del config["scaling_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     vae = Vae(str(tmp_path), CPU)
-    assert vae.scaling_factor == 0.18215
+    assert vae.identity["scaling_factor"] == 0.18215
     assert vae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 8, 8, 8)
 
 
@@ -116,9 +117,11 @@ def test_errors_name_what_is_missing_or_wrong(tmp_path, monkeypatch):
             (None, [0.2], "0.2", True, 0, -1, 1e-9, 1e9, 10**400, float("nan"), float("inf"), {}),
             r"scaling_factor is .*, expected a number from 1e-6 to 1e6",
         ),
-        ("shift_factor", (0.1, [0.1], "x", float("nan")), "has shift_factor: .* is not supported"),
-        ("latents_mean", ([0.0] * 4, 0.1), "has latents_mean: .* is not supported"),
-        ("latents_std", ([1.0] * 4,), "has latents_std: .* is not supported"),
+        ("shift_factor", ([0.1], "x", True, float("nan"), 10**400), "shift_factor is .*, expected a number"),
+        ("latents_mean", ([0.0] * 3, 0.1, [], [None] * 4, {}), "latents_mean is .*, expected a list of 4 numbers"),
+        ("latents_mean", ([0.0] * 4,), "has latents_mean; expected shift_factor, or latents_mean and latents_std"),
+        ("latents_std", ([1.0, 1.0, 1.0, 0.0], [-1.0] * 4), "latents_std is .*, expected a list of 4 positive numbers"),
+        ("latents_std", ([1.0] * 4,), "has latents_std; expected shift_factor, or latents_mean and latents_std"),
         ("latent_channels", (0, -4, 4.5, None, "4", True), "latent_channels is .*, expected a whole number >= 1"),
         ("layers_per_block", (0, None, [1]), "layers_per_block is .*, expected a whole number >= 1"),
         ("norm_num_groups", (0, None), "norm_num_groups is .*, expected a whole number >= 1"),

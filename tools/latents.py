@@ -44,6 +44,7 @@ def verify(args):
 
 
 def stats(args):
+    from mf_dist.data.normalisation import channel_summary
     from mf_dist.data.shards import LatentShards
 
     manifest = LatentShards(args.data).manifest
@@ -63,7 +64,8 @@ def stats(args):
     for number, name in enumerate(manifest["classes"]):
         print(f"class {number}: {name}")
     for c, (mean, std) in enumerate(zip(manifest["channel_mean"], manifest["channel_std"], strict=True)):
-        print(f"channel {c}: mean {mean:.4f}, std {std:.4f}, scaled std {std * vae['scaling_factor']:.4f}")
+        print(f"channel {c}: mean {mean:.4f}, std {std:.4f}")
+    print(channel_summary(manifest))
     for line in manifest["skipped"]:
         print(f"left out: {line}")
     return 0
@@ -86,7 +88,7 @@ def show(args):
     chosen = np.linspace(0, shards.count - 1, min(args.count, shards.count)).astype(int)
     pixels = [decode_image(source_of(shards, source, i), f"sample {i}", shards.manifest["resolution"]) for i in chosen]
     means = np.stack([shards[i][0][: shards.manifest["latent_channels"]] for i in chosen]).astype(np.float32)
-    decoded = vae.decode(torch.from_numpy(means) * vae.scaling_factor).numpy()
+    decoded = vae.decode(torch.from_numpy(means)).numpy()
     error = np.mean((np.stack(pixels).astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))
     psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
     image_grid(np.concatenate([pixels, decoded]), ["source", "decoded"]).save(args.out)

@@ -93,6 +93,7 @@ def _finish(vae, images, g, out):
     """Sets the scaling factor to the inverse standard deviation of the latents of all images, and saves."""
     import torch
 
+    from mf_dist.data.normalisation import channel_summary
     from mf_dist.vae import WEIGHTS
 
     with torch.no_grad():
@@ -109,7 +110,9 @@ def _finish(vae, images, g, out):
     psnr = 10 * torch.log10(4 / torch.stack(errors).mean()).item()
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(f"{out}: {num_parameters} parameters, PSNR {psnr:.1f} dB, scaling factor {vae.config.scaling_factor}")
-    print("channel means after scaling:", (latents.mean((0, 2, 3)) * vae.config.scaling_factor).tolist())
+    mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+    scale = {"scaling_factor": vae.config.scaling_factor}
+    print(channel_summary({"vae": scale, "channel_mean": mean, "channel_std": std}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ Decay = Annotated[float, Check("a number in [0, 1)", lambda a: 0 <= a < 1)]
 RowShare = Annotated[Fraction, Check("a fraction in [0, 1] such as 3/4", lambda a: 0 <= a <= 1)]
 FewSteps = Annotated[int, Check("a whole number from 0 to 100", lambda n: 0 <= n <= 100)]
 Steps = Annotated[tuple[int, ...], Check("whole numbers >= 1", lambda ns: bool(ns) and min(ns) >= 1)]
+Numbers = Annotated[tuple[float, ...], Check("numbers, one for each channel", lambda numbers: bool(numbers))]
+PositiveNumbers = Annotated[
+    tuple[float, ...], Check("numbers > 0, one for each channel", lambda numbers: bool(numbers) and min(numbers) > 0)
+]
 Decays = Annotated[
     tuple[float, ...],
     Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),

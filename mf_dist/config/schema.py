@@ -12,7 +12,9 @@ from mf_dist.config.fields import (
     Decays,
     FewSteps,
     NotNegative,
+    Numbers,
     Positive,
+    PositiveNumbers,
     Seed,
     Steps,
     Text,
@@ -37,6 +39,12 @@ class DataConfig:
     """Folder on a local disk of each machine, for stage=dir, e.g. /scratch/latents."""
     flip: bool = False
     """Mirror half of the images (the paper does not); the dataset must be encoded with --flip."""
+    normalisation: Literal["scale", "channel"] = "scale"
+    """scale: latents are shifted and scaled as the VAE's config says; channel: to mean 0 and std 1 of each channel."""
+    normalisation_mean: Numbers | None = None
+    """normalisation=channel: mean of each channel of the unscaled latents; None: the dataset's."""
+    normalisation_std: PositiveNumbers | None = None
+    """Their standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +291,7 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
         if configured is not None and recorded is not None and configured != recorded:
             raise UserError(f"model.{name} is {configured}, but the dataset at {config.data.path!r} has {recorded}")
         shape[name] = recorded if configured is None else configured
+    data = _with_channel_statistics(config.data, manifest, shape["latent_channels"])
     if (config.data.stage == "dir") != (config.data.stage_dir is not None):
         raise UserError("data.stage=dir and data.stage_dir=FOLDER require each other: set both or neither")
     if config.data.stage_dir is not None:
@@ -290,12 +299,34 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
     if config.data.flip and manifest and not manifest["flip"]:
         raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
-    resolved = replace(config, model=replace(model, **shape), train=replace(config.train, micro_batch=micro_batch))
+    train = replace(config.train, micro_batch=micro_batch)
+    resolved = replace(config, data=data, model=replace(model, **shape), train=train)
     _check_model(resolved.model)
     _check_batch(resolved, micro_batch, world_size)
     _check_objective(resolved)
     _check_evaluation(resolved)
     return resolved
+
+
+def _with_channel_statistics(data: DataConfig, manifest: dict[str, Any] | None, channels: int) -> DataConfig:
+    """With the numbers of normalisation=channel, which are the dataset's unless they are given. Without a dataset, for
+    estimates, they may be missing."""
+    given = {name: getattr(data, name) for name in ("normalisation_mean", "normalisation_std")}
+    if data.normalisation == "scale":
+        if extra := [name for name, values in given.items() if values is not None]:
+            raise UserError(f"data.{extra[0]} needs data.normalisation=channel")
+        return data
+    if (data.normalisation_mean is None) != (data.normalisation_std is None):
+        raise UserError("data.normalisation_mean and data.normalisation_std require each other: set both or neither")
+    for name, values in given.items():
+        if values is not None and len(values) != channels:
+            raise UserError(f"data.{name} has {len(values)} numbers, but latents have {channels} channels")
+    if data.normalisation_mean is not None or manifest is None:
+        return data
+    if constant := [c for c, std in enumerate(manifest["channel_std"]) if not std > 0]:
+        raise UserError(f"channel {constant[0]} of the latents at {data.path!r} is constant: it cannot have std 1")
+    mean, std = (tuple(manifest[key]) for key in ("channel_mean", "channel_std"))
+    return replace(data, normalisation_mean=mean, normalisation_std=std)
 
 
 def _check_model(model: ModelConfig) -> None:

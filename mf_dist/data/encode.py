@@ -22,6 +22,7 @@ from mf_dist.data.image_list import ImageList
 from mf_dist.data.image_tars import open_images
 from mf_dist.data.images import Pixels, Unreadable, decode_image
 from mf_dist.data.labels import refuse_empty_classes, some_of
+from mf_dist.data.normalisation import channel_summary
 from mf_dist.data.shard_writer import Record, remove_temporary_files, valid_index, write_shard
 from mf_dist.data.shards import FORMAT, LatentShards, index_path, read_index, shard_name, write_manifest
 from mf_dist.fault_tolerance.tool_status import count_finished_unit
@@ -299,14 +300,14 @@ def _finish(source: ImageList, out: Path, plan: dict[str, Any], encoding: Encodi
     manifest = {**plan, "source_count": plan["count"], "count": sum(len(index.labels) for index in complete)}
     manifest |= {"latent_channels": channels // 2, "latent_size": side, "skipped": skipped, "shards": shards}
     mean, deviation = channel_statistics(LatentShards(out, manifest))
-    write_manifest(out, manifest | {"channel_mean": mean, "channel_std": deviation})
+    manifest |= {"channel_mean": mean, "channel_std": deviation}
+    write_manifest(out, manifest)
     remove_temporary_files(out)
-    scaled = [round(d * plan["vae"]["scaling_factor"], 3) for d in deviation]
     left_out = f", {len(skipped)} unreadable images left out (listed in manifest.json)" if skipped else ""
     classes = f"of {len(plan['classes'])} classes" if plan["classes"] else "without classes"
     print(
         f"{manifest['count']} images {classes} in {num_shards} shards at {out}{left_out}{source.ignored}; "
-        f"scaled latents' std per channel {scaled}"
+        f"{channel_summary(manifest)}"
     )
 
 

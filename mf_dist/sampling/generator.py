@@ -20,6 +20,7 @@ from mf_dist.checkpoint.reader import Checkpoint
 from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, can_draw, image_grid
+from mf_dist.data.normalisation import normalisation
 from mf_dist.models.dit import DiT
 from mf_dist.objectives.sampler import SAMPLERS, uniform_grid
 from mf_dist.runtime import rng
@@ -65,6 +66,7 @@ class ImageGenerator:
         compile_net: bool = False,
     ) -> None:
         self.net, self.vae, self.device, self.precision = net.to(device).eval(), vae, device, precision
+        self.normalisation = normalisation(config.data, vae.identity, device)
         if compile_net:
             self.net.compile(dynamic=False)
         model = config.model
@@ -86,7 +88,7 @@ class ImageGenerator:
         if not x.isfinite().all():  # also synchronises with the GPU
             raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
         sampled = time.perf_counter()
-        pixels: Pixels = self.vae.decode(x.float()).cpu().numpy()
+        pixels: Pixels = self.vae.decode(self.normalisation.undo(x.float())).cpu().numpy()
         self.seconds["sample"] += sampled - start
         self.seconds["decode"] += time.perf_counter() - sampled
         return pixels

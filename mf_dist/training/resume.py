@@ -16,7 +16,10 @@ from mf_dist.training.optimizer import MOMENTS
 
 TRAINING_SECTIONS = ("model", *OBJECTIVES, "optim", "dataset")
 """Sections in which every key affects training."""
-TRAINING_KEYS = ("data.flip", "train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision")
+TRAINING_KEYS = (
+    *("data.flip", "data.normalisation", "data.normalisation_mean", "data.normalisation_std"),
+    *("train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision"),
+)
 SMALLEST_WEIGHTS = 0.05
 """Median size of a network's matrices, relative to their initial ones, below which a file holds no weights. For moments
 of gradients it is about 0.001, for trained weights about 1 (measured on the digits)."""

@@ -22,6 +22,7 @@ from mf_dist.config.cost import checkpoint_bytes
 from mf_dist.config.loader import to_tree
 from mf_dist.config.schema import Config
 from mf_dist.data.loader import Batch, training_batches
+from mf_dist.data.normalisation import normalisation
 from mf_dist.data.shards import LatentShards, dataset_sha256
 from mf_dist.data.staging import Staging
 from mf_dist.fault_tolerance.status import Status
@@ -41,7 +42,6 @@ from mf_dist.training.resume import check_config_changes, load_initial_weights
 from mf_dist.training.snapshots import Snapshots
 from mf_dist.training.supervisor import Supervisor
 from mf_dist.training.throughput import Throughput
-from mf_dist.vae import sample_posterior
 
 
 class Trainer:
@@ -97,6 +97,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         self.shards = LatentShards(config.data.path, stage_dir=config.data.stage_dir)
         checkpoint, self.messages = self._find_checkpoint()
+        self.normalisation = normalisation(config.data, self.shards.manifest["vae"], ranks.device)
         net = build_network(config.model, config.train.seed)
         if not checkpoint and config.train.init_from:
             self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
@@ -240,8 +241,7 @@ class Trainer:
 
     def _train_micro_batch(self, batch: Batch, schedule: Tensor) -> Sums:
         moments, labels, draws = batch.to(self.ranks.device)
-        scale = self.shards.manifest["vae"]["scaling_factor"]
-        x = sample_posterior(moments, draws.pop("posterior_noise"), scale)
+        x = self.normalisation.sample_posterior(moments, draws.pop("posterior_noise"))
         return self.engine.train_micro_batch(x, labels, draws, schedule)
 
     def _phase(self) -> str:

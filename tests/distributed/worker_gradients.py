@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.loader import Batch, training_batches
+from mf_dist.data.normalisation import normalisation
 from mf_dist.data.shards import LatentShards
 from mf_dist.objectives.build import build_loss
 from mf_dist.runtime.distributed import process_group
@@ -23,7 +24,6 @@ from mf_dist.runtime.launch import exit_without_finalization
 from mf_dist.sampling.generator import build_network
 from mf_dist.training import data_parallel
 from mf_dist.training.engine import Engine
-from mf_dist.vae import sample_posterior
 
 data_parallel.BLOCKS_TOGETHER = 1000  # so that a small network has several groups
 
@@ -43,10 +43,10 @@ def main():
         engine = Engine(loss, config, ranks)
         batches = training_batches(shards, config, 0, ranks.rank, ranks.world_size, False)
         inner = engine._engine
-        vae_scale = shards.manifest["vae"]["scaling_factor"]
+        scale = normalisation(config.data, shards.manifest["vae"], ranks.device)
 
         def inputs(b: Batch):
-            x = sample_posterior(b.moments, b.draws.pop("posterior_noise"), vae_scale)
+            x = scale.sample_posterior(b.moments, b.draws.pop("posterior_noise"))
             return x, b.labels, b.draws, torch.tensor(config.objective.schedule(0.5))
 
         step, gradient = inner.step, {}

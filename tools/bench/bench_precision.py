@@ -123,17 +123,20 @@ class FuncJvp:
 
 def batches(config, count, device):
     """Real micro-batches as inputs of the loss: z, v, r, t, y, the number of r = t rows."""
+    import torch
+
     from mf_dist.data.loader import training_batches
+    from mf_dist.data.normalisation import normalisation
     from mf_dist.data.shards import LatentShards
     from mf_dist.objectives.guidance import drop_labels
     from mf_dist.objectives.path import path
     from mf_dist.objectives.times import sample_times
-    from mf_dist.vae import sample_posterior
 
     shards, recipe = LatentShards(config.data.path), config.meanflow
+    scale = normalisation(config.data, shards.manifest["vae"], torch.device("cpu"))
     stream = training_batches(shards, config, 0, 0, 1, pin_memory=False)
     for _, b in zip(range(count), stream, strict=False):
-        x = sample_posterior(b.moments, b.draws["posterior_noise"], shards.manifest["vae"]["scaling_factor"])
+        x = scale.sample_posterior(b.moments, b.draws["posterior_noise"])
         n_eq = int(len(x) * recipe.share_r_equals_t)
         r, t = sample_times(b.draws["time_normals"], n_eq, recipe.time_mean, recipe.time_std)
         y = drop_labels(b.labels, b.draws["drop_uniforms"], n_eq, recipe.label_drop, config.model.num_classes)
