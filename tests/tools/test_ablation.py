@@ -35,7 +35,7 @@ def test_a_row_is_mean_and_deviation_over_the_seeds(tmp_path):
         measured = [{"nfe": k, "metrics": {"kid_x": 7.0, "fd_x_5": v}} for k, v in zip((1, 4), values, strict=True)]
         (run / "eval" / "metrics.json").write_text(json.dumps(measured))
     row = ablation.row(Namespace(out=tmp_path, seeds=3), "recipe")
-    assert [cell.strip() for cell in row.split("|")[2:6]] == ["11.00 ± 2.00", "", "5.00 ± 1.00", ""]
+    assert row[1:] == ["11.00 ± 2.00", "", "5.00 ± 1.00", ""]
 
 
 def write_idx(folder, count):
