@@ -9,13 +9,10 @@ Shapes: B rows, C latent channels, S latent side, P patch side, N = (S/P)^2 toke
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mf_dist.models.attention import SelfAttention
 from mf_dist.models.layers import Dual, Linear, Mlp, TimeEmbedding, gated_add, layer_norm, modulate, silu
-
-Tangent = tuple[Tensor, Tensor, Tensor]
-"""Direction (dz, dr, dt): dz like z, dr and dt (B,)."""
+from mf_dist.models.network import Branch, Network, Tangent
 
 
 class Block(nn.Module):
@@ -40,7 +37,7 @@ class Block(nn.Module):
         return gated_add(x, gate2, h, dx, dgate2, dh)
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """u(z, r, t | y) for square latents. With num_classes = 0 only the null class is left: unconditional."""
 
     def __init__(
@@ -55,13 +52,7 @@ class DiT(nn.Module):
         num_heads: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
-        self.channels, self.patch, self.tokens_per_side = latent_channels, patch_size, latent_size // patch_size
-        self.null_label = num_classes
-        self.checkpoint_blocks = False
-        """Whether backward recomputes each block instead of saving its activations."""
-        self.tangent_dtype: torch.dtype | None = None
-        """Dtype of a pass with a tangent; None: that of the weights."""
+        super().__init__(latent_size, latent_channels, num_classes, patch_size)
         patch_numbers = patch_size * patch_size * latent_channels
         self.patch_in = Linear(patch_numbers, hidden_size)
         self.time = TimeEmbedding(hidden_size)
@@ -87,6 +78,9 @@ class DiT(nn.Module):
         for layer in [self.last_modulation, self.patch_out, *(block.modulation for block in blocks)]:
             nn.init.zeros_(layer.weight)
 
+    def branches(self) -> list[Branch]:
+        return [Branch(list(self.blocks), [self.last_modulation], self.patch_out)]
+
     def forward(
         self,
         z: Tensor,
@@ -101,15 +95,10 @@ class DiT(nn.Module):
         Returns u like z; with a tangent (dz, dr, dt), the pair (u, du) with du = d/ds u((z, r, t) + s tangent).
         The layers compute in `dtype`; None: in that of the weights, or with a tangent in tangent_dtype. u and du have
         the dtype of z."""
-        of_tangent = None if tangent is None else self.tangent_dtype
-        dtype = dtype or of_tangent or self.patch_in.weight.dtype
-        x, c, dx, dc = self.embed(z, r, t, y, tangent, dtype)
+        x, c, dx, dc = self.embed(z, r, t, y, tangent, self.compute_dtype(dtype, tangent))
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, dx = checkpoint(block, x, c, dx, dc, use_reentrant=False)
-            else:
-                x, dx = block(x, c, dx, dc)
-        u, du = self.head(x, c, dx, dc)
+            x, dx = self.run_block(block, x, c, dx, dc)
+        u, du = self.output(x, c, dx, dc)
         return u.to(z.dtype) if du is None else (u.to(z.dtype), du.to(z.dtype))
 
     def embed(
@@ -122,7 +111,7 @@ class DiT(nn.Module):
         c, dc = self._condition(r, t, y, dr, dt, dtype)
         return x, c, dx, dc
 
-    def head(self, x: Tensor, c: Tensor, dx: Tensor | None, dc: Tensor | None) -> Dual:
+    def output(self, x: Tensor, c: Tensor, dx: Tensor | None, dc: Tensor | None) -> Dual:
         """After the blocks: u (B, C, S, S) and its tangent."""
         m, dm = self.last_modulation(c, dc)
         h, dh = layer_norm(x, dx)
@@ -138,17 +127,6 @@ class DiT(nn.Module):
         a, da = self.time(t, dt, dtype)
         b, db = self.interval(t - r, None if dt is None or dr is None else dt - dr, dtype)
         return silu(a + b + self.label(y).to(dtype), None if da is None or db is None else da + db)
-
-    def _patchify(self, z: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, N, P P C)."""
-        side, p = self.tokens_per_side, self.patch
-        return z.reshape(-1, self.channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, P P C) -> (B, C, S, S)."""
-        side, p = self.tokens_per_side, self.patch
-        z = x.reshape(-1, side, side, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)
-        return z.reshape(-1, self.channels, side * p, side * p)
 
 
 def sine_cosine_positions(width: int, side: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.config.objectives import AlphaFlowConfig
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 from mf_dist.objectives.base import Loss, Sums
 from mf_dist.objectives.discrete import discrete_target, with_value
 from mf_dist.objectives.guidance import guided_velocity, guiding_velocities
@@ -24,7 +24,7 @@ from mf_dist.objectives.weighting import adaptive
 
 
 class AlphaFlowLoss(Loss):
-    def __init__(self, net: DiT, recipe: AlphaFlowConfig) -> None:
+    def __init__(self, net: Network, recipe: AlphaFlowConfig) -> None:
         super().__init__(net, recipe)
         self.recipe = recipe
 

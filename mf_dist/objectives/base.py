@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mf_dist.config.objectives import Objective
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 
 Sums = dict[str, Tensor]
 """(sum over rows, number of rows) of each logged quantity, so that means over ranks and steps are exact."""
@@ -15,7 +15,7 @@ Sums = dict[str, Tensor]
 class Loss(nn.Module, ABC):
     """Rows are ordered: the first num_r_equals_t have r = t."""
 
-    def __init__(self, net: DiT, objective: Objective) -> None:
+    def __init__(self, net: Network, objective: Objective) -> None:
         super().__init__()
         self.net, self.null_label = net, net.null_label
         self.phase = objective.phases[0].name

@@ -1,14 +1,14 @@
 """From an objective's config to its loss."""
 
 from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, Objective, SolutionFlowConfig
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 from mf_dist.objectives.alpha_flow import AlphaFlowLoss
 from mf_dist.objectives.base import Loss
 from mf_dist.objectives.meanflow import MeanFlowLoss
 from mf_dist.objectives.solution_flow import SolutionFlowLoss
 
 
-def build_loss(net: DiT, objective: Objective) -> Loss:
+def build_loss(net: Network, objective: Objective) -> Loss:
     match objective:
         case MeanFlowConfig():
             return MeanFlowLoss(net, objective)

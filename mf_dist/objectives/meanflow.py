@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.config.objectives import MeanFlowConfig
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 from mf_dist.objectives.base import Loss, Sums, log_sums
 from mf_dist.objectives.guidance import drop_labels, guided_velocity, guiding_velocities
 from mf_dist.objectives.network import Net
@@ -101,7 +101,7 @@ def meanflow_sums(s: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tens
 
 
 class MeanFlowLoss(Loss):
-    def __init__(self, net: DiT, recipe: MeanFlowConfig) -> None:
+    def __init__(self, net: Network, recipe: MeanFlowConfig) -> None:
         super().__init__(net, recipe)
         self.recipe, self.mean_gap = recipe, recipe.mean_gap
 

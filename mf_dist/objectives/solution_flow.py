@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mf_dist.config.objectives import SolutionFlowConfig
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 from mf_dist.objectives.base import Loss, Sums, log_sums
 from mf_dist.objectives.discrete import discrete_target, with_value
 from mf_dist.objectives.guidance import guided_velocity, guiding_velocities
@@ -90,7 +90,7 @@ def solution_flow_loss(
 
 
 class SolutionFlowLoss(Loss):
-    def __init__(self, net: DiT, recipe: SolutionFlowConfig) -> None:
+    def __init__(self, net: Network, recipe: SolutionFlowConfig) -> None:
         super().__init__(net, recipe)
         self.recipe = recipe
 

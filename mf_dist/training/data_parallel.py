@@ -16,25 +16,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mf_dist.config.cost import BLOCKS_TOGETHER
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Branch, Network
 from mf_dist.training.optimizer import AdamWEma
 
 
-def parameter_groups(net: DiT, world_size: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+def parameter_groups(net: Network, world_size: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     """The groups in the order of the forward, each with the module before whose forward its weights must be complete:
-    the network for the layers before the blocks, or a block. The layers after the blocks belong to the last one.
-    All but the first have BLOCKS_TOGETHER parameters or more. One rank has a single group."""
+    the network for the layers before the blocks, or a block. The layers after a branch's blocks belong to its last
+    one. A branch that not every pass computes has groups of its own. All but the first of a branch have BLOCKS_TOGETHER
+    parameters or more. One rank has a single group."""
     if world_size == 1:
         return [(net, list(net.parameters()))]
-    blocks = [(block, list(block.parameters())) for block in net.blocks]
-    in_blocks = {id(p) for _, parameters in blocks for p in parameters}
-    head = [*net.last_modulation.parameters(), *net.patch_out.parameters()]
-    in_head = {id(p) for p in head}
-    embedding = [p for p in net.parameters() if id(p) not in in_blocks | in_head]
-    units: list[tuple[nn.Module, list[nn.Parameter]]] = [(net, embedding), *blocks]
-    units[-1][1].extend(head)
-    groups = [units.pop()]
-    for module, parameters in reversed(units):
+    branches = [_units(branch) for branch in net.branches()]
+    in_branches = {id(p) for units in branches for _, parameters in units for p in parameters}
+    branches[0].insert(0, (net, [p for p in net.parameters() if id(p) not in in_branches]))
+    return [group for units in branches for group in _together(units)]
+
+
+def _units(branch: Branch) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """Each block with its parameters, the last one also with those of the layers after it."""
+    units = [(block, list(block.parameters())) for block in branch.blocks]
+    for layer in (*branch.last_layers, branch.last_linear):
+        units[-1][1].extend(layer.parameters())
+    return units
+
+
+def _together(units: list[tuple[nn.Module, list[nn.Parameter]]]) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """Successive units joined, from the last to the first, until there are BLOCKS_TOGETHER parameters."""
+    groups = [units[-1]]
+    for module, parameters in reversed(units[:-1]):
         if sum(p.numel() for p in groups[0][1]) < BLOCKS_TOGETHER:
             groups[0] = (module, parameters + groups[0][1])
         else:

@@ -111,17 +111,18 @@ def _compile(loss: Loss, stage: int, is_bf16: bool, world_size: int) -> None:
         # in torch 2.13.0, C++ of two equal sums in bf16 (of two biases' gradients) that are fused does not compile
         torch._inductor.config.cpp.max_horizontal_fusion_size = 1
     net = loss.net
+    blocks = [block for branch in net.branches() for block in branch.blocks]
     if stage == 3:
         # ZeRO-3 gathers weights in hooks around each module, which break each block's graph at every linear. torch
         # gives up on a function, and runs it eagerly, after 8 versions: Linear.forward has more.
         torch._dynamo.config.recompile_limit = 32
-        for block in net.blocks:
+        for block in blocks:
             block.compile(dynamic=False)
     elif world_size == 1:
         loss.forward = torch.compile(loss.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     else:
-        net.head = torch.compile(net.head, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
-        for block in net.blocks:
+        net.output = torch.compile(net.output, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
@@ -179,7 +180,8 @@ class Engine:
             _compile(loss, self.stage, self.is_bf16, ranks.world_size)
         weights = ((name, p.to(ranks.device)) for name, p in loss.net.named_parameters())  # NCCL takes none on the CPU
         check_same_on_all_ranks(weights, "initial weights")
-        self._first_gradient: FirstGradientCheck | None = FirstGradientCheck(loss.net.patch_out.weight, self.is_bf16)
+        first_linear = loss.net.branches()[0].last_linear
+        self._first_gradient: FirstGradientCheck | None = FirstGradientCheck(first_linear.weight, self.is_bf16)
         with contextlib.redirect_stdout(io.StringIO()):  # discards its memory tables
             self._engine, *_ = deepspeed.initialize(
                 model=loss,
