@@ -4,17 +4,39 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mf_dist.models.dit import DiT
+from mf_dist.models.imf_dit import Guidance, ImfDiT
 
 
 def small_dit(seed: int = 0, num_classes: int = 3, **changes) -> DiT:
     """A DiT in float64 with all weights random: with the initial weights u and du/dt are 0, which tests nothing."""
     g = torch.Generator().manual_seed(seed)
     sizes = {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    net = DiT(**{**sizes, **changes}, num_classes=num_classes, generator=g).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * (0.3 if p.ndim > 1 else 0.1))
+    return randomised(DiT(**{**sizes, **changes}, num_classes=num_classes, generator=g), g)
+
+
+def small_imf_dit(seed: int = 0, num_classes: int = 3, **changes) -> ImfDiT:
+    """As small_dit; 6 tokens of conditions, 2 shared blocks, one in each head."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 16, "depth": 3, "num_heads": 2}
+    tokens = {"class_tokens": 2, "guidance_tokens": 1, "start_tokens": 1, "end_tokens": 1, "time_tokens": 1}
+    sizes |= {"head_depth": 1, **tokens, **changes}
+    return randomised(ImfDiT(**sizes, num_classes=num_classes, generator=g), g)
+
+
+@torch.no_grad()
+def randomised(net, g):
+    """In float64. Weights of norms and gates are near 1, which they multiply by."""
+    for name, p in net.double().named_parameters():
+        p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * (0.3 if p.ndim > 1 else 0.1))
+        if "norm" in name or "gate" in name:
+            p.add_(1)
     return net
+
+
+def random_guidance(rows: int, dtype=torch.float64) -> Guidance:
+    """omega in [1, 8], start in [0, 1/2], end in [1/2, 1]."""
+    a, b, c = torch.rand(3, rows, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    return Guidance(1 + 7 * a, b / 2, (1 + c) / 2)
 
 
 def random_batch(num_classes, rows, n_eq, seed, dropped):

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:  # type: ignore[override]
         weight = self.weight.to(x.dtype)
-        y = F.linear(x, weight, self.bias.to(x.dtype))
+        y = F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         # matmul, not F.linear: ZeRO-3 replaces F.linear by a function that keeps its own graph
         return y, None if dx is None else dx @ weight.t()
 
@@ -51,6 +51,43 @@ def layer_norm(x: Tensor, dx: Tensor | None = None, eps: float = 1e-6) -> Dual:
     y, mean, inverse = torch.native_layer_norm(x, shape, None, None, eps)
     needed = [True, False, False]  # gradients of x, weight, bias
     return y, torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, inverse, None, None, needed)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, dx: Tensor | None = None, eps: float = 1e-6) -> Dual:
+    """Over the last dimension: y = w n with n = x/s, s = sqrt(mean(x^2) + eps); dy = w (dx - n mean(n dx))/s."""
+    if dx is None:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps), None
+    # not torch's backward kernel, which exists on GPUs only; in fp32 inside, so that results are rounded once, too
+    wide, dwide, weight = at_least_fp32(x), at_least_fp32(dx), at_least_fp32(weight)
+    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    n = wide * inverse
+    dn = (dwide - n * (n * dwide).mean(dim=-1, keepdim=True)) * inverse
+    return (weight * n).to(x.dtype), (weight * dn).to(x.dtype)
+
+
+def rotary(x: Tensor, dx: Tensor | None = None, *, cos: Tensor, sin: Tensor) -> Dual:
+    """Rotary positions (arXiv 2104.09864): each pair (x_2i, x_2i+1) turns by its angle. x (B, N, H, K); cos, sin
+    (N, K/2) in fp32 or wider, in which the products are made."""
+    return _turn(x, cos, sin), None if dx is None else _turn(dx, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotary_angles(tokens: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, K/2) of n theta_i, theta_i = 10000^(-2 i / K), at positions n = 0, ..., N - 1, on the device of
+    `like`; in its dtype, but at least fp32."""
+    wide = at_least_fp32(like.new_empty(0)).dtype
+    theta = 10_000 ** -(torch.arange(0, head_size, 2, dtype=wide, device=like.device) / head_size)
+    angle = torch.arange(tokens, dtype=wide, device=like.device)[:, None] * theta
+    return angle.cos(), angle.sin()
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def modulate(
@@ -96,6 +133,34 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:
         return self.fc2(*self.fc1(x, dx))
+
+
+class RmsNorm(nn.Module):
+    """Root mean square normalisation with a weight per feature, which starts at 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:
+        return rms_norm(x, self.weight, dx)
+
+
+class SwiGlu(nn.Module):
+    """W2 (silu(a) b) with (a, b) = W1 x, without biases (arXiv 2002.05202); 8/3 of the width inside, rounded down."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = 8 * width // 3
+        self.fc1 = Linear(width, 2 * hidden, bias=False)
+        self.fc2 = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, dx: Tensor | None = None) -> Dual:
+        ab, dab = self.fc1(x, dx)
+        a, b = ab.chunk(2, dim=-1)
+        da, db = dab.chunk(2, dim=-1) if dab is not None else (None, None)
+        s, ds = silu(a, da)
+        return self.fc2(s * b, None if ds is None or db is None else ds * b + s * db)
 
 
 class TimeEmbedding(nn.Module):

@@ -2,11 +2,25 @@
 
 import pytest
 import torch
-from oracles import func_jvp, small_dit
+from oracles import func_jvp, random_guidance, small_dit, small_imf_dit
 from torch import nn
 
-from mf_dist.models.attention import SelfAttention, attention, attention_with_tangent
-from mf_dist.models.layers import Linear, Mlp, TimeEmbedding, gated_add, gelu, layer_norm, modulate, silu
+from mf_dist.models import imf_dit
+from mf_dist.models.attention import RotaryAttention, SelfAttention, attention, attention_with_tangent
+from mf_dist.models.layers import (
+    Linear,
+    Mlp,
+    RmsNorm,
+    SwiGlu,
+    TimeEmbedding,
+    gated_add,
+    gelu,
+    layer_norm,
+    modulate,
+    rotary,
+    rotary_angles,
+    silu,
+)
 
 
 def randn(*shape, seed=0):
@@ -21,9 +35,24 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
+def heads(layer, x, dx, **settings):
+    """A layer of (B, N, H, K) on (B, N, D), with K = 2."""
+    y, dy = layer(x.unflatten(-1, (-1, 2)), None if dx is None else dx.unflatten(-1, (-1, 2)), **settings)
+    return y.flatten(-2), None if dy is None else dy.flatten(-2)
+
+
 def plain_attention(q, k, v):
     return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
 
+
+def residual(x, dx):
+    h, dh = silu(x, dx)
+    return imf_dit.gated_add(x, GATE, h, dx, dh)
+
+
+COS, SIN = rotary_angles(5, 2, torch.zeros((), dtype=torch.float64))
+ROTARY_ATTENTION, IMF_BLOCK = randomised(RotaryAttention(6, 3)), randomised(imf_dit.Block(6, 3))
+GATE = torch.linspace(-1, 1, 6, dtype=torch.float64)
 
 LAYERS = {
     "linear": randomised(Linear(6, 5)),
@@ -32,6 +61,12 @@ LAYERS = {
     "layer_norm": layer_norm,
     "mlp": randomised(Mlp(6, 24)),
     "attention": randomised(SelfAttention(6, 3)),
+    "rms_norm": randomised(RmsNorm(6)),
+    "swiglu": randomised(SwiGlu(6)),
+    "rotary": lambda x, dx=None: heads(rotary, x, dx, cos=COS, sin=SIN),
+    "rotary attention": lambda x, dx=None: ROTARY_ATTENTION(x, COS, SIN, dx),
+    "residual of imf_dit": lambda x, dx=None: residual(x, dx),
+    "block of imf_dit": lambda x, dx=None: IMF_BLOCK(x, COS, SIN, dx),
 }
 
 
@@ -60,9 +95,10 @@ def test_layer_of_three_inputs(rule):
     torch.testing.assert_close(dy, tangent, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("layer", [TimeEmbedding(6), imf_dit.ScalarTokens(6, 3)])
 @torch.no_grad()
-def test_time_embedding():
-    layer, t, dt = randomised(TimeEmbedding(6)), torch.rand(4, dtype=torch.float64), randn(4)
+def test_time_embedding(layer):
+    layer, t, dt = randomised(layer), torch.rand(4, dtype=torch.float64), randn(4)
     y, dy = layer(t, dt, torch.float64)
     value, tangent = torch.func.jvp(lambda a: layer(a, None, torch.float64)[0], (t,), (dt,))
     torch.testing.assert_close(y, value, atol=1e-12, rtol=1e-12)
@@ -91,19 +127,42 @@ def test_dit(patch_size):
     torch.testing.assert_close(du, central, atol=1e-4, rtol=1e-5)  # truncation and rounding of the difference
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
 @torch.no_grad()
-def test_bf16_tangents_are_as_accurate_as_those_of_func_jvp():
+def test_imf_dit(patch_size):
+    net = small_imf_dit(patch_size=patch_size)
+    z, dz, y = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1), torch.tensor([0, 1, 2, 3, 0])
+    r, t = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).sort(dim=0)[0]
+    r[0], (dr, dt), guidance = t[0], randn(2, 5, seed=3), random_guidance(5)
+    u, du = net(z, r, t, y, guidance, tangent=(dz, dr, dt))
+    value, tangent = func_jvp(lambda a, b, c: net(a, b, c, y, guidance), (z, r, t), (dz, dr, dt))
+    torch.testing.assert_close(u, value, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(du, tangent, atol=1e-10, rtol=1e-10)
+    assert du.abs().mean() > 0.05
+    h = 1e-5
+    central = net(z + h * dz, r + h * dr, t + h * dt, y, guidance) - net(
+        z - h * dz, r - h * dr, t - h * dt, y, guidance
+    )
+    torch.testing.assert_close(du, central / (2 * h), atol=1e-4, rtol=1e-5)  # truncation and rounding of the difference
+
+
+@pytest.mark.parametrize(
+    ("small", "conditions"), [(small_dit, ()), (small_imf_dit, (random_guidance(8, torch.float32),))]
+)
+@torch.no_grad()
+def test_bf16_tangents_are_as_accurate_as_those_of_func_jvp(small, conditions):
     """Mean relative error of du over 20 networks, with float64 as reference; u and du have the dtype of z."""
     y, ours, func = torch.tensor([0, 3] * 4), 0.0, 0.0
     for seed in range(20):
-        net, exact = small_dit(seed).bfloat16(), small_dit(seed).bfloat16().double()
+        net, exact = small(seed).bfloat16(), small(seed).bfloat16().double()
         z, dz = randn(2, 8, 3, 4, 4, seed=seed).float()
         r = 0.1 + 0.02 * torch.arange(8)
         primals, tangents = (z, r, r + 0.4), (dz, torch.zeros(8), torch.ones(8))
-        u, du = net(*primals, y, tangent=tangents)
+        u, du = net(*primals, y, *conditions, tangent=tangents)
         assert u.dtype == du.dtype == torch.float32
-        _, reference = exact(*(a.double() for a in primals), y, tangent=tuple(a.double() for a in tangents))
-        _, func_du = func_jvp(lambda *a, net=net: net(*a, y), primals, tangents)
+        wide, dwide = ([a.double() for a in part] for part in (primals, tangents))
+        _, reference = exact(*wide, y, *conditions, tangent=tuple(dwide))
+        _, func_du = func_jvp(lambda *a, net=net: net(*a, y, *conditions), primals, tangents)
         ours += (du - reference).norm() / reference.norm() / 20
         func += (func_du - reference).norm() / reference.norm() / 20
     assert 0.01 < ours < 1.1 * func, (ours, func)
