@@ -3,11 +3,11 @@
 import yaml
 
 from mf_dist.config.loader import to_tree
-from mf_dist.config.schema import Config, ModelConfig
+from mf_dist.config.schema import Config, ImfDitConfig, ModelConfig
 from mf_dist.runtime.figures import three_digits
 
 SINUSOIDS = 256
-KEPT_PER_BLOCK = 18
+KEPT_PER_BLOCK, KEPT_PER_IMF_BLOCK = 18, 21
 """Values per token and unit of width that a compiled block saves for backward (measured, docs/performance.md)."""
 ASSUMED_FLOPS = 400e12
 """FLOP/s per GPU behind the hours that --dry-run prints: 40 % of an H100's bf16 peak."""
@@ -26,28 +26,57 @@ FEW_ROWS = 16
 """Rows per GPU below which the matrix products are too small to use it fully."""
 
 
-def tokens(model: ModelConfig) -> int:
+def patches(model: ModelConfig) -> int:
     assert model.latent_size is not None
     return (model.latent_size // model.patch_size) ** 2
 
 
-def parameters(model: ModelConfig) -> int:
-    """Number of trainable parameters of the DiT in models/dit.py."""
+def tokens(model: ModelConfig) -> int:
+    """Length of the sequence in the blocks."""
+    if (imf := model.imf_dit) is None:
+        return patches(model)
+    return patches(model) + condition_tokens(imf)
+
+
+def condition_tokens(imf: ImfDitConfig) -> int:
+    return imf.class_tokens + imf.guidance_tokens + imf.start_tokens + imf.end_tokens + imf.time_tokens
+
+
+def blocks(model: ModelConfig, for_sampling: bool = False) -> int:
+    """Of the whole network; for_sampling: without those of imf_dit's v head."""
+    return model.depth + (model.imf_dit.head_depth if model.imf_dit and not for_sampling else 0)
+
+
+def parameters(model: ModelConfig, for_sampling: bool = False) -> int:
+    """Number of trainable parameters of the networks in models/dit.py and models/imf_dit.py; for_sampling: without the
+    latter's v head."""
     assert model.latent_channels is not None and model.num_classes is not None
-    d, patch = model.hidden_size, model.patch_size**2 * model.latent_channels
-    block = (3 * d * d + 3 * d) + (d * d + d) + (8 * d * d + 5 * d) + (6 * d * d + 6 * d)
-    time = (SINUSOIDS * d + d) + (d * d + d)
-    ends = (patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch)
-    return model.depth * block + 2 * time + (model.num_classes + 1) * d + ends
+    d, patch, labels = model.hidden_size, model.patch_size**2 * model.latent_channels, model.num_classes + 1
+    scalar = (SINUSOIDS * d + d) + (d * d + d)
+    patch_in, patch_out = patch * d + d, d * patch + patch
+    if (imf := model.imf_dit) is None:
+        block = (3 * d * d + 3 * d) + (d * d + d) + (8 * d * d + 5 * d) + (6 * d * d + 6 * d)
+        return model.depth * block + 2 * scalar + labels * d + patch_in + (2 * d * d + 2 * d) + patch_out
+    block = 4 * d * d + 3 * d * _swiglu_hidden(d) + 4 * d + 2 * (d // model.num_heads)
+    conditions = 4 * scalar + (labels + condition_tokens(imf)) * d
+    return blocks(model, for_sampling) * block + conditions + patch_in + (2 - for_sampling) * (d + patch_out)
 
 
-def forward_flops(model: ModelConfig) -> int:
-    """FLOPs of one forward pass of one image: matrix products only, a multiply-add counts as 2."""
+def _swiglu_hidden(width: int) -> int:
+    return 8 * width // 3
+
+
+def forward_flops(model: ModelConfig, both_heads: bool = False) -> int:
+    """FLOPs of one forward pass of one image, with imf_dit through its u head or its v head: matrix products only, a
+    multiply-add counts as 2. both_heads: with imf_dit through both."""
     assert model.latent_channels is not None
-    n, d, patch = tokens(model), model.hidden_size, model.patch_size**2 * model.latent_channels
-    block = 12 * n * d * d + 2 * n * n * d + 6 * d * d
-    time = SINUSOIDS * d + d * d
-    return 2 * (model.depth * block + 2 * time + 2 * n * patch * d + 2 * d * d)
+    n, d, patch = tokens(model), model.hidden_size, patches(model) * model.patch_size**2 * model.latent_channels
+    scalar = SINUSOIDS * d + d * d
+    if model.imf_dit is None:
+        block = 12 * n * d * d + 2 * n * n * d + 6 * d * d
+        return 2 * (model.depth * block + 2 * scalar + 2 * patch * d + 2 * d * d)
+    block = 4 * n * d * d + 3 * n * d * _swiglu_hidden(d) + 2 * n * n * d
+    return 2 * (blocks(model, not both_heads) * block + 4 * scalar + (2 + both_heads) * patch * d)
 
 
 def forwards_per_image(config: Config) -> float:
@@ -68,7 +97,8 @@ def memory_per_rank(config: Config, world_size: int) -> dict[str, float]:
     assert rows is not None
     count, width = parameters(model), 2 if config.engine.precision == "bf16" else 4
     per_value = rows * tokens(model) * model.hidden_size * width
-    values = model.depth + KEPT_PER_BLOCK if config.engine.checkpoint_activations else model.depth * KEPT_PER_BLOCK
+    kept = KEPT_PER_IMF_BLOCK if model.imf_dit else KEPT_PER_BLOCK
+    values = blocks(model) + kept if config.engine.checkpoint_activations else blocks(model) * kept
     at_once = 2 * count if width == 2 and stage < 3 and world_size == 1 else 0
     is_bf16 = _has_bf16_optimizer(config) and rows == config.train.batch_size
     return {
@@ -127,8 +157,8 @@ def exposed_seconds(config: Config, world_size: int, rows: int, accumulation: in
     reduce, gather = wire_seconds(config, world_size, accumulation).values()
     forward = rows * forward_flops(config.model) / ASSUMED_FLOPS
     count = parameters(config.model)
-    blocks = max(BLOCKS_TOGETHER, count // config.model.depth)
-    parts = max(1, count // (blocks if _has_bf16_optimizer(config) else REDUCED_TOGETHER))
+    together = max(BLOCKS_TOGETHER, count // blocks(config.model))
+    parts = max(1, count // (together if _has_bf16_optimizer(config) else REDUCED_TOGETHER))
     beside = 1 - 1 / parts
     passes = 1 if _has_bf16_optimizer(config) else accumulation  # with a reduction
     exposed = reduce - passes * min(2 * forward, reduce / passes) * beside
@@ -187,7 +217,7 @@ def describe(config: Config, world_size: int) -> str:
         "---",
         f"latent          ({model.latent_channels}, {model.latent_size}, {model.latent_size}), {tokens(model)} tokens, "
         f"{model.num_classes} classes",
-        f"parameters      {count:,}",
+        f"parameters      {count:,}" + (f", {parameters(model, True):,} to sample" if model.imf_dit else ""),
         f"forward         {three_digits(flops / 1e9)} GFLOP per image (2 per multiply-add)",
         f"step            {per_image:.2f} forwards per image, "
         f"{three_digits(per_image * flops * train.batch_size / 1e12)} TFLOP (plain flow matching: 3)",

@@ -48,11 +48,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ImfDitConfig:
+    """What a network of improved MeanFlow has besides what a DiT has. Defaults are those of the authors (arXiv
+    2512.02012)."""
+
+    head_depth: Count = 8
+    """Of the blocks, the last ones that are not shared by the u head and the v head, which has as many of its own."""
+    class_tokens: Count = 8
+    """Tokens that tell the network the class; likewise the scale, the begin and the end of guidance, and t - r."""
+    guidance_tokens: Count = 4
+    start_tokens: Count = 2
+    end_tokens: Count = 2
+    time_tokens: Count = 4
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     depth: Count
     """Transformer blocks."""
     hidden_size: Count
-    """Width; divisible by num_heads and by 4 (2-D sine-cosine positions)."""
+    """Width; divisible by num_heads. dit: by 4 (2-D sine-cosine positions); imf_dit: by 2 num_heads (rotary ones)."""
     num_heads: Count
     patch_size: Count
     """Side of the square patch of latent pixels that makes one token."""
@@ -62,8 +77,10 @@ class ModelConfig:
     """Channels of the latent; None: from the dataset manifest."""
     num_classes: Whole | None = None
     """Classes, 0 = unconditional; None: from the dataset manifest."""
-    network: Literal["dit"] = "dit"
-    """The network's architecture."""
+    network: Literal["dit", "imf_dit"] = "dit"
+    """The network's architecture: DiT, or that of improved MeanFlow."""
+    imf_dit: ImfDitConfig | None = None
+    """For network=imf_dit alone; None: its defaults."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +315,8 @@ def resolve(config: Config, manifest: dict[str, Any] | None, world_size: int) ->
         refuse_inside([config.data.stage_dir], config.data.path)
     if config.data.flip and manifest and not manifest["flip"]:
         raise UserError(f"data.flip: the dataset at {config.data.path!r} has no mirrored images; encode it with --flip")
+    if model.network == "imf_dit":
+        shape["imf_dit"] = model.imf_dit or ImfDitConfig()
     micro_batch = config.train.micro_batch or max(1, config.train.batch_size // world_size)
     train = replace(config.train, micro_batch=micro_batch)
     resolved = replace(config, data=data, model=replace(model, **shape), train=train)
@@ -335,8 +354,23 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(f"model.patch_size {model.patch_size} does not divide model.latent_size {model.latent_size}")
     if model.hidden_size % model.num_heads:
         raise UserError(f"model.num_heads {model.num_heads} does not divide model.hidden_size {model.hidden_size}")
-    if model.hidden_size % 4:
+    if model.network == "imf_dit":
+        _check_imf_dit(model)
+    elif model.imf_dit is not None:
+        raise UserError(f"model.imf_dit is for model.network=imf_dit, not {model.network}: leave it out")
+    elif model.hidden_size % 4:
         raise UserError(f"model.hidden_size {model.hidden_size} is not a multiple of 4 (2-D sine-cosine positions)")
+
+
+def _check_imf_dit(model: ModelConfig) -> None:
+    assert model.imf_dit is not None
+    head_depth = model.imf_dit.head_depth
+    if head_depth >= model.depth:
+        raise UserError(f"model.imf_dit.head_depth {head_depth} leaves none of model.depth {model.depth} to be shared")
+    if model.hidden_size // model.num_heads % 2:
+        raise UserError(
+            f"model.hidden_size {model.hidden_size} / model.num_heads {model.num_heads} is odd (rotary positions)"
+        )
 
 
 def _check_batch(config: Config, micro_batch: int, world_size: int) -> None:

@@ -25,7 +25,7 @@ from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks, sum_over_rank
 from mf_dist.runtime.environment import environment
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import Precision, single_cpu_thread
-from mf_dist.sampling.generator import ImageGenerator, Samples, build_network
+from mf_dist.sampling.generator import ImageGenerator, Samples, sampling_network
 from mf_dist.vae import Vae
 
 
@@ -62,8 +62,7 @@ class TrainingEvaluation:
 
     def measure(self, ema: dict[str, Tensor], decay: float, step: int, samples_seen: int) -> dict[str, float]:
         """Name -> value for this EMA at every eval.nfe, recorded in eval/metrics.json; on rank 0 (else empty)."""
-        net = build_network(self.config.model, self.config.train.seed)
-        net.load_state_dict(ema)
+        net = sampling_network(self.config.model, ema, f"the EMA of decay {decay}")
         generator = ImageGenerator(net, self.vae, self.config, self.ranks.device, self.precision)
         values, self.problems = {}, []
         for nfe in self.config.eval.nfe:

@@ -7,7 +7,7 @@ of samples.
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, can_draw, image_grid
 from mf_dist.data.normalisation import normalisation
 from mf_dist.models.dit import DiT
+from mf_dist.models.imf_dit import ImfDiT
+from mf_dist.models.network import Network
 from mf_dist.objectives.sampler import SAMPLERS, uniform_grid
 from mf_dist.runtime import rng
 from mf_dist.runtime.errors import UserError
@@ -38,19 +40,32 @@ FEW_FLOW_STEPS = 8
 """With fewer Euler steps, samples of flow matching are visibly blurred (docs/experiments.md)."""
 
 
-def build_network(model: ModelConfig, seed: int) -> DiT:
-    """A DiT with its initial weights, which depend on the seed only."""
+def build_network(model: ModelConfig, seed: int, for_sampling: bool = False) -> Network:
+    """The network of a resolved config with its initial weights, which depend on the seed only; for_sampling: without
+    what only training needs."""
     assert model.latent_size is not None and model.latent_channels is not None and model.num_classes is not None
-    return DiT(
-        latent_size=model.latent_size,
-        latent_channels=model.latent_channels,
-        num_classes=model.num_classes,
-        patch_size=model.patch_size,
-        hidden_size=model.hidden_size,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        "latent_size": model.latent_size,
+        "latent_channels": model.latent_channels,
+        "num_classes": model.num_classes,
+        "patch_size": model.patch_size,
+        "hidden_size": model.hidden_size,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+    }
+    if model.network == "dit":
+        return DiT(**sizes, generator=generator)
+    assert model.imf_dit is not None
+    return ImfDiT(**sizes, **asdict(model.imf_dit), generator=generator, v_head=not for_sampling)
+
+
+def sampling_network(model: ModelConfig, trained: dict[str, Tensor], source: str) -> Network:
+    """The network that samples, with its part of the weights of a trained one. Raises UserError as load_weights."""
+    net = build_network(model, 0, for_sampling=True)
+    part = {name: tensor for name, tensor in trained.items() if not name.startswith(net.TRAINING_ONLY)}
+    load_weights(net, part, source)
+    return net
 
 
 class ImageGenerator:
@@ -58,7 +73,7 @@ class ImageGenerator:
 
     def __init__(
         self,
-        net: DiT,
+        net: Network,
         vae: Vae,
         config: Config,
         device: torch.device,
@@ -209,8 +224,8 @@ def load_trained_model(
     wanted = ema_decay or str(config.optim.ema_decay[0])
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
-    net = build_network(config.model, seed=0)
-    load_weights(net, checkpoint.load(f"ema-{wanted}"), str(checkpoint.file(f"ema-{wanted}")))
+    weights = f"ema-{wanted}"
+    net = sampling_network(config.model, checkpoint.load(weights), str(checkpoint.file(weights)))
     source = vae or config.eval.vae or state["vae"]["source"]
     decoder = Vae(source, device, state["vae"], precision, compiles)
     generator = ImageGenerator(net, decoder, config, device, precision, compiles)

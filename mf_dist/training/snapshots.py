@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.config.schema import Config
-from mf_dist.models.dit import DiT
+from mf_dist.models.network import Network
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
-from mf_dist.sampling.generator import ImageGenerator, build_network
+from mf_dist.sampling.generator import ImageGenerator, sampling_network
 from mf_dist.training.engine import Engine
 from mf_dist.training.logger import Logger
 from mf_dist.training.resume import measured_ema_decays
@@ -34,15 +34,15 @@ class Snapshots:
     def draw(self, engine: Engine, step: int, logger: Logger | None) -> None:
         """Draws a grid of samples of the first EMA into RUN/samples. Rank 0 draws, but every rank must call: the EMA is
         gathered."""
-        ema = engine.ema(self.config.optim.ema_decay[0])
+        decay = self.config.optim.ema_decay[0]
+        ema = engine.ema(decay)
         if logger is None:
             return
         assert self.vae is not None
-        net = build_network(self.config.model, self.config.train.seed)
-        net.load_state_dict(ema)
+        net = sampling_network(self.config.model, ema, f"the EMA of decay {decay}")
         self._draw_grid(net, self.vae, step, logger)
 
-    def _draw_grid(self, net: DiT, vae: Vae, step: int, logger: Logger) -> None:
+    def _draw_grid(self, net: Network, vae: Vae, step: int, logger: Logger) -> None:
         generator = ImageGenerator(net, vae, self.config, self.ranks.device)
         path = Path(self.config.run_dir) / "samples" / f"step{step:08d}.png"
         options = self.config.eval

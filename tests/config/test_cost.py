@@ -11,15 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mf_dist.config import cost
 from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
-from mf_dist.config.schema import ModelConfig, load_config, resolve
+from mf_dist.config.schema import ImfDitConfig, ModelConfig, load_config, resolve
+from mf_dist.models.imf_dit import Guidance
 from mf_dist.objectives.build import build_loss
 from mf_dist.sampling.generator import build_network
 
 MODEL = ModelConfig(depth=3, hidden_size=32, num_heads=2, patch_size=2, latent_size=8, latent_channels=4, num_classes=5)
+IMF_MODEL = dataclasses.replace(MODEL, network="imf_dit", imf_dit=ImfDitConfig(1, 3, 2, 1, 1, 2))
 
 
-def test_parameters():
-    assert cost.parameters(MODEL) == sum(p.numel() for p in build_network(MODEL, 0).parameters())
+@pytest.mark.parametrize("model", [MODEL, IMF_MODEL])
+@pytest.mark.parametrize("for_sampling", [False, True])
+def test_parameters(model, for_sampling):
+    counted = sum(p.numel() for p in build_network(model, 0, for_sampling).parameters())
+    assert cost.parameters(model, for_sampling) == counted
 
 
 def test_memory_per_rank_at_each_zero_stage():
@@ -47,6 +52,15 @@ def test_forward_flops():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int64))
     assert counter.get_total_flops() == 2 * cost.forward_flops(MODEL)
+
+
+@pytest.mark.parametrize("head", ["u", "v", "both"])
+@torch.no_grad()
+def test_forward_flops_of_imf_dit(head):
+    net, z, zeros, ones = build_network(IMF_MODEL, 0), torch.randn(2, 4, 8, 8), torch.zeros(2), torch.ones(2)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net(z, zeros, ones, torch.zeros(2, dtype=torch.int64), Guidance(ones, zeros, ones), head=head)
+    assert counter.get_total_flops() == 2 * cost.forward_flops(IMF_MODEL, both_heads=head == "both")
 
 
 @pytest.mark.parametrize(
