@@ -14,13 +14,15 @@ from conftest import ROOT, repository_files
 
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
-from mf_dist.config.schema import Config, load_config, resolve
+from mf_dist.config.schema import Config, ImfDitConfig, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.launch import rank_from_environment
 
 DIGITS = str(ROOT / "configs/digits_cpu.yaml")
 LATENT = ["model.latent_size=8", "model.latent_channels=4", "model.num_classes=10", "data.path=none"]
+
+IMF = ["model.network=imf_dit"]
 
 
 def load(*overrides, world_size=1):
@@ -58,6 +60,13 @@ WRONG = [
     (["model.patch_size=3"], "model.patch_size 3 does not divide model.latent_size 8"),
     (["model.num_heads=3"], "model.num_heads 3 does not divide model.hidden_size 128"),
     (["model.hidden_size=126", "model.num_heads=3"], "not a multiple of 4"),
+    (["model.network=unet"], r"model\.network: expected dit or imf_dit, got 'unet'"),
+    (["model.imf_dit.head_depth=1"], r"model\.imf_dit is for model\.network=imf_dit, not dit: leave it out"),
+    (["model.imf_dit.heads=1"], r"unknown key model\.imf_dit\.heads; did you mean model\.imf_dit\.head_depth"),
+    ([*IMF, "model.imf_dit.time_tokens=0"], r"time_tokens: expected a whole number >= 1"),
+    ([*IMF, "model.depth=8"], r"head_depth 8 leaves none of model\.depth 8 to be shared"),
+    ([*IMF, "model.depth=9", "model.hidden_size=126", "model.num_heads=6"], "126 / model.num_heads 6 is odd"),
+    ([*IMF, "model.depth=9"], r"meanflow trains model\.network=dit, not imf_dit"),
     (["model.num_classes=0"], "guidance needs classes"),
     (["meanflow.label_drop=0"], "guidance needs the null class"),
     (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
@@ -242,6 +251,16 @@ def test_a_config_has_one_objective(tmp_path):
 def test_from_tree_inverts_to_tree():
     config = load()
     assert from_tree(Config, to_tree(config), "tree") == config
+
+
+def test_the_section_of_imf_dit_is_complete_or_not_there(monkeypatch):
+    """A DiT's config is written as before there was another network; iMF's with the numbers that were in force."""
+    assert "imf_dit" not in to_tree(load())["model"]
+    monkeypatch.setattr(MeanFlowConfig, "NETWORKS", ("imf_dit",))
+    config = load(*IMF, "model.depth=9")
+    assert config.model.imf_dit == ImfDitConfig(8, 8, 4, 2, 2, 4)
+    assert from_tree(Config, to_tree(config), "tree") == config
+    assert load(*IMF, "model.imf_dit.head_depth=1").model.imf_dit == ImfDitConfig(head_depth=1)
 
 
 def test_manifest_completes_the_config_and_must_match(latents):
