@@ -2,10 +2,8 @@
 
 B to XL: the paper's Table 4. XXL and G: width, depth and heads of Large-DiT 2B and 3B (Alpha-VLLM/LLaMA2-Accessory);
 with full modulations in every block they have 2.3 and 5.5 billion parameters here.
-iMF-B to iMF-XL: the authors' imfDiT_B_2 to imfDiT_XL_2 (arXiv 2512.02012).
+iMF's: the authors' imfDiT_B_2 to imfDiT_XL_2 (arXiv 2512.02012).
 """
-
-from dataclasses import replace
 
 from mf_dist.config.schema import ImfDitConfig, ModelConfig
 
@@ -16,17 +14,20 @@ SHAPES = {  # depth, width, heads
     "XL": (28, 1152, 16),
     "XXL": (24, 2304, 32),
     "G": (32, 3072, 32),
-    "iMF-B": (12, 768, 12),
-    "iMF-M": (24, 768, 12),
-    "iMF-L": (32, 1024, 16),
-    "iMF-XL": (48, 1024, 16),
 }
+IMF_SHAPES = {"B": (12, 768, 12), "M": (24, 768, 12), "L": (32, 1024, 16), "XL": (48, 1024, 16)}
 
 
 def named_model(name: str, latent_size: int, num_classes: int = 1000) -> ModelConfig:
-    """'XL/2' -> DiT-XL with patches of 2 on 4-channel latents, 'iMF-XL/2' -> iMF's network of that name; KeyError or
-    ValueError for an unknown name."""
+    """'XL/2' -> DiT-XL with patches of 2 on 4-channel latents; KeyError or ValueError for an unknown name."""
     letters, patch = name.split("/")
     depth, width, heads = SHAPES[letters]
-    model = ModelConfig(depth, width, heads, int(patch), latent_size, 4, num_classes)
-    return replace(model, network="imf_dit", imf_dit=ImfDitConfig()) if letters.startswith("iMF-") else model
+    return ModelConfig(depth, width, heads, int(patch), latent_size, 4, num_classes)
+
+
+def named_imf_dit(name: str, latent_size: int, num_classes: int = 1000) -> ModelConfig:
+    """'XL/2' -> iMF-XL/2; otherwise as named_model."""
+    letters, patch = name.split("/")
+    depth, width, heads = IMF_SHAPES[letters]
+    sizes = (depth, width, heads, int(patch), latent_size, 4, num_classes)
+    return ModelConfig(*sizes, network="imf_dit", imf_dit=ImfDitConfig())

@@ -9,14 +9,14 @@ from oracles import random_guidance, small_imf_dit
 from mf_dist.config import cost
 from mf_dist.config.schema import ImfDitConfig, ModelConfig
 from mf_dist.models.imf_dit import Guidance, ImfDiT
-from mf_dist.models.sizes import named_model
+from mf_dist.models.sizes import named_imf_dit
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.tensor_file import load_tensors
 from mf_dist.runtime.weights import load_weights
 from mf_dist.sampling.generator import build_network, sampling_network
 from mf_dist.sampling.imf_weights import from_authors
 
-MODEL = ModelConfig(3, 20, 2, 2, 4, 4, 3, "imf_dit", ImfDitConfig(head_depth=1))
+MODEL = ModelConfig(3, 20, 2, 2, 4, 4, 3, network="imf_dit", imf_dit=ImfDitConfig(head_depth=1))
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def test_other_weights_are_refused_by_name(reference, change, expected):
 @pytest.mark.parametrize(
     ("name", "at_inference", "in_training"),
     [  # counted in the authors' module, with eval_mode and without
-        ("iMF-B/2", 88_948_256, 145_596_960),
-        ("iMF-M/2", 173_921_312, 230_570_016),
-        ("iMF-L/2", 409_071_648, 509_752_352),
-        ("iMF-XL/2", 610_433_056, 711_113_760),
+        ("B/2", 88_948_256, 145_596_960),
+        ("M/2", 173_921_312, 230_570_016),
+        ("L/2", 409_071_648, 509_752_352),
+        ("XL/2", 610_433_056, 711_113_760),
     ],
 )
 def test_parameter_counts_are_the_authors(name, at_inference, in_training):
-    model = named_model(name, 32)
+    model = named_imf_dit(name, 32)
     with torch.device("meta"):
         net, sampling = build_network(model, 0), build_network(model, 0, for_sampling=True)
     assert sum(p.numel() for p in net.parameters()) == cost.parameters(model) == in_training
@@ -99,7 +99,7 @@ def test_parameter_counts_are_the_authors(name, at_inference, in_training):
 
 @torch.no_grad()
 def test_initial_weights_are_distributed_as_the_authors():
-    model = ModelConfig(2, 128, 2, 2, 8, 4, 100, "imf_dit", ImfDitConfig(head_depth=1))
+    model = ModelConfig(2, 128, 2, 2, 8, 4, 100, network="imf_dit", imf_dit=ImfDitConfig(head_depth=1))
     net = build_network(model, 1)
     assert isinstance(net, ImfDiT)
     for name, p in net.named_parameters():
