@@ -101,7 +101,7 @@ def _overview(run: Run) -> list[Row]:
         rows.append(
             [
                 "Model",
-                f"depth {model.get('depth')}, width {model.get('hidden_size')}, "
+                f"{model.get('network', 'dit')}, depth {model.get('depth')}, width {model.get('hidden_size')}, "
                 f"patch {model.get('patch_size')}, latent {model.get('latent_size')}",
             ]
         )
