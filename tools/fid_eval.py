@@ -23,12 +23,15 @@ from pathlib import Path
 from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
+from mf_dist.sampling.options import add_sampling_options
 
 MODEL_ONLY = (
     "checkpoint",
     "nfe",
     "times",
     "sampler",
+    "guidance",
+    "interval",
     "num_samples",
     "labels",
     "seed",
@@ -52,11 +55,7 @@ def parse():
     add("--images", type=expanded, help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
-    add(
-        "--sampler",
-        choices=("meanflow", "restart"),
-        help="several steps along the path, or with fresh noise between them (default: the run's)",
-    )
+    add_sampling_options(parser)
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
     add("--seed", type=int, help="seed of noise and labels (default: the run's, 0)")
@@ -203,7 +202,10 @@ def load(args, ranks):
     if ranks.is_rank_zero:
         print(f"evaluating {checkpoint.folder}\nresults go to {args.out}", flush=True)
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
-    trained = load_trained_model(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile, args.sampler)
+    trained = load_trained_model(
+        *(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile),
+        *(args.sampler, args.guidance, args.interval),
+    )
     defaults = ["features", "reference", "num_samples", "labels", "seed"]
     if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # other networks refuse them
         defaults.append("inception_weights")
@@ -233,7 +235,7 @@ def measure_times(args, trained, times, network, reference, ranks, out):
     protocol = {
         "nfe": nfe,
         "times": times,
-        "sampler": generator.sampler,
+        **generator.protocol,
         "labels": args.labels,
         "seed": args.seed,
         **made_by,

@@ -2,6 +2,7 @@
 
 python tools/sample.py --class 3 --nfe 1 --out grid.png
 python tools/sample.py --checkpoint runs/digits --nfe 2 --seed 7 --out grid.png     # every class
+python tools/sample.py --guidance 8 --interval 0.42,0.62      # of networks that take guidance as an input
 python tools/sample.py --classes                                                    # lists their numbers and names
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded, expanded_path
+from mf_dist.sampling.options import add_sampling_options
 
 
 @command_line
@@ -27,11 +29,7 @@ def main() -> None:
         "--classes", action="store_true", dest="lists", help="list the classes: number and name, and stop"
     )
     parser.add_argument("--nfe", type=int, default=1, help="network calls per image (default 1)")
-    parser.add_argument(
-        "--sampler",
-        choices=("meanflow", "restart"),
-        help="several steps along the path, or with fresh noise between them (default: the run's)",
-    )
+    add_sampling_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", help="decay of the EMA to sample from (default: the run's)")
     parser.add_argument(
@@ -55,7 +53,8 @@ def main() -> None:
         return
     refuse_inside([args.out], checkpoint.folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0), sampler=args.sampler)
+    options = {"sampler": args.sampler, "guidance": args.guidance, "interval": args.interval}
+    trained = load_trained_model(checkpoint, args.ema, args.vae, choose_device(0), **options)
     known = max(1, trained.generator.num_classes)
     wrong = [c for c in args.classes or [] if not 0 <= c < known]
     if wrong:

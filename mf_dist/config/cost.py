@@ -81,7 +81,9 @@ def forward_flops(model: ModelConfig, both_heads: bool = False) -> int:
 
 def forwards_per_image(config: Config) -> float:
     """Mean cost of a step per image over the run, in forward passes F."""
-    return config.objective.forwards(config.engine.precision == "bf16")
+    one, both = (forward_flops(config.model, both_heads) for both_heads in (False, True))
+    second_head = config.objective.SECOND_HEAD_PASSES * (both - one) / one
+    return config.objective.forwards(config.engine.precision == "bf16") + second_head
 
 
 def _has_bf16_optimizer(config: Config) -> bool:

@@ -24,6 +24,11 @@ Decays = Annotated[
     tuple[float, ...],
     Check("different numbers in [0, 1)", lambda ds: bool(ds) and all(0 <= d < 1 for d in ds) and len({*ds}) == len(ds)),
 ]
+Scale = Annotated[float, Check("a number >= 1", lambda a: a >= 1)]
+Interval = Annotated[
+    tuple[float, ...],
+    Check("start, end with 0 <= start <= end <= 1", lambda ab: len(ab) == 2 and 0 <= ab[0] <= ab[1] <= 1),
+]
 Text = Annotated[
     str,
     Check("a non-empty string without line breaks, in UTF-8", lambda text: bool(text.strip()) and not ODD.search(text)),

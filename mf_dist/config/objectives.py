@@ -52,6 +52,8 @@ class Phase(NamedTuple):
 class Objective(ABC):
     """What all objectives state. Fields have the same meaning in each; their defaults are those of the paper."""
 
+    SECOND_HEAD_PASSES: ClassVar[float] = 0.0
+    """Passes per image of the network's second head beside the first, in forward passes of that head."""
     NETWORKS: ClassVar[tuple[str, ...]] = ("dit",)
     """Values of model.network that it can train."""
     SUMS: ClassVar[dict[str, Curve | None]] = {
@@ -246,7 +248,7 @@ class SolutionFlowConfig(Guided):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """3 F for the regression, guidance, 1 F on the r < t rows for the target's second pass."""
-        return (Phase("", 0.0, 3 + self.guidance_forwards + self.below, self.below),)
+        return (Phase("", 0.0, 3 + self.guidance_forwards + self.below, more_in_bf16=self.below),)
 
     def schedule(self, progress: float) -> float:
         return self.share_start * (self.share_end / self.share_start) ** progress
@@ -291,7 +293,7 @@ class AlphaFlowConfig(GuidedInInterval):
         cost = 3 + self.guidance_forwards
         return (
             Phase(self.TRAJECTORY, 0.0, cost),
-            Phase(self.DISCRETE, begin + width * (0.5 - half), cost + self.below, self.below),
+            Phase(self.DISCRETE, begin + width * (0.5 - half), cost + self.below, more_in_bf16=self.below),
             Phase(self.MEANFLOW, begin + width * (0.5 + half), cost + 2 * self.below),
         )
 
@@ -308,9 +310,71 @@ class AlphaFlowConfig(GuidedInInterval):
             raise UserError(f"{section}.window_start {self.window_start} is not below window_end {self.window_end}")
 
 
+@dataclass(frozen=True)
+class ImfConfig(Objective):
+    """Improved MeanFlow (iMF, arXiv 2512.02012): guidance is an input of the network, drawn for each row, and targets
+    come from a second head, of the velocity. Defaults: the authors' code."""
+
+    NETWORKS: ClassVar[tuple[str, ...]] = ("imf_dit",)
+    SECOND_HEAD_PASSES: ClassVar[float] = 3.0
+    SUMS: ClassVar[dict[str, Curve | None]] = {
+        **MeanFlowConfig.SUMS,
+        "velocity_head": Curve("Raw loss", "per row, sum over C, H, W", "velocity head", is_log=True),
+    }
+
+    share_r_equals_t: RowShare = Fraction(1, 2)
+    label_drop: Share = 0.1
+    """Share of ALL rows whose label becomes the null class."""
+    omega_max: Positive = 8.0
+    """The guidance scale omega of a row is drawn from [1, omega_max]."""
+    omega_exponent: NotNegative = 1.0
+    """Its density is proportional to omega^-omega_exponent."""
+    time_mean: float = -0.4
+    """Mean of the normal under the logit-normal times."""
+    time_std: Positive = 1.0
+    """Standard deviation of the normal under the logit-normal times."""
+    adaptive_eps: Positive = 0.01
+    """eps of the weights 1 / (s + eps)^p of both heads' losses."""
+    adaptive_p: NotNegative = 1.0
+    """p of the same."""
+
+    def draws(self, latent: tuple[int, int, int]) -> dict[str, Draw]:
+        more = {"omega_uniforms": Draw("uniform", ()), "interval_uniforms": Draw("uniform", (2,))}
+        return super().draws(latent) | more
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """3 F for the regression, 1 F for the velocity without class, and on the r < t rows 1 F for that with class and
+        2 F for value and tangent."""
+        below = 1 - float(self.share_r_equals_t)
+        return (Phase("", 0.0, 4 + 3 * below),)
+
+    @property
+    def follows_progress(self) -> bool:
+        return False
+
+    @property
+    def guided(self) -> bool:
+        return True
+
+    def check(self, section: str, num_classes: int) -> None:
+        if num_classes == 0:
+            raise UserError(
+                f"{section} is trained with guidance, which needs classes, but the dataset has none: use meanflow with "
+                "omega=1 and kappa=0, and tangent=boundary for its tangent"
+            )
+        if self.omega_max < 1:
+            raise UserError(f"{section}.omega_max {self.omega_max} must be at least 1")
+        if self.is_flow:
+            raise UserError(f"{section}.share_r_equals_t must be below 1: r < t rows alone teach averages")
+        if self.label_drop == 0:
+            raise UserError(f"{section} needs the null class, which label_drop=0 never trains: set it above 0")
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "meanflow": MeanFlowConfig,
     "solution_flow": SolutionFlowConfig,
     "alpha_flow": AlphaFlowConfig,
+    "imf": ImfConfig,
 }
 """By the name of their section in the config."""

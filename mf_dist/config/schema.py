@@ -11,17 +11,26 @@ from mf_dist.config.fields import (
     Decay,
     Decays,
     FewSteps,
+    Interval,
     NotNegative,
     Numbers,
     Positive,
     PositiveNumbers,
+    Scale,
     Seed,
     Steps,
     Text,
     Whole,
 )
 from mf_dist.config.loader import Check, read_config
-from mf_dist.config.objectives import OBJECTIVES, AlphaFlowConfig, MeanFlowConfig, Objective, SolutionFlowConfig
+from mf_dist.config.objectives import (
+    OBJECTIVES,
+    AlphaFlowConfig,
+    ImfConfig,
+    MeanFlowConfig,
+    Objective,
+    SolutionFlowConfig,
+)
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.outputs import refuse_inside
 from mf_dist.runtime.paths import expanded
@@ -188,6 +197,10 @@ class EvalConfig:
     sampler: Literal["meanflow", "restart"] | None = None
     """In several steps: along the path, or with fresh noise between the steps; None: as the objective's paper does.
     Has no effect on flow matching, which takes Euler steps."""
+    guidance: Scale | None = None
+    """Scale of classifier-free guidance in samples, for networks that take it as an input (imf_dit); None: 1, none."""
+    interval: Interval | None = None
+    """Guidance applies for start <= t <= end; None: [0, 1]."""
     grid_nfe: Steps = (1, 2, 4)
     """Network calls per image in the grids drawn during training, side by side."""
     num_samples: Count = 50_000
@@ -222,6 +235,7 @@ class Config:
     meanflow: MeanFlowConfig | None = None
     solution_flow: SolutionFlowConfig | None = None
     alpha_flow: AlphaFlowConfig | None = None
+    imf: ImfConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -246,6 +260,14 @@ class Config:
     def sampler(self) -> Literal["meanflow", "restart", "euler"]:
         """Name of the sampler of this run's network."""
         return self.objective.sampler if self.objective.is_flow else self.eval.sampler or self.objective.sampler
+
+    @property
+    def guidance(self) -> tuple[float, float, float] | None:
+        """Scale, start and end of the guidance in samples; None if the network does not take them."""
+        if self.model.network != "imf_dit":
+            return None
+        start, end = self.eval.interval or (0.0, 1.0)
+        return self.eval.guidance or 1.0, start, end
 
     def progress(self, samples_seen: int) -> float:
         """In [0, 1]."""
@@ -400,6 +422,11 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_evaluation(config: Config) -> None:
+    if config.guidance is None and (config.eval.guidance or config.eval.interval):
+        raise UserError(
+            "eval.guidance and eval.interval are for networks that take guidance as an input, model.network=imf_dit: "
+            "leave them out"
+        )
     if not config.eval.every_images:
         return
     if config.eval.reference is None:

@@ -69,7 +69,7 @@ class TrainingEvaluation:
             value, seconds = self._distance(generator, nfe)
             if value is not None:
                 values[f"{self.name}/nfe{nfe}/ema{decay}"] = value
-                entry = self._entry(value, nfe, decay, step, generator.sampler, seconds)
+                entry = self._entry(value, nfe, decay, step, generator.protocol, seconds)
                 entry["samples_seen"] = samples_seen
                 try:
                     record(entry, Path(self.config.run_dir) / "eval")
@@ -99,14 +99,14 @@ class TrainingEvaluation:
         return value, {**generator.seconds, **seconds}
 
     def _entry(
-        self, value: float, nfe: int, decay: float, step: int, sampler: str, seconds: dict[str, float]
+        self, value: float, nfe: int, decay: float, step: int, protocol: dict[str, Any], seconds: dict[str, float]
     ) -> dict[str, Any]:
         settings, count = self.config.eval, self.config.eval.training_samples
         return {
             "metrics": {self.name: value},
             "in_training": True,
             "nfe": nfe,
-            "sampler": sampler,
+            **protocol,
             "labels": settings.labels,
             "seed": settings.training_seed,
             "ema": str(decay),

@@ -26,6 +26,8 @@ SHOWN = (
     "num_samples",
     "nfe",
     "sampler",
+    "guidance",
+    "interval",
     "labels",
     "seed",
     "ema",

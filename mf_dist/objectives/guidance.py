@@ -1,4 +1,5 @@
-"""Classifier-free guidance built into the training target (MeanFlow paper, section "MeanFlow with Guidance").
+"""Classifier-free guidance built into the training target (MeanFlow paper, section "MeanFlow with Guidance"), and the
+laws of guidance as an input of the network (iMF).
 
 Shapes: B rows, of which the last B - n_eq have r < t; images (B, C, S, S), times t and labels y (B,).
 """
@@ -39,3 +40,20 @@ def guided_velocity(v: Tensor, u_cond: Tensor | None, u_null: Tensor, omega: flo
     (B, 1, 1, 1). u_cond may be None if kappa = 0."""
     v_g = omega * v + (1 - omega - kappa) * u_null
     return v_g if u_cond is None else v_g + kappa * u_cond
+
+
+def sample_omega(uniforms: Tensor, largest: float, exponent: float) -> Tensor:
+    """omega (B,) in [1, largest] of density proportional to omega^-exponent (iMF; the authors' sample_cfg_scale);
+    uniforms (B,) in [0, 1)."""
+    if exponent == 1:
+        return largest**uniforms
+    power = 1 - exponent
+    return (1 + uniforms * (largest**power - 1)) ** (1 / power)
+
+
+def sample_interval(uniforms: Tensor, num_r_equals_t: int) -> tuple[Tensor, Tensor]:
+    """start in [0, 1/2) and end in [1/2, 1) of the guidance interval, both (B,) uniform; r = t rows, the first
+    num_r_equals_t, get [0, 1] (iMF; the authors' sample_cfg_interval). uniforms (B, 2) in [0, 1)."""
+    is_equal = torch.arange(len(uniforms), device=uniforms.device) < num_r_equals_t
+    start, end = uniforms.unbind(dim=1)
+    return torch.where(is_equal, 0.0, start / 2), torch.where(is_equal, 1.0, (1 + end) / 2)

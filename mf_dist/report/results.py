@@ -11,6 +11,8 @@ MAX_ROWS = 200
 """Rows of the table of measurements; the newest are kept."""
 COLUMNS = {
     "sampler": "sampler",
+    "guidance": "guidance",
+    "interval": "guidance interval",
     "step": "step",
     "ema": "EMA",
     "num_samples": "samples",
@@ -101,6 +103,8 @@ def _protocol(entry: Table) -> str:
         "ema": "EMA {}",
         "step": "step {}",
         "sampler": "sampler {}",
+        "guidance": "guidance {}",
+        "interval": "in {}",
         "reference": "against {}",
         "reference_images": "({} real images)",
     }

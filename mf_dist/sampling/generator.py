@@ -22,7 +22,7 @@ from mf_dist.config.schema import Config, ModelConfig
 from mf_dist.data.images import Pixels, can_draw, image_grid
 from mf_dist.data.normalisation import normalisation
 from mf_dist.models.dit import DiT
-from mf_dist.models.imf_dit import ImfDiT
+from mf_dist.models.imf_dit import Guidance, ImfDiT
 from mf_dist.models.network import Network
 from mf_dist.objectives.sampler import SAMPLERS, uniform_grid
 from mf_dist.runtime import rng
@@ -91,15 +91,24 @@ class ImageGenerator:
         """Side of an image."""
         self.num_classes = model.num_classes
         self.section, self.is_flow, self.sampler = config.objective_section, config.objective.is_flow, config.sampler
+        self.guidance = config.guidance
         self.seconds: dict[str, float] = defaultdict(float)
         """Time spent in sampling and in decoding."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How it samples, for results."""
+        if self.guidance is None:
+            return {"sampler": self.sampler}
+        scale, *interval = self.guidance
+        return {"sampler": self.sampler, "guidance": scale, "interval": interval}
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
         """noise (k, B, C, S, S) as from `draw`, labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
         start = time.perf_counter()
         with compute_precision(self.precision, self.device):
-            x = SAMPLERS[self.sampler](self.net, noise.to(self.device), labels.to(self.device), times)
+            x = SAMPLERS[self.sampler](self._net, noise.to(self.device), labels.to(self.device), times)
         if not x.isfinite().all():  # also synchronises with the GPU
             raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
         sampled = time.perf_counter()
@@ -107,6 +116,11 @@ class ImageGenerator:
         self.seconds["sample"] += sampled - start
         self.seconds["decode"] += time.perf_counter() - sampled
         return pixels
+
+    def _net(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Any:
+        if self.guidance is None:
+            return self.net(z, r, t, y)
+        return self.net(z, r, t, y, Guidance(*(torch.full_like(t, value) for value in self.guidance)))
 
     def warning_of_few_steps(self, nfe: int) -> str | None:
         """What `nfe` network calls per image will show, if the network knows velocities only and they are too few."""
@@ -182,7 +196,7 @@ class Samples:
             "resolution": generator.resolution,
             "vae_sha256": generator.vae.sha256,
             "precision": generator.precision,
-            "sampler": generator.sampler,
+            **generator.protocol,
         }
 
     def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
@@ -209,9 +223,11 @@ def load_trained_model(
     precision: Precision = "fp32",
     compiles: bool = False,
     sampler: Literal["meanflow", "restart"] | None = None,
+    guidance: float | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> TrainedModel:
-    """The EMA network of a checkpoint and the VAE of its latents; sampler: in place of the run's. Raises UserError if
-    one is missing."""
+    """The EMA network of a checkpoint and the VAE of its latents; sampler, guidance and interval: in place of the
+    run's. Raises UserError if one is missing, or does not apply to the network."""
     state = checkpoint.state
     for key in ("config", "vae", "classes"):
         if key not in state:
@@ -219,7 +235,13 @@ def load_trained_model(
     config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
     if sampler and config.objective.is_flow:
         raise UserError(f"{checkpoint.folder} is a run of flow matching, sampled by Euler steps: leave out --sampler")
-    config = replace(config, eval=replace(config.eval, sampler=sampler or config.eval.sampler))
+    if (guidance or interval) and config.guidance is None:
+        raise UserError(
+            f"{checkpoint.folder} has a network without guidance as an input (model.network={config.model.network}): "
+            "leave out --guidance and --interval"
+        )
+    given: dict[str, Any] = {"sampler": sampler, "guidance": guidance, "interval": interval}
+    config = replace(config, eval=replace(config.eval, **{key: a for key, a in given.items() if a is not None}))
     decays = checkpoint.ema_decays()
     wanted = ema_decay or str(config.optim.ema_decay[0])
     if wanted not in decays:
