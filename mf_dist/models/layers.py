@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, dx: Tensor | None = None, eps: float = 1
     if dx is None:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps), None
     # not torch's backward kernel, which exists on GPUs only; in fp32 inside, so that results are rounded once, too
-    wide, dwide, weight = at_least_fp32(x), at_least_fp32(dx), at_least_fp32(weight)
+    wide, dwide, weight = _at_least_fp32(x), _at_least_fp32(dx), _at_least_fp32(weight)
     inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     n = wide * inverse
     dn = (dwide - n * (n * dwide).mean(dim=-1, keepdim=True)) * inverse
@@ -80,14 +80,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary_angles(tokens: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (N, K/2) of n theta_i, theta_i = 10000^(-2 i / K), at positions n = 0, ..., N - 1, on the device of
     `like`; in its dtype, but at least fp32."""
-    wide = at_least_fp32(like.new_empty(0)).dtype
+    wide = torch.promote_types(like.dtype, torch.float32)
     theta = 10_000 ** -(torch.arange(0, head_size, 2, dtype=wide, device=like.device) / head_size)
     angle = torch.arange(tokens, dtype=wide, device=like.device)[:, None] * theta
     return angle.cos(), angle.sin()
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def modulate(
