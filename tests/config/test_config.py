@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, repository_files
 
 from mf_dist.config.loader import from_tree, to_tree
-from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
+from mf_dist.config.objectives import AlphaFlowConfig, ImfConfig, MeanFlowConfig, SolutionFlowConfig
 from mf_dist.config.schema import Config, ImfDitConfig, load_config, resolve
 from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.errors import UserError
@@ -67,6 +67,8 @@ WRONG = [
     ([*IMF, "model.depth=8"], r"head_depth 8 leaves none of model\.depth 8 to be shared"),
     ([*IMF, "model.depth=9", "model.hidden_size=126", "model.num_heads=6"], "126 / model.num_heads 6 is odd"),
     ([*IMF, "model.depth=9"], r"meanflow trains model\.network=dit, not imf_dit"),
+    (["eval.guidance=2"], r"eval\.guidance and eval\.interval are for networks that take guidance as an input"),
+    (["eval.interval=[0,1]"], r"eval\.guidance and eval\.interval are for networks that take guidance"),
     (["model.num_classes=0"], "guidance needs classes"),
     (["meanflow.label_drop=0"], "guidance needs the null class"),
     (["train.seed=-1"], r"train\.seed: expected a whole number from 0"),
@@ -253,6 +255,26 @@ def test_from_tree_inverts_to_tree():
     assert from_tree(Config, to_tree(config), "tree") == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.network=dit"], r"model\.imf_dit is for model\.network=imf_dit, not dit"),
+        (["imf.share_r_equals_t=1"], r"imf\.share_r_equals_t must be below 1"),
+        (["imf.omega_max=0.5"], r"imf\.omega_max 0\.5 must be at least 1"),
+        (["imf.label_drop=0"], "needs the null class, which label_drop=0 never trains"),
+        (["model.num_classes=0"], "imf is trained with guidance, which needs classes"),
+        (["eval.guidance=0.5"], r"eval\.guidance: expected a number >= 1, got 0\.5"),
+        (["eval.interval=[0.6,0.4]"], r"eval\.interval: expected start, end with 0 <= start <= end <= 1"),
+        (["eval.interval=0.4"], r"eval\.interval: expected start, end"),
+        (["meanflow.kappa=0"], "the config has meanflow and imf, expected exactly one objective"),
+    ],
+)
+def test_mistake_in_a_config_of_imf_is_named(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolve(load_config(str(ROOT / "configs/digits_imf_cpu.yaml"), [*LATENT, *overrides]), None, 1)
+    assert "\n" not in str(error.value)
+
+
 def test_the_section_of_imf_dit_is_complete_or_not_there(monkeypatch):
     """A DiT's config is written as before there was another network; iMF's with the numbers that were in force."""
     assert "imf_dit" not in to_tree(load())["model"]
@@ -356,6 +378,30 @@ def test_presets_of_other_targets_match_their_papers():
         assert (objective.omega, objective.kappa, objective.guidance_end) == guidance
         assert (objective.window_start * steps, objective.window_end * steps) == pytest.approx(window, rel=1e-3)
         assert config.model == preset(size)[0].model and config.optim == preset(size)[0].optim
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "guidance"),
+    [
+        ("b2", (12, 768, 12), (8.0, 0.4, 0.65)),
+        ("m2", (24, 768, 12), (10.5, 0.4, 0.6)),
+        ("l2", (32, 1024, 16), (10.5, 0.4, 0.6)),
+        ("xl2", (48, 1024, 16), (8.0, 0.42, 0.62)),
+    ],
+)
+def test_presets_of_imf_match_the_authors(size, shape, guidance):
+    """Their configs/train_config.yml, default.py and eval_config.yml, models/imfDiT.py and utils/vae_util.py."""
+    config = load_config(str(ROOT / f"configs/imagenet256_imf_{size}.yaml"), [])
+    model, optim, train = config.model, config.optim, config.train
+    assert config.imf == ImfConfig() and model.imf_dit == ImfDitConfig()
+    assert (model.depth, model.hidden_size, model.num_heads) == shape and config.guidance == guidance
+    assert (train.batch_size, config.steps_left(0), train.seed) == (1024, 640 * (1_281_167 // 1024), 42)
+    assert optim.warmup_images == 10 * (1_281_167 // 1024) * 1024
+    assert (optim.lr, optim.beta1, optim.beta2, optim.ema_decay) == (1e-4, 0.9, 0.95, (0.9999,))
+    assert optim.weight_decay == optim.grad_clip == 0
+    assert config.data.normalisation == "channel" and config.eval.labels == "balanced"
+    assert config.data.normalisation_mean == (0.86488, -0.27787343, 0.21616915, 0.3738409)
+    assert config.data.normalisation_std == (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 
 def test_wrong_command_line_fails_within_two_seconds_without_torch():

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mf_dist.config import cost
-from mf_dist.config.objectives import AlphaFlowConfig, MeanFlowConfig, SolutionFlowConfig
+from mf_dist.config.objectives import AlphaFlowConfig, ImfConfig, MeanFlowConfig, SolutionFlowConfig
 from mf_dist.config.schema import ImfDitConfig, ModelConfig, load_config, resolve
 from mf_dist.models.imf_dit import Guidance
 from mf_dist.objectives.build import build_loss
@@ -78,12 +78,17 @@ def test_forward_flops_of_imf_dit(head):
         (AlphaFlowConfig(Fraction(3, 4), kappa=0.5), 1, 4.75),
         (AlphaFlowConfig(kappa=0.5), 0.5, 5.0),
         (AlphaFlowConfig(Fraction(1, 4), kappa=0.5), 0.5, 5.5),
+        (ImfConfig(), 0, 5.5),
+        (ImfConfig(Fraction(1, 4)), 0, 6.25),
     ],
 )
 def test_step_flops(objective, progress, forwards):
     """Counted by torch on a real step, within 4 %: the backward of a linear whose input needs no gradient costs less
     than assumed, the tangent's attention more."""
     assert objective.phase(progress).forwards == forwards
+    if isinstance(objective, ImfConfig):  # and the regression's second head
+        one, both = cost.forward_flops(IMF_MODEL), cost.forward_flops(IMF_MODEL, both_heads=True)
+        forwards += 3 * (both - one) / one
     assert counted_forwards(objective, progress, in_bf16=False) == pytest.approx(forwards, rel=0.04)
 
 
@@ -96,18 +101,18 @@ def test_step_flops_in_bf16(objective):
 
 
 def counted_forwards(objective, progress, in_bf16):
-    net = build_network(MODEL, 0)
-    g = torch.Generator().manual_seed(0)
-    x, e = torch.randn(2, 8, 4, 8, 8, generator=g)
-    normals, uniforms = torch.randn(8, 2, generator=g), torch.rand(8, generator=g)
-    draws = {"e": e, "time_normals": normals, "drop_uniforms": uniforms}
+    model = IMF_MODEL if isinstance(objective, ImfConfig) else MODEL
+    net, g = build_network(model, 0), torch.Generator().manual_seed(0)
+    x = torch.randn(8, 4, 8, 8, generator=g)
+    laws = {"normal": torch.randn, "uniform": torch.rand}
+    draws = {name: laws[law](8, *shape, generator=g) for name, (law, shape) in objective.draws((4, 8, 8)).items()}
     # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         module = build_loss(net, objective)
         module.phase, module.in_bf16 = objective.phase(progress).name, in_bf16
         loss, _ = module(x, torch.zeros(8, dtype=torch.int64), draws, torch.tensor(objective.schedule(progress)))
         loss.backward()
-    return counter.get_total_flops() / 8 / cost.forward_flops(MODEL)
+    return counter.get_total_flops() / 8 / cost.forward_flops(model)
 
 
 def xl2(world_size, *overrides):

@@ -1,4 +1,4 @@
-"""Objectives whose target changes over the run, in real processes: gradients of any ranks, and kills at a switch."""
+"""Objectives other than MeanFlow in real processes: gradients of any ranks; kills, also where the target changes."""
 
 import numpy as np
 import pytest
@@ -9,33 +9,70 @@ pytestmark = pytest.mark.dist
 SECTIONS = {
     "solution_flow": "solution_flow: {share_start: 0.5, share_end: 0.5}",  # rounding errors are divided by the share
     "alpha_flow": "alpha_flow: {kappa: 0.5}",
+    "imf": "imf: {}",
 }
+IMF_DIT = (
+    "model: {network: imf_dit, depth: 3, hidden_size: 32, num_heads: 2, patch_size: 2, imf_dit: {head_depth: 1, "
+    "class_tokens: 2, guidance_tokens: 1, start_tokens: 1, end_tokens: 1, time_tokens: 1}}"
+)
 SWITCHES = {"discrete target": 10, "MeanFlow target": 23}
 """Phase of alpha-Flow -> the first step that is in it: images 144 and 352 of 480, 16 a step."""
 
 
 def config_of(objective, root, latents, images):
     path = write_config(root, objective, latents, images)
-    path.write_text(path.read_text().replace("meanflow: {kappa: 0.5}", SECTIONS[objective]))
+    text = path.read_text().replace("meanflow: {kappa: 0.5}", SECTIONS[objective])
+    if objective == "imf":
+        text = text.replace("model: {depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}", IMF_DIT)
+    path.write_text(text)
     return path
 
 
 @pytest.fixture(scope="module", params=SECTIONS)
 def reference(request, one_step, tmp_path_factory, latents, images):  # noqa: F811
-    """The gradient of one process in the middle of the run, where both have the discrete target."""
+    """The gradient of one process in the middle of the run, where two of them have the discrete target."""
     config = config_of(request.param, tmp_path_factory.mktemp("objectives"), latents, images)
     return one_step(config, 1)[0], config
 
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, ["train.micro_batch=8"]), (2, []), (2, ["engine.zero_stage=2"]), (2, ["engine.zero_stage=3"])],
-    ids=["accumulation2", "ranks2", "zero2", "zero3"],
+    [
+        (1, ["train.micro_batch=8"]),
+        (2, []),
+        (2, ["engine.zero_stage=2", "engine.checkpoint_activations=true"]),
+        (2, ["engine.zero_stage=3"]),
+    ],
+    ids=["accumulation2", "ranks2", "zero2-recompute", "zero3"],
 )
 def test_gradients_are_those_of_one_process(one_step, reference, ranks, overrides):  # noqa: F811
     exact, config = reference
     other, *_ = one_step(config, ranks, *overrides)
     assert np.linalg.norm(exact) > 0.01 and np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+def test_two_heads_are_reduced_beside_compute(one_step, tmp_path, latents, images):  # noqa: F811
+    """In bf16 at ZeRO-1, whose groups follow the branches of the network, as DeepSpeed reduces them at ZeRO-2."""
+    config, bf16 = config_of("imf", tmp_path, latents, images), ["engine.precision=bf16", "engine.compile=true"]
+    ours, _, seen = one_step(config, 2, *bf16)
+    other, *_ = one_step(config, 2, *bf16, "engine.zero_stage=2")
+    assert np.linalg.norm(ours - other) <= 1e-6 * np.linalg.norm(other) and np.linalg.norm(other) > 0.01
+    assert seen["breaks"] == 0
+
+
+def test_imf_resumes_after_kill_9_and_on_other_ranks(zygote, tmp_path, latents, images):
+    config, log = config_of("imf", tmp_path, latents, images), tmp_path / "log"
+    whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
+    assert zygote.run(log, [config, f"run_dir={whole}"]) == [0], log.read_text()
+    assert zygote.run(log, [config, f"run_dir={killed}"], 1, [{"do": "kill", "step": 13}]) == [-9]
+    assert zygote.run(log, [config, f"run_dir={killed}"]) == [0], log.read_text()
+    assert_same_end(killed, whole)
+    for ranks, stage, stop in ((2, 1, 12), (2, 3, 20), (1, 2, None)):
+        faults = [{"do": "term", "step": stop}] if stop else []
+        codes = zygote.run(log, [config, f"run_dir={moved}", f"engine.zero_stage={stage}"], ranks, faults)
+        assert set(codes) == {0}, log.read_text()
+    for a, b in zip(losses(moved), losses(whole), strict=True):
+        assert a["velocity_head"] == pytest.approx(b["velocity_head"], rel=1e-4), a["step"]
 
 
 @pytest.fixture(scope="module")
