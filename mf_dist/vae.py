@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -69,9 +70,9 @@ class Vae:
         precision: Precision = "fp32",
         compiled: bool = False,
     ) -> None:
-        """Raises UserError if the VAE cannot be loaded or its `identity` is not the expected one. compiled: encoder and
-        decoder are compiled, one graph per batch shape."""
-        folder = _vae_folder(source)
+        """Raises UserError if the VAE cannot be loaded or its `identity` is not the expected one, as far as that is
+        known. compiled: encoder and decoder are compiled, one graph per batch shape."""
+        self.folder = folder = _vae_folder(source)
         self.source, self.precision, self.compiled = source, precision, compiled
         self.sha256 = sha256_of(folder / WEIGHTS)
         self.device = device
@@ -91,9 +92,9 @@ class Vae:
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
         for key in ("sha256", "scaling_factor", "config_sha256"):
-            if expected is not None and self.identity[key] != expected.get(key):
+            if expected is not None and key in expected and self.identity[key] != expected[key]:
                 raise UserError(
-                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected.get(key)}; "
+                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected[key]}; "
                     "set that VAE with eval.vae=FOLDER or --vae FOLDER"
                 )
 
@@ -106,6 +107,12 @@ class Vae:
             "config_sha256": self.config_sha256,
             **self.scale,
         }
+
+    def copy_files(self, into: Path) -> None:
+        """Copies its config and weights into a new folder, from which it can be loaded."""
+        into.mkdir()
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(self.folder / name, into / name)
 
     @property
     def environment(self) -> str:

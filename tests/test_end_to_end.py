@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import FEATURES, ROOT, TINY, VAE, encode, run_python, write_digits
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from mf_dist.checkpoint.model_folder import new_folder
 from mf_dist.checkpoint.reader import find_checkpoint, open_checkpoint
 from mf_dist.runtime.errors import UserError
 from mf_dist.sampling.generator import load_trained_model
@@ -216,6 +218,53 @@ def test_an_exported_ema_is_sampled_like_its_run(runs, tmp_path):
         find_checkpoint(tmp_path / "bare.safetensors")
     refused = run_python("tools/fid_eval.py", "--checkpoint", exported, "--nfe", 1, expect=2)
     assert "is not in the folder checkpoints/ of a run: give --out FOLDER" in refused.stderr
+
+
+def test_a_model_folder_stands_alone(runs, tmp_path):
+    """The images of a copy, sampled with its own VAE, have the bits of the run's; its card has the run's numbers."""
+    run, out = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(runs[0] / "whole", run)
+    measured = {"metrics": {"fd_digits": 12.5}, "nfe": 2, "step": 6, "ema": "0.99", "labels": "balanced"}
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval/metrics.json").write_text(json.dumps([measured, {**measured, "step": 3}]))
+    run_python("tools/checkpoint.py", "export", run, "--out", out, "--with-vae")
+    names = ["README.md", "config.json", "metrics.json", "model.safetensors", "samples.png", "vae"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    moved = tmp_path / "elsewhere"
+    out.rename(moved)
+    images = []
+    for path in (run, moved, moved / "model.safetensors"):
+        trained = load_trained_model(find_checkpoint(path), None, None, torch.device("cpu"))
+        generator = trained.generator
+        images.append(generator(*generator.draw(range(3), "random", 0, 1), [1.0, 0.0]))
+        assert generator.vae.source == str(VAE if path == run else moved / "vae") and trained.class_names[9] == "9"
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    assert json.loads((moved / "metrics.json").read_text()) == [measured]
+    card = (moved / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "mf_dist" and "meanflow" in front["tags"] and card.count("---\n") >= 2
+    assert "| fd_digits | 12.5 | 2 |" in card and "(samples.png)" in card and "kappa: 0.5" in card
+    described = json.loads((moved / "config.json").read_text())
+    assert (described["ema"], described["samples_seen"], described["vae"]["source"]) == ("0.99", 96, str(VAE))
+    (moved / "config.json").write_text(json.dumps({**described, "step": 7}))
+    with pytest.raises(UserError, match="config.json differs from the description in model.safetensors"):
+        find_checkpoint(moved)
+
+
+def test_a_model_folder_appears_complete_or_not_at_all(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/note.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no empty folder"), new_folder(tmp_path / "used"):
+        pass
+    with pytest.raises(OSError), new_folder(tmp_path / "out") as folder:
+        (folder / "model.safetensors").write_text("half")
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["used"] and len([*(tmp_path / "used").iterdir()]) == 1
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "a").write_text("whole")
+        assert not [*(tmp_path / "empty").iterdir()]
+    assert (tmp_path / "empty/a").read_text() == "whole" and len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize(

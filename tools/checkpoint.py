@@ -4,8 +4,9 @@
     python tools/checkpoint.py verify runs/digits                   # check every byte; exit 1 if one is bad
     python tools/checkpoint.py diff runs/a runs/b                   # config and tensors; exit 1 if they differ
     python tools/checkpoint.py prune runs/digits --keep 1           # delete older ones; --dry-run only lists them
-    python tools/checkpoint.py export runs/digits --out model.safetensors      # the EMA alone, to sample from
-    python tools/sample.py --checkpoint model.safetensors
+    python tools/checkpoint.py export runs/digits --out model       # the EMA with all that sampling needs: a folder
+    python tools/sample.py --checkpoint model
+    python tools/checkpoint.py export runs/digits --out model.safetensors       # or in one file, without a model card
 
 diff and export take a run folder as its newest valid checkpoint. Exit code 2: a usage error.
 """
@@ -13,12 +14,13 @@ diff and export take a run folder as its newest valid checkpoint. Exit code 2: a
 import argparse
 import json
 import os
+import shutil
 import sys
 
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.outputs import refuse_inside
-from mf_dist.runtime.paths import expanded_path
+from mf_dist.runtime.paths import expanded, expanded_path
 
 
 def parse():
@@ -42,10 +44,20 @@ def parse():
         "--keep-best", help="also keep the lowest in this metric of eval/metrics.json, of the run's first measured EMA"
     )
     prune.add_argument("--dry-run", action="store_true", help="print what would be deleted, delete nothing")
-    export = commands.add_parser("export", help="write the EMA as one safetensors file")
+    export = commands.add_parser("export", help="write the EMA as a model folder, or as one file")
     export.add_argument("path", type=expanded_path, help="run or checkpoint folder")
-    export.add_argument("--out", type=expanded_path, required=True, help="file name ending in .safetensors")
+    export.add_argument(
+        "--out", type=expanded_path, required=True, help="new folder, or file name ending in .safetensors"
+    )
     export.add_argument("--ema", help="decay (default: the run's first)")
+    export.add_argument(
+        "--with-vae",
+        type=expanded,
+        nargs="?",
+        const="",
+        metavar="VAE",
+        help="copy the VAE into the folder, too; VAE: folder or hub id (default: where sampling looks for it)",
+    )
     return parser.parse_args()
 
 
@@ -158,19 +170,32 @@ def prune(args):
 
 
 def export(args):
+    from mf_dist.checkpoint.model_folder import refuse_unless_new
     from mf_dist.checkpoint.reader import find_checkpoint
-    from mf_dist.checkpoint.writer import write_tensors
     from mf_dist.training.resume import first_ema_decay
 
-    if args.out.suffix != ".safetensors":
-        raise UserError(f"--out {str(args.out)!r} must be a file name ending in .safetensors")
-    if args.out.exists():
+    is_file = args.out.suffix == ".safetensors"
+    if is_file and args.with_vae is not None:
+        raise UserError("--with-vae needs a folder as --out, a .safetensors file holds the EMA alone")
+    if is_file and args.out.exists():
         raise UserError(f"{args.out} exists; remove it, or choose another name")
+    if not is_file and args.out.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise UserError(f"--out {str(args.out)!r} must be a folder, or a file name ending in .safetensors")
+    if not is_file:
+        refuse_unless_new(args.out)
     checkpoint = find_checkpoint(args.path)
     refuse_inside([args.out], checkpoint.folder)
     decay = args.ema or first_ema_decay(checkpoint)
     if decay not in checkpoint.ema_decays():
         raise UserError(f"{checkpoint.folder} has no EMA of decay {decay}; it has {', '.join(checkpoint.ema_decays())}")
+    (export_file if is_file else export_folder)(args, checkpoint, decay)
+    print(f"{args.out}: EMA of decay {decay} of {checkpoint.folder}")
+    return 0
+
+
+def export_file(args, checkpoint, decay):
+    from mf_dist.checkpoint.writer import write_tensors
+
     partial = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
     try:
         description = {"kind": f"ema-{decay}", "state": {**checkpoint.state, "ema": decay}}
@@ -178,8 +203,58 @@ def export(args):
         partial.replace(args.out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{args.out}: EMA of decay {decay} of {checkpoint.folder}")
-    return 0
+
+
+def export_folder(args, checkpoint, decay):
+    from mf_dist.checkpoint.model_folder import new_folder, write_model
+    from mf_dist.checkpoint.reader import MODEL_VAE
+    from mf_dist.report.model_card import model_card
+    from mf_dist.runtime.atomic_files import write_json
+
+    state = {**checkpoint.state, "ema": decay}
+    vae = None if args.with_vae is None else verified_vae(checkpoint, args.with_vae)
+    entries, picture = measurements_of(checkpoint, decay), picture_of(checkpoint, decay)
+    origin = f"These are the weights of step {checkpoint.step:,} of a run of mf_dist, their EMA of decay {decay}."
+    with new_folder(args.out) as folder:
+        write_model(folder, checkpoint.load(f"ema-{decay}"), state)
+        if vae:
+            vae.copy_files(folder / MODEL_VAE)
+        if entries:
+            write_json(folder / "metrics.json", entries)
+        if picture:
+            shutil.copyfile(picture, folder / "samples.png")
+        card = model_card(args.out.absolute().name, state, origin, entries, "samples.png" if picture else None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def verified_vae(checkpoint, source):
+    """The VAE that made the checkpoint's latents; source: where it is, empty for where sampling looks."""
+    import torch
+
+    from mf_dist.vae import Vae
+
+    recorded = checkpoint.state["config"]["eval"].get("vae") or checkpoint.state["vae"]["source"]
+    return Vae(source or str(checkpoint.vae_folder or recorded), torch.device("cpu"), checkpoint.state["vae"])
+
+
+def measurements_of(checkpoint, decay):
+    """Those of its run's metrics.json that are of this step and EMA."""
+    from mf_dist.checkpoint.runs import evaluation_folder
+    from mf_dist.evaluation.report import read_entries
+
+    folder = evaluation_folder(checkpoint)
+    entries = read_entries(folder / "metrics.json") if folder else []
+    return [entry for entry in entries if (entry.get("step"), entry.get("ema")) == (checkpoint.step, decay)]
+
+
+def picture_of(checkpoint, decay):
+    """The grid that its run drew at this step, of its first EMA; None if there is none."""
+    from mf_dist.checkpoint.runs import evaluation_folder
+    from mf_dist.training.resume import first_ema_decay
+
+    folder = evaluation_folder(checkpoint)
+    path = folder and folder.with_name("samples") / f"step{checkpoint.step:08d}.png"
+    return path if path and path.is_file() and decay == first_ema_decay(checkpoint) else None
 
 
 @command_line

@@ -27,6 +27,8 @@ REQUIRED = ("state.json", "master.safetensors", "exp_avg.safetensors", "exp_avg_
 """Files needed to resume, besides at least one EMA."""
 DESCRIPTION = "mf_dist"
 """Key in the header of a .safetensors file."""
+MODEL_FILE, MODEL_CONFIG, MODEL_VAE = "model.safetensors", "config.json", "vae"
+"""Names in a model folder (model_folder.py)."""
 STATE = ("step", "samples_seen", "config", "guard")
 """Keys of state.json that resuming needs."""
 
@@ -47,6 +49,11 @@ class Checkpoint:
     @property
     def samples_seen(self) -> int:
         return int(self.state["samples_seen"])
+
+    @property
+    def vae_folder(self) -> Path | None:
+        """The VAE that lies beside the weights; None: there is none."""
+        return None
 
     def ema_decays(self) -> list[str]:
         return sorted(path.stem.removeprefix("ema-") for path in self.folder.glob("ema-*.safetensors"))
@@ -69,6 +76,11 @@ class Checkpoint:
 @dataclass(frozen=True)
 class ExportedEma(Checkpoint):
     """One EMA in the file `folder`, as tools/checkpoint.py export writes it; `state` has its decay as "ema"."""
+
+    @property
+    def vae_folder(self) -> Path | None:
+        beside = self.folder.with_name(MODEL_VAE)
+        return beside if self.folder.name == MODEL_FILE and beside.is_dir() else None
 
     def ema_decays(self) -> list[str]:
         return [str(self.state["ema"])]
@@ -106,6 +118,23 @@ def open_weights_file(path: Path) -> Checkpoint:
             f"{path} is not an EMA that tools/checkpoint.py export wrote ({what}): export one, or give a run's folder"
         )
     return ExportedEma(path, state, sha256_of(path))
+
+
+def open_model_folder(folder: Path) -> Checkpoint:
+    """A folder that holds one model. Raises UserError if its two descriptions differ."""
+    checkpoint = open_weights_file(folder / MODEL_FILE)
+    try:
+        shown = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return checkpoint
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {folder / MODEL_CONFIG}: {error}") from None
+    if shown != checkpoint.state:
+        raise UserError(
+            f"{folder / MODEL_CONFIG} differs from the description in {MODEL_FILE}, which counts: restore it, or "
+            "remove it"
+        )
+    return checkpoint
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -155,17 +184,21 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint folder of any name, an exported EMA, or the newest checkpoint of a run folder or of a folder
-    of checkpoints, with a warning on stderr for each newer one that is damaged. Raises UserError if none is found."""
+    """Opens a checkpoint folder of any name, an exported EMA, a model folder, or the newest checkpoint of a run folder
+    or of a folder of checkpoints, with a warning on stderr for each newer one that is damaged. Raises UserError if none
+    is found."""
     if path.is_file():
         return open_weights_file(path)
+    if (path / MODEL_FILE).is_file():
+        return open_model_folder(path)
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
     checkpoint, warnings = newest_checkpoint(folder_of_checkpoints(path))
     if checkpoint is None:
         detail = f"; {warnings[0]}" if warnings else ""
         raise UserError(
-            f"no checkpoint in {str(path)!r} (expected a folder of a run or checkpoint, or an exported EMA){detail}"
+            f"no checkpoint in {str(path)!r} (expected a folder of a run, checkpoint or model, or an exported EMA)"
+            f"{detail}"
         )
     for warning in warnings:
         complain(f"warning: {warning}")

@@ -243,12 +243,12 @@ def load_trained_model(
     given: dict[str, Any] = {"sampler": sampler, "guidance": guidance, "interval": interval}
     config = replace(config, eval=replace(config.eval, **{key: a for key, a in given.items() if a is not None}))
     decays = checkpoint.ema_decays()
-    wanted = ema_decay or str(config.optim.ema_decay[0])
+    wanted = ema_decay or (decays[0] if len(decays) == 1 else str(config.optim.ema_decay[0]))
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
     weights = f"ema-{wanted}"
     net = sampling_network(config.model, checkpoint.load(weights), str(checkpoint.file(weights)))
-    source = vae or config.eval.vae or state["vae"]["source"]
+    source = vae or str(checkpoint.vae_folder or config.eval.vae or state["vae"]["source"])
     decoder = Vae(source, device, state["vae"], precision, compiles)
     generator = ImageGenerator(net, decoder, config, device, precision, compiles)
     return TrainedModel(generator, config, checkpoint, wanted, state["classes"])
