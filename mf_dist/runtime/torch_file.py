@@ -1,0 +1,26 @@
+"""Reads files that torch.save wrote, by anybody: their pickle may hold tensors, numbers, texts and the
+argparse.Namespace that training scripts save beside the weights, and names no other code."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mf_dist.runtime.errors import UserError
+
+
+def load_torch_file(path: Path) -> Any:
+    """The object in the file, its tensors on the CPU. Raises UserError if the file cannot be read, is damaged, or names
+    code, which is not run."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError:  # whose text advises to run the code
+        raise UserError(f"cannot read {path}: it is damaged, or its pickle names code, which is not run") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # of whatever kind damaged bytes cause
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read {path} as a file of torch.save: {reason}") from None
