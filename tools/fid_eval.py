@@ -51,7 +51,11 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", type=expanded_path, help="run or checkpoint folder (default: the newest run under runs/)")
+    add(
+        "--checkpoint",
+        type=expanded_path,
+        help="folder of a run, checkpoint or model (default: the newest run under runs/)",
+    )
     add("--images", type=expanded, help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")

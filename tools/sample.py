@@ -22,7 +22,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--checkpoint", type=expanded_path, help="run or checkpoint folder (default: the newest run under runs/)"
+        "--checkpoint",
+        type=expanded_path,
+        help="folder of a run, checkpoint or model (default: the newest run under runs/)",
     )
     parser.add_argument("--class", type=int, action="append", dest="classes", help="class index; may be repeated")
     parser.add_argument(
@@ -49,7 +51,9 @@ def main() -> None:
     checkpoint = find_checkpoint(args.checkpoint or newest_run(Path("runs")))
     if args.lists:
         names = checkpoint.state.get("classes", [])
-        print("\n".join(f"class {number}: {name}" for number, name in enumerate(names)) or "without classes")
+        count = checkpoint.state["config"]["model"]["num_classes"]
+        unnamed = f"{count} classes, whose names are not known" if count else "without classes"
+        print("\n".join(f"class {number}: {name}" for number, name in enumerate(names)) or unnamed)
         return
     refuse_inside([args.out], checkpoint.folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)

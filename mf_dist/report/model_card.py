@@ -27,8 +27,7 @@ def model_card(
             origin,
             *([f"![samples, one class in each row]({picture})"] if picture else []),
             _use(config, state["vae"]),
-            _data(config, state),
-            _recipe(config, state),
+            *([] if "imported" in state else [_data(config, state), _recipe(config, state)]),
             _measurements(entries),
             "## Licence\n\nTO FILL IN: the licence of these weights, here and in the first lines of this file.\n",
         ]
