@@ -131,7 +131,7 @@ class TrainConfig:
     seed: Seed = 0
     """All randomness is a function of the seed and the sample's index."""
     init_from: Text | None = None
-    """Initial weights if nothing is resumed: a run or checkpoint folder (its EMA), or a .safetensors file."""
+    """Initial weights if nothing is resumed: folder of a run, checkpoint or model (its EMA), or a .safetensors file."""
     max_skipped: Count = 5
     """Consecutive skipped steps (non-finite gradients or spikes) at which the run stops."""
     hang_seconds: Count = 600

@@ -1,18 +1,12 @@
-"""Compatibility of a run's config with its checkpoint, and initial weights from train.init_from."""
+"""Compatibility of a run's config with its checkpoint, and which EMA of a checkpoint is used."""
 
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from mf_dist.checkpoint.reader import Checkpoint, find_checkpoint, read_description
+from mf_dist.checkpoint.reader import Checkpoint
 from mf_dist.config.loader import from_tree, to_tree
 from mf_dist.config.objectives import OBJECTIVES, Objective
 from mf_dist.config.schema import Config
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.tensor_file import load_tensors
-from mf_dist.runtime.weights import load_weights
-from mf_dist.training.optimizer import MOMENTS
 
 TRAINING_SECTIONS = ("model", *OBJECTIVES, "optim", "dataset")
 """Sections in which every key affects training."""
@@ -20,9 +14,6 @@ TRAINING_KEYS = (
     *("data.flip", "data.normalisation", "data.normalisation_mean", "data.normalisation_std"),
     *("train.batch_size", "train.seed", "engine.precision", "engine.jvp_precision"),
 )
-SMALLEST_WEIGHTS = 0.05
-"""Median size of a network's matrices, relative to their initial ones, below which a file holds no weights. For moments
-of gradients it is about 0.001, for trained weights about 1 (measured on the digits)."""
 FIXED_SECTIONS = ("model",)
 """Sections that can never change, since the weights would not fit."""
 
@@ -64,38 +55,6 @@ def check_config_changes(checkpoint: Checkpoint, now: dict[str, Any], allowed: b
     for key, (old, new) in differences(state.get("versions", {}), now["versions"]).items():
         lines.append(f"warning: {key} was {old}, now it is {new}; the numbers may differ")
     return lines
-
-
-def load_initial_weights(net: nn.Module, source: str) -> str:
-    """Loads the weights that `train.init_from` names into `net`, which has its initial ones, and returns a description
-    of them. Raises UserError if they do not fit or are no weights."""
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        tensors, name = load_tensors(path), str(path)
-        kind = read_description(path).get("kind")
-        if kind in MOMENTS:
-            raise UserError(
-                f"train.init_from {name}: its {next(iter(tensors))} is {kind} of an optimizer, not a weight"
-            )
-    else:
-        checkpoint = find_checkpoint(path)
-        decay = first_ema_decay(checkpoint)
-        tensors, name = checkpoint.load(f"ema-{decay}"), f"{checkpoint.folder}, its EMA of decay {decay}"
-    initial = _sizes(net)
-    load_weights(net, tensors, f"train.init_from {name}")
-    ratios = {key: size / initial[key] for key, size in _sizes(net).items() if initial[key]}
-    middle = sorted(ratios, key=lambda key: ratios[key])[len(ratios) // 2]
-    if ratios[middle] < SMALLEST_WEIGHTS:
-        raise UserError(
-            f"train.init_from {name}: {middle} has {ratios[middle]:.1e} of the size of initial weights, half of the "
-            "others less: these are moments of an optimizer, not weights"
-        )
-    return name
-
-
-def _sizes(net: nn.Module) -> dict[str, float]:
-    """Root mean square of each matrix."""
-    return {key: p.detach().square().mean().sqrt().item() for key, p in net.named_parameters() if p.dim() > 1}
 
 
 def measured_ema_decays(config: Config) -> tuple[float, ...]:

@@ -36,9 +36,10 @@ from mf_dist.runtime.figures import three_digits
 from mf_dist.runtime.output import when_output_is_lost
 from mf_dist.sampling.generator import build_network
 from mf_dist.training.engine import MASTER, Engine
+from mf_dist.training.initial_weights import load_initial_weights
 from mf_dist.training.logger import Logger
 from mf_dist.training.profile import StepProfile
-from mf_dist.training.resume import check_config_changes, load_initial_weights
+from mf_dist.training.resume import check_config_changes
 from mf_dist.training.snapshots import Snapshots
 from mf_dist.training.supervisor import Supervisor
 from mf_dist.training.throughput import Throughput
@@ -100,7 +101,7 @@ class Trainer:
         self.normalisation = normalisation(config.data, self.shards.manifest["vae"], ranks.device)
         net = build_network(config.model, config.train.seed)
         if not checkpoint and config.train.init_from:
-            self.messages.append(f"initial weights: {load_initial_weights(net, config.train.init_from)}")
+            self.messages += load_initial_weights(net, config, self.shards.manifest["classes"])
         self.snapshots = Snapshots(config, self.shards.manifest, ranks)
         self.loss = build_loss(net, config.objective)
         self.engine = Engine(self.loss, config, ranks)
