@@ -29,16 +29,23 @@ class Project:
     convert: Callable
     """As sit_weights.from_sit."""
     vae: str
-    """The VAE of its sampling script."""
+    """The VAE of its sampling script, whose scaling_factor is 0.18215."""
+    sections: dict
+    """Of the config by which its networks are sampled."""
     ema_decay: float = 0.9999
 
 
 def projects():
+    from fractions import Fraction
+
+    from mf_dist.config.objectives import MeanFlowConfig
+    from mf_dist.config.schema import EvalConfig
     from mf_dist.sampling.sit_weights import from_repa, from_sit
 
+    flow = {"meanflow": MeanFlowConfig(share_r_equals_t=Fraction(1)), "eval": EvalConfig(nfe=(50,), grid_nfe=(50,))}
     return {
-        "sit": Project("willisma/SiT", from_sit, "stabilityai/sd-vae-ft-mse"),
-        "repa": Project("sihyun-yu/REPA", from_repa, "stabilityai/sd-vae-ft-ema"),
+        "sit": Project("willisma/SiT", from_sit, "stabilityai/sd-vae-ft-mse", flow),
+        "repa": Project("sihyun-yu/REPA", from_repa, "stabilityai/sd-vae-ft-ema", flow),
     }
 
 
@@ -91,12 +98,9 @@ def check_training(path, beside):
 
 
 def state_of(args, project, model, step):
-    """What a model folder records: a config of plain flow matching, by which samples are drawn in Euler steps."""
-    from fractions import Fraction
-
+    """What a model folder records. What is not known of the training has no other reader than people."""
     from mf_dist.config.loader import to_tree
-    from mf_dist.config.objectives import MeanFlowConfig
-    from mf_dist.config.schema import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+    from mf_dist.config.schema import Config, DataConfig, OptimConfig, TrainConfig
     from mf_dist.runtime.atomic_files import sha256_of
 
     config = Config(
@@ -104,9 +108,8 @@ def state_of(args, project, model, step):
         data=DataConfig(path=f"of {project.repository}"),
         model=model,
         train=TrainConfig(total_images=1),
-        meanflow=MeanFlowConfig(share_r_equals_t=Fraction(1)),
         optim=OptimConfig(ema_decay=(project.ema_decay,)),
-        eval=EvalConfig(nfe=(50,), grid_nfe=(50,)),
+        **project.sections,
     )
     return {
         "step": step,

@@ -110,13 +110,13 @@ def _from_common_layout(
             if re.fullmatch(pattern, name):
                 raise UserError(f"it has {name}: {reason}")
     model = _shape(tensors, num_heads)
-    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in LAYERS.items()}
-    for number in range(model.depth):
-        names |= {f"blocks.{number}.{a}.weight": f"blocks.{number}.{b}.weight" for a, b in BLOCK_LAYERS.items()}
-    biases = {
-        a.replace(".weight", ".bias"): b.replace(".weight", ".bias") for a, b in names.items() if b[:5] != "label"
+    layers = LAYERS | {
+        f"blocks.{number}.{theirs}": f"blocks.{number}.{ours}"
+        for number in range(model.depth)
+        for theirs, ours in BLOCK_LAYERS.items()
     }
-    names |= biases
+    names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in layers.items() for kind in ("weight", "bias")}
+    del names["y_embedder.embedding_table.bias"]
     left_out = sorted(name for name in tensors if name.startswith("projectors."))
     for name in sorted({*tensors, *names} - {*left_out, "pos_embed"}):
         if name not in tensors or name not in names:
@@ -151,7 +151,7 @@ def _shape(tensors: dict[str, Tensor], num_heads: int | None) -> ModelConfig:
     if width % heads:
         raise UserError(f"--num-heads {heads} does not divide its width {width}")
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    return ModelConfig(depth, width, heads, patch, side * patch, channels, len(labels) - 1)
+    return ModelConfig(max(1, depth), width, heads, patch, side * patch, channels, len(labels) - 1)
 
 
 def _weights(name: str, tensor: Tensor | None, dimensions: int | None = None) -> Tensor:

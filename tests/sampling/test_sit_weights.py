@@ -71,6 +71,7 @@ CHANGES = {
     "integers": ("sit", lambda w: w.update({"blocks.0.mlp.fc1.bias": torch.zeros(64, dtype=torch.int32)}), "int32"),
     "without a layer": ("sit", lambda w: w.pop("blocks.0.attn.qkv.bias"), "blocks.0.attn.qkv.bias is missing"),
     "without a block": ("sit", lambda w: [w.pop(n) for n in list(w) if n.startswith("blocks.0.")], "blocks.0.*missing"),
+    "without blocks": ("sit", lambda w: [w.pop(n) for n in list(w) if n.startswith("blocks.")], "blocks.0.*missing"),
     "with another layer": ("sit", lambda w: w.update(x=torch.zeros(2)), "x is unexpected"),
     "another first layer": ("sit", lambda w: w.update({"x_embedder.proj.weight": torch.zeros(16, 16)}), "has shape"),
     "an empty layer": ("sit", lambda w: w.update({"x_embedder.proj.weight": torch.zeros(16, 4, 0, 0)}), "is empty"),
