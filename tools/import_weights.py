@@ -73,9 +73,10 @@ def read(path):
 
     tree = load_tensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
     if isinstance(tree, dict) and isinstance(tree.get("ema"), dict):
-        tensors, beside = tree["ema"], tree
+        tensors, beside = tree["ema"], {key: tree.get(key) for key in ("args", "steps")}  # the others need memory
     else:
         tensors, beside = tree, {}
+    del tree
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds no weights by name")
     for name, tensor in tensors.items():
