@@ -9,7 +9,7 @@ from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config
 from mf_dist.runtime.figures import three_digits
 
-PROTOCOL = ("nfe", "sampler", "num_samples", "labels", "seed", "features", "reference", "precision")
+PROTOCOL = ("nfe", "sampler", "guidance", "num_samples", "labels", "seed", "features", "reference", "precision")
 """What a table of measurements shows of an entry of metrics.json, beside its values."""
 
 
@@ -39,7 +39,11 @@ def _front_matter(config: Config) -> str:
     fields = {
         "library_name": "mf_dist",
         "pipeline_tag": "unconditional-image-generation",  # the hub's name for images without a text
-        "tags": [kind, "dit", *(["class-conditional"] if config.model.num_classes else [])],
+        "tags": [
+            kind,
+            config.model.network.replace("_", "-"),
+            *(["class-conditional"] if config.model.num_classes else []),
+        ],
         "license": "other",
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -48,11 +52,12 @@ def _front_matter(config: Config) -> str:
 def _summary(config: Config) -> str:
     model = config.model
     classes = f"{model.num_classes:,} classes" if model.num_classes else "no classes"
-    method = f"a {config.objective_section} network" if not config.objective.is_flow else "a flow matching network"
+    method = "flow matching" if config.objective.is_flow else config.objective_section
     return (
-        f"{method.capitalize()} on latents of {model.latent_channels} x {model.latent_size} x {model.latent_size} "
-        f"numbers, with {classes}: depth {model.depth}, width {model.hidden_size}, {model.num_heads} heads, patches of "
-        f"{model.patch_size}."
+        f"A network ({model.network}) of latents "
+        f"of {model.latent_channels} x {model.latent_size} x {model.latent_size} "
+        f"numbers, with {classes}, trained by {method}: depth {model.depth}, width {model.hidden_size}, "
+        f"{model.num_heads} heads, patches of {model.patch_size}."
     )
 
 

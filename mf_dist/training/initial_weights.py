@@ -19,7 +19,9 @@ SMALLEST_WEIGHTS = 0.05
 of gradients it is about 0.001, for trained weights about 1 (measured on the digits)."""
 LABELS = "label.weight"
 """The rows of the classes, and of the null class as the last."""
-PATCH_LAYERS = ("patch_in.weight", "patch_in.bias", "patch_out.weight", "patch_out.bias")
+PATCH_IN = "patch_in.weight"
+PATCH_LAYERS = ("patch_in.", "patch_out.", "v_patch_out.")
+"""Beginnings of the names of layers that read or write patches."""
 
 
 def load_initial_weights(net: nn.Module, config: Config, classes: list[str]) -> list[str]:
@@ -30,6 +32,8 @@ def load_initial_weights(net: nn.Module, config: Config, classes: list[str]) -> 
     tensors, name, state = _read(Path(config.train.init_from))
     where = f"train.init_from {name}"
     source = from_tree(Config, state["config"], where) if "config" in state else None
+    if source and source.model.network != config.model.network:
+        raise UserError(f"{where}: a network of model.network={source.model.network}, not {config.model.network}")
     lines = [f"initial weights: {name}"]
     lines += _keep_patch_layers(net, tensors, config, source)
     lines += _match_labels(net, tensors, classes, state.get("classes", []))
@@ -70,15 +74,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
 
 def _keep_patch_layers(net: nn.Module, tensors: dict[str, Tensor], config: Config, source: Config | None) -> list[str]:
     """Where latents have other channels, or patches another side, the layers that read and write patches stay new."""
-    own, theirs = net.state_dict(), tensors.get(PATCH_LAYERS[0])
+    own, theirs = net.state_dict(), tensors.get(PATCH_IN)
     if source:
         differs = _patch(source) != _patch(config)
     else:
-        shape = own[PATCH_LAYERS[0]].shape
-        differs = theirs is not None and len(theirs) == len(own[PATCH_LAYERS[0]]) and theirs.shape != shape
+        shape = own[PATCH_IN].shape
+        differs = theirs is not None and theirs.dim() == 2 and len(theirs) == shape[0] and theirs.shape != shape
     if not differs:
         return []
-    tensors |= {key: own[key] for key in PATCH_LAYERS}
+    tensors |= {key: tensor for key, tensor in own.items() if key.startswith(PATCH_LAYERS)}
     side, channels = _patch(config)
     before = "{} of {} channels".format(*_patch(source)) if source else "of another size"
     return [

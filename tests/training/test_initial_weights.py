@@ -149,10 +149,22 @@ def test_another_resolution_other_channels_and_numbers_are_said(tmp_path):
     assert all(torch.equal(loaded[name], fresh[name]) for name in PATCH_LAYERS) and len(lines) == 2
 
 
-def test_a_bare_file_of_other_channels_and_classes(tmp_path):
-    save_file(weights(), tmp_path / "w.safetensors")
-    run = config(tmp_path / "w.safetensors", latent_channels=3, num_classes=4)
+@pytest.mark.parametrize("network", ["dit", "imf_dit"])
+def test_a_bare_file_of_other_channels_and_classes(tmp_path, network):
+    imf = {"network": network, "imf_dit": {"head_depth": 1}} if network == "imf_dit" else {}
+    source = config("elsewhere", **imf)
+    tensors = {name: p.detach() + 0.01 for name, p in build_network(source.model, 1).named_parameters()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    run = config(tmp_path / "w.safetensors", latent_channels=3, num_classes=4, **imf)
     net = build_network(run.model, 0)
+    fresh = dict(build_network(run.model, 0).named_parameters())
     lines = load_initial_weights(net, run, ["a", "b", "c", "d"])
     assert len(lines) == 3 and "the source's were of another size" in lines[1] and "of 4 classes, 0 have" in lines[2]
-    assert torch.equal(net.label.weight[4], weights()["label.weight"][10])
+    new = {name for name, p in net.named_parameters() if torch.equal(p, fresh[name])}
+    assert new == PATCH_LAYERS | ({"v_patch_out.weight", "v_patch_out.bias"} if imf else set())
+    assert torch.equal(net.label.weight[4], tensors["label.weight"][10])
+
+
+def test_another_architecture_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a network of model.network=dit, not imf_dit"):
+        start(tmp_path, config(tmp_path, network="imf_dit", imf_dit={"head_depth": 1}), [], [])
