@@ -133,7 +133,8 @@ def check_config(config: str, overrides: list[str], ranks: int) -> None:
     usual = {"latent_size": 32, "latent_channels": 4, "num_classes": 1000}
     given = {name: getattr(loaded.model, name) for name in usual}
     manifest = {name: usual[name] if given[name] is None else given[name] for name in usual}
-    resolve(loaded, {**manifest, "flip": True}, ranks)
+    statistics = {name: [1.0] * manifest["latent_channels"] for name in ("channel_mean", "channel_std")}
+    resolve(loaded, {**manifest, **statistics, "flip": True}, ranks)
 
 
 def check_python(words: list[str], ranks: int) -> None:
