@@ -2,6 +2,7 @@
 
     python tools/import_weights.py --from sit SiT-XL-2-256x256.pt --out models/sit_xl2
     python tools/import_weights.py --from repa last.pt --out models/repa_xl2
+    python tools/import_weights.py --from imf iMF-XL-2.pth --out models/imf_xl2
     python tools/sample.py --checkpoint models/sit_xl2 --nfe 50 --out grid.png
     python -m mf_dist.train configs/custom_finetune.yaml train.init_from=models/sit_xl2
 
@@ -12,11 +13,13 @@ is run. docs/weights.md has what is converted, and why DMF's and DiT's networks 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
 
+IMF_GUIDANCE = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8.0, 0.42, 0.62)}
+"""Depth of the network, B/2 to XL/2 -> scale and interval of guidance that its authors recommend for one step."""
 DMF = (
     "--from dmf: the first blocks of DMF's networks see t and the others r, while this DiT gives every block t and "
     "t - r: it cannot represent them. The flow network that DMF is trained from, SiT-XL/2+REPA, can be: --from repa"
@@ -30,22 +33,48 @@ class Project:
     """As sit_weights.from_sit."""
     vae: str
     """The VAE of its sampling script, whose scaling_factor is 0.18215."""
-    sections: dict
-    """Of the config by which its networks are sampled."""
+    note: str
+    """For the model card: what the weights are."""
+    sections: Callable
+    """From the network to sections of the config by which it is sampled."""
+    data: dict = field(default_factory=dict)
+    """How its latents are normalised."""
     ema_decay: float = 0.9999
 
 
 def projects():
     from fractions import Fraction
 
-    from mf_dist.config.objectives import MeanFlowConfig
+    from mf_dist.config.objectives import ImfConfig, MeanFlowConfig
     from mf_dist.config.schema import EvalConfig
+    from mf_dist.sampling.imf_weights import from_imf
     from mf_dist.sampling.sit_weights import from_repa, from_sit
 
-    flow = {"meanflow": MeanFlowConfig(share_r_equals_t=Fraction(1)), "eval": EvalConfig(nfe=(50,), grid_nfe=(50,))}
+    note = (
+        "These weights are an instantaneous velocity: samples are drawn in many Euler steps, without classifier-free "
+        "guidance."
+    )
+
+    def flow(model):
+        return {
+            "meanflow": MeanFlowConfig(share_r_equals_t=Fraction(1)),
+            "eval": EvalConfig(nfe=(50,), grid_nfe=(50,)),
+        }
+
+    def imf(model):
+        scale, *interval = IMF_GUIDANCE.get(model.depth, (1.0, 0.0, 1.0))
+        return {
+            "imf": ImfConfig(),
+            "eval": EvalConfig(nfe=(1, 2), labels="balanced", guidance=scale, interval=tuple(interval)),
+        }
+
+    imf_note = "Guidance is an input of this network: the best scale and interval depend on its size and on the steps."
+    mean, std = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+    normalisation = {"normalisation": "channel", "normalisation_mean": mean, "normalisation_std": std}
     return {
-        "sit": Project("willisma/SiT", from_sit, "stabilityai/sd-vae-ft-mse", flow),
-        "repa": Project("sihyun-yu/REPA", from_repa, "stabilityai/sd-vae-ft-ema", flow),
+        "sit": Project("willisma/SiT", from_sit, "stabilityai/sd-vae-ft-mse", note, flow),
+        "repa": Project("sihyun-yu/REPA", from_repa, "stabilityai/sd-vae-ft-ema", note, flow),
+        "imf": Project("Lyy-iiis/imeanflow", from_imf, "stabilityai/sd-vae-ft-mse", imf_note, imf, normalisation),
     }
 
 
@@ -54,7 +83,9 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", type=expanded_path, metavar="FILE", help="weights, or a training checkpoint")
-    parser.add_argument("--from", dest="project", choices=("sit", "repa", "dmf"), required=True, help="whose weights")
+    parser.add_argument(
+        "--from", dest="project", choices=("sit", "repa", "imf", "dmf"), required=True, help="whose weights"
+    )
     parser.add_argument("--out", type=expanded_path, required=True, help="new folder")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: SiT's for the width of the network)")
     parser.add_argument("--vae", type=expanded, help="folder or hub id of the VAE (default: the project's)")
@@ -106,11 +137,11 @@ def state_of(args, project, model, step):
 
     config = Config(
         run_dir=f"imported from {project.repository}",
-        data=DataConfig(path=f"of {project.repository}"),
+        data=DataConfig(path=f"of {project.repository}", **project.data),
         model=model,
         train=TrainConfig(total_images=1),
         optim=OptimConfig(ema_decay=(project.ema_decay,)),
-        **project.sections,
+        **project.sections(model),
     )
     return {
         "step": step,
@@ -128,16 +159,16 @@ def convert(args, project, tensors):
     """The weights by our names, in a network that loads them and predicts a velocity."""
     import torch
 
-    from mf_dist.runtime.weights import load_weights
-    from mf_dist.sampling.generator import build_network
-    from mf_dist.sampling.sit_weights import check_velocity
+    from mf_dist.models.imf_dit import Guidance, ImfDiT
+    from mf_dist.sampling.foreign_weights import check_velocity
+    from mf_dist.sampling.generator import sampling_network
 
     generator = torch.Generator().manual_seed(0)
     try:
         converted = project.convert(tensors, args.num_heads, generator)
-        net = build_network(converted.model, seed=0)
-        load_weights(net, converted.tensors, "converted")
-        check_velocity(net, generator)
+        net = sampling_network(converted.model, converted.tensors, "converted")
+        unguided = [Guidance(torch.ones(2), torch.zeros(2), torch.ones(2))] if isinstance(net, ImfDiT) else []
+        check_velocity(net, generator, *unguided)
     except UserError as error:
         raise UserError(f"{args.file}, --from {args.project}: {error}") from None
     return converted
@@ -151,8 +182,7 @@ def write(args, project, converted, step):
     left_out = ", ".join(converted.left_out) or "nothing"
     origin = (
         f"Imported from `{args.file.name}` (sha256 {state['imported']['sha256']}) of github.com/{project.repository}, "
-        f"with mf_dist's tools/import_weights.py. Left out: {left_out}.\n\nThese weights are an instantaneous "
-        "velocity: samples are drawn in many Euler steps, without classifier-free guidance."
+        f"with mf_dist's tools/import_weights.py. Left out: {left_out}.\n\n{project.note}"
     )
     with new_folder(args.out) as folder:
         write_model(folder, converted.tensors, state)

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from mf_dist.config.schema import ImfDitConfig, ModelConfig
 from mf_dist.runtime.errors import UserError
+from mf_dist.sampling.foreign_weights import ConvertedWeights, checked
 
 ENDS = {
     "patch_in.weight": "x_embedder.proj.weight",
@@ -52,25 +54,54 @@ IN_BLOCK = {
 }
 
 
-def from_authors(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """By the names of ImfDiT; `source` names the tensors' origin in errors. Names may begin with `net.`. A network for
-    sampling has no v head: of it such files hold the last layers alone, which are left out.
+def from_imf(tensors: Mapping[str, Tensor], num_heads: int | None, generator: torch.Generator) -> ConvertedWeights:
+    """Weights of the authors' network, and its shape; the side of the latents, which no tensor has, is taken for 32,
+    that of 256 pixels. num_heads and generator are of use to other converters. Raises UserError as from_authors."""
+    ours = from_authors(tensors)
+    width, channels, patch, _ = _without_prefix(tensors)[ENDS["patch_in.weight"]].shape
+    shared, head_depth = (sum(name.startswith(f"{part}.") for name in ours) for part in ("blocks", "u_blocks"))
+    if not shared or not head_depth:
+        raise UserError("it has no shared_blocks, or no u_heads: not the layers of iMF's network")
+    shared, head_depth = shared // len(IN_BLOCK), head_depth // len(IN_BLOCK)
+    model = ModelConfig(
+        depth=shared + head_depth,
+        hidden_size=width,
+        num_heads=width // len(ours["blocks.0.attention.q_norm.weight"]),
+        patch_size=patch,
+        latent_size=32,
+        latent_channels=channels,
+        num_classes=len(ours["label.weight"]) - 1,
+        network="imf_dit",
+        imf_dit=ImfDitConfig(head_depth, *(len(ours[f"{name}.tokens"]) for name in ("label", *SCALARS))),
+    )
+    used = {part for parts in _names(_without_prefix(tensors)).values() for part in parts}
+    left_out = [] if "v_norm.weight" in ours else sorted(name for name in used if name.startswith("v_final_layer."))
+    return ConvertedWeights(model, ours, left_out)
 
-    Raises UserError naming the first tensor that is missing, unexpected, or of a shape that cannot be converted. That
-    sizes are those of a network is checked by load_weights."""
-    theirs = {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
+
+def from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of ImfDiT, in fp32. Names may begin with `net.`. A network for sampling has no v head: of it such
+    files hold the last layers alone, which are left out.
+
+    Raises UserError, without the file's name, for the first tensor that is missing, unexpected, holds no weights, or
+    has a shape that cannot be converted. That sizes are those of a network is checked by load_weights."""
+    theirs = _without_prefix(tensors)
     names = _names(theirs)
     expected = {part for parts in names.values() for part in parts}
     for name in sorted(expected ^ theirs.keys()):
-        raise UserError(f"{source}: {name} is {'missing' if name in expected else 'unexpected'}")
-    ours = {name: _joined([(part, theirs[part]) for part in parts], source) for name, parts in names.items()}
+        raise UserError(f"{name} is {'missing' if name in expected else 'unexpected'}: not the layers of iMF's network")
+    ours = {name: _joined([(part, checked(part, theirs[part])) for part in parts]) for name, parts in names.items()}
     convolution = ours["patch_in.weight"]
     if convolution.dim() != 4:
-        raise UserError(f"{source}: {ENDS['patch_in.weight']} has shape {tuple(convolution.shape)}, not (D, C, P, P)")
-    ours["patch_in.weight"] = convolution.permute(0, 2, 3, 1).flatten(1)
+        raise UserError(f"{ENDS['patch_in.weight']} has shape {tuple(convolution.shape)}, not (D, C, P, P)")
+    ours["patch_in.weight"] = convolution.permute(0, 2, 3, 1).flatten(1).contiguous()
     if "v_blocks.0.gate1" in ours:
         return ours
     return {name: tensor for name, tensor in ours.items() if not name.startswith("v_")}
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
 
 
 def _names(theirs: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -85,10 +116,10 @@ def _names(theirs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _joined(parts: list[tuple[str, Tensor]], source: str) -> Tensor:
+def _joined(parts: list[tuple[str, Tensor]]) -> Tensor:
     if len(parts) == 1:
         return parts[0][1]
     for name, tensor in parts:
         if tensor.dim() != 2 or tensor.shape[1] != parts[0][1].shape[-1]:
-            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, which does not fit {parts[0][0]}")
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, which does not fit {parts[0][0]}")
     return torch.cat([tensor for _, tensor in parts])

@@ -13,16 +13,15 @@ stored here, but computed: those in a file must equal ours.
 
 import math
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mf_dist.config.schema import ModelConfig
-from mf_dist.models.dit import DiT, sine_cosine_positions
+from mf_dist.models.dit import sine_cosine_positions
 from mf_dist.models.layers import TimeEmbedding
 from mf_dist.runtime.errors import UserError
-from mf_dist.runtime.weights import DTYPES
+from mf_dist.sampling.foreign_weights import ConvertedWeights, checked
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, of SiT-S, B, L and XL; no tensor has their number."""
@@ -47,17 +46,6 @@ REFUSED = {
     "block t and t - r, and cannot represent it",
 }
 """Names of tensors that our DiT has no place for, with the reason."""
-LEAST_CORRELATION = 0.5
-"""Of a velocity with the noise at t = 1."""
-
-
-@dataclass(frozen=True)
-class ConvertedWeights:
-    model: ModelConfig
-    tensors: dict[str, Tensor]
-    """By our names, fp32."""
-    left_out: list[str]
-    """What has no use here of the source's tensors."""
 
 
 def from_sit(tensors: dict[str, Tensor], num_heads: int | None, generator: torch.Generator) -> ConvertedWeights:
@@ -84,23 +72,6 @@ def from_repa(tensors: dict[str, Tensor], num_heads: int | None, generator: torc
     return converted
 
 
-def check_velocity(net: DiT, generator: torch.Generator) -> None:
-    """At t = 1 the input is the noise e, which is independent of x: a velocity is e - E[x] there, and correlates with
-    e, whatever the data. Raises UserError, without the file's name, for a network that predicts something else, such as
-    DiT's, which has SiT's names and shapes, but predicts noise at 1000 discrete times."""
-    size = net.tokens_per_side * net.patch
-    e = torch.randn(2, net.channels, size, size, generator=generator)
-    one = torch.ones(2)
-    with torch.no_grad():
-        u = net(e, one, one, torch.full((2,), net.null_label))
-    correlation = torch.corrcoef(torch.stack([e.flatten(), u.flatten()]))[0, 1].item()
-    if not correlation >= LEAST_CORRELATION:
-        raise UserError(
-            f"on pure noise its output has correlation {correlation:.2f} with the noise, a velocity's is near 1: is it "
-            "of another project? facebook's DiT has the same names and shapes as SiT, but predicts noise: not supported"
-        )
-
-
 def _from_common_layout(
     tensors: dict[str, Tensor], num_heads: int | None, generator: torch.Generator
 ) -> ConvertedWeights:
@@ -121,7 +92,7 @@ def _from_common_layout(
     for name in sorted({*tensors, *names} - {*left_out, "pos_embed"}):
         if name not in tensors or name not in names:
             raise UserError(f"{name} is {'missing' if name in names else 'unexpected'}: not the layers of SiT and DiT")
-    ours = {names[name]: _weights(name, tensors[name]) for name in names}
+    ours = {names[name]: checked(name, tensors[name]) for name in names}
     ours["patch_in.weight"] = ours["patch_in.weight"].permute(0, 2, 3, 1).flatten(1).contiguous()
     width = model.hidden_size
     ours["interval.fc1.weight"] = torch.randn(width, TimeEmbedding.num_sinusoids, generator=generator) * 0.02
@@ -133,7 +104,7 @@ def _from_common_layout(
 def _shape(tensors: dict[str, Tensor], num_heads: int | None) -> ModelConfig:
     """The network's shape, by its first layer, its positions, its labels and the numbers of its blocks."""
     patches, positions, labels = (
-        _weights(name, tensors.get(name), dimensions)
+        checked(name, tensors.get(name), dimensions)
         for name, dimensions in (
             ("x_embedder.proj.weight", 4),
             ("pos_embed", 3),
@@ -152,20 +123,6 @@ def _shape(tensors: dict[str, Tensor], num_heads: int | None) -> ModelConfig:
         raise UserError(f"--num-heads {heads} does not divide its width {width}")
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     return ModelConfig(max(1, depth), width, heads, patch, side * patch, channels, len(labels) - 1)
-
-
-def _weights(name: str, tensor: Tensor | None, dimensions: int | None = None) -> Tensor:
-    """In fp32. Raises UserError for what holds no weights."""
-    if tensor is None or dimensions not in (None, tensor.dim()):
-        shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        raise UserError(f"{name} {shape}: not the layers of SiT and DiT")
-    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-        raise UserError(f"{name} has type {str(tensor.dtype).removeprefix('torch.')}, which holds no weights")
-    if tensor.numel() == 0:
-        raise UserError(f"{name} is empty")
-    if not tensor.isfinite().all():
-        raise UserError(f"{name} is not finite")
-    return tensor.float().contiguous()
 
 
 def _channels(model: ModelConfig) -> int:

@@ -36,6 +36,7 @@ def load_initial_weights(net: nn.Module, config: Config, classes: list[str]) -> 
         raise UserError(f"{where}: a network of model.network={source.model.network}, not {config.model.network}")
     lines = [f"initial weights: {name}"]
     lines += _keep_patch_layers(net, tensors, config, source)
+    lines += _start_v_head(net, tensors)
     lines += _match_labels(net, tensors, classes, state.get("classes", []))
     if source and source.model.latent_size != config.model.latent_size:
         sizes = source.model.latent_size, config.model.latent_size
@@ -89,6 +90,16 @@ def _keep_patch_layers(net: nn.Module, tensors: dict[str, Tensor], config: Confi
         f"initial weights: the patch layers are new, for patches of {side} of {channels} channels; the source's were "
         f"{before}"
     ]
+
+
+def _start_v_head(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """A velocity head that the source lacks, as one for sampling does, begins as a copy of the u head."""
+    names = {"v_blocks.": "u_blocks.", "v_norm.": "u_norm.", "v_patch_out.": "patch_out."}
+    sources = {key: key.replace(v, u, 1) for key in net.state_dict() for v, u in names.items() if key.startswith(v)}
+    if not sources or any(key in tensors for key in sources):
+        return []
+    tensors |= {key: tensors[source].clone() for key, source in sources.items() if source in tensors}
+    return ["initial weights: the source has no v head, which starts as a copy of the u head"]
 
 
 def _match_labels(net: nn.Module, tensors: dict[str, Tensor], classes: list[str], known: list[str]) -> list[str]:

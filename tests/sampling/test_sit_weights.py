@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from mf_dist.runtime.errors import UserError
+from mf_dist.sampling.foreign_weights import check_velocity
 from mf_dist.sampling.generator import build_network
-from mf_dist.sampling.sit_weights import check_velocity, from_repa, from_sit
+from mf_dist.sampling.sit_weights import from_repa, from_sit
 
 CONVERTERS = {"sit": from_sit, "repa": from_repa}
 

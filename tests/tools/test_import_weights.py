@@ -1,6 +1,7 @@
 """tools/import_weights.py: from another project's file to samples; a wrong file leaves nothing."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -135,3 +136,53 @@ def test_damaged_files_and_places_in_use(run_tool, tmp_path):
     ):
         code, printed = run_tool(tmp_path / path, "--from", "sit", "--out", tmp_path / out)
         assert code == 2 and message in printed.err and not (tmp_path / "model").exists()
+
+
+@pytest.fixture(scope="module")
+def imf_file(tmp_path_factory):
+    """Weights in the layout of iMF's authors, of a network near a velocity at t = 1, for sampling: without a v head but
+    for its last layer."""
+    golden = load_file(ROOT / "tests/models/imf_reference.safetensors")
+    weights = {name.removeprefix("weight:"): a for name, a in golden.items() if name.startswith("weight:v_final")}
+    for name, tensor in golden.items():
+        if name.startswith("weight:") and not name.startswith("weight:v_"):
+            weights[name.removeprefix("weight:")] = 0 * tensor if "_scale" in name else tensor
+    width = len(weights["x_embedder.proj.bias"])
+    weights["x_embedder.proj.weight"] = torch.eye(width)[:, :16].view(width, 2, 2, 4).permute(0, 3, 1, 2).contiguous()
+    weights["x_embedder.proj.bias"] = torch.zeros(width)
+    weights["u_final_layer.norm.weight"] = torch.ones(width)
+    weights["u_final_layer.linear._flax_linear.weight"] = torch.eye(width)[:16].contiguous()
+    path = tmp_path_factory.mktemp("imf") / "iMF-tiny.pth"
+    torch.save({f"net.{name}": tensor.float() for name, tensor in weights.items()}, path)
+    return path
+
+
+def test_the_authors_imf_is_sampled_with_guidance_and_their_normalisation(run_tool, imf_file, tmp_path):
+    shutil.copytree(VAE, tmp_path / "vae")
+    config = json.loads((VAE / "config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.18215}))
+    code, printed = run_tool(imf_file, "--from", "imf", "--vae", tmp_path / "vae", "--out", tmp_path / "model")
+    assert code == 0 and "left out: v_final_layer.linear._flax_linear.bias" in printed.out, printed
+    trained = load_trained_model(find_checkpoint(tmp_path / "model"), None, None, torch.device("cpu"), guidance=3.0)
+    generator, model = trained.generator, trained.config.model
+    assert (model.network, model.depth, model.imf_dit.head_depth, model.latent_size) == ("imf_dit", 3, 1, 32)
+    assert generator.protocol == {"sampler": "meanflow", "guidance": 3.0, "interval": [0.0, 1.0]}
+    assert trained.config.data.normalisation_mean[0] == 0.86488 and generator.normalisation.scale[0] == 1 / 4.85503674
+    images = generator(*generator.draw(range(2), "balanced", 0, 1), [1.0, 0.0])
+    assert images.shape == (2, 3, 128, 128)
+
+
+def test_a_run_starts_from_the_authors_imf_with_a_new_v_head(run_tool, imf_file, tmp_path):
+    from mf_dist.config.loader import from_tree
+    from mf_dist.config.schema import Config
+    from mf_dist.sampling.generator import build_network
+    from mf_dist.training.initial_weights import load_initial_weights
+
+    assert run_tool(imf_file, "--from", "imf", "--out", tmp_path / "model")[0] == 0
+    config = from_tree(Config, find_checkpoint(tmp_path / "model").state["config"], "state")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "model")))
+    net = build_network(config.model, 1)
+    lines = load_initial_weights(net, config, [])
+    assert lines[1:] == ["initial weights: the source has no v head, which starts as a copy of the u head"]
+    assert torch.equal(net.v_blocks[0].attention.qkv.weight, net.u_blocks[0].attention.qkv.weight)
+    assert torch.equal(net.v_patch_out.weight, net.patch_out.weight)
