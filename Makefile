@@ -13,7 +13,7 @@ MIN_SVC ?= 0.95
 TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
-.PHONY: install demo test test-dist test-slurm test-slurm-ci test-simcuda test-gpu torture check format clean
+.PHONY: install demo test test-dist test-slurm test-slurm-ci test-simcuda test-simcuda-ci test-gpu torture check format clean
 install: .venv/installed
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -55,6 +55,9 @@ test-slurm-ci: install
 # the programs on simulated GPUs; test-gpu: the same and the kernels on the GPUs of this machine
 test-simcuda: install
 	$(TEST) -m simcuda -rs --durations=5 tests/simcuda
+
+test-simcuda-ci: install
+	$(TEST) -m "simcuda and not long" -rs --durations=5 tests/simcuda
 
 test-gpu: install
 	$(PY) -m pytest -m gpu -rs --durations=5 tests/simcuda tests/models

@@ -195,8 +195,8 @@ def test_sampling_one_class(runs, tmp_path):
     width, height = Image.open(out).size
     assert height == 66 and width > 8 * 64
     wrong = run_python("tools/sample.py", "--checkpoint", root / "whole", "--class", 10, expect=2)
-    assert wrong.stderr.splitlines() == ["error: --class 10 is not in 0..9; --classes lists them"]
-    listed = run_python("tools/sample.py", "--checkpoint", root / "whole", "--classes")
+    assert wrong.stderr.splitlines() == ["error: class 10 is not in 0..9"]
+    listed = run_python("tools/sample.py", "--checkpoint", root / "whole", "--classes", "list")
     assert listed.stdout.splitlines() == [f"class {number}: {number}" for number in range(10)]
 
 
@@ -285,7 +285,10 @@ def test_a_model_folder_appears_complete_or_not_at_all(tmp_path):
         (["tools/fid_eval.py", "--times", "1,nan,0"], "error: --times must fall from 1 to 0"),
         (["tools/fid_eval.py", "--nfe", "1,²"], "error: --nfe must be from 1 to 10000, got ²"),
         (["tools/reference_stats.py", "--images", "x", "--out", "x.npy"], "error: --out 'x.npy' must be"),
-        (["tools/sample.py", "--out", "grid.xyz"], "error: --out 'grid.xyz' must be a file name ending in .png"),
+        (
+            ["tools/sample.py", "--out", "grid.xyz"],
+            "error: --out 'grid.xyz' must be a file name ending in .png, or a folder with --count",
+        ),
         (["tools/demo/write_digits.py", "--out", "README.md/x"], "error:"),
         (
             ["tools/encode_latents.py", "--images", "x", "--out", "o", "--vae", "v", "--resolution", "0"],

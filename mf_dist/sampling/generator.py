@@ -31,8 +31,8 @@ from mf_dist.runtime.precision import Precision, compute_precision, single_cpu_t
 from mf_dist.runtime.weights import load_weights
 from mf_dist.vae import Vae
 
-GRID_BATCH = 50
-"""Batch size of the images in a grid."""
+BLOCK = 50
+"""Images computed together."""
 GRID_COLUMNS = 8
 IMAGENET_GRID = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes shown in the figures of iMF and DiT."""
@@ -68,32 +68,28 @@ def sampling_network(model: ModelConfig, trained: dict[str, Tensor], source: str
     return net
 
 
-class ImageGenerator:
-    """Network, sampler and VAE decoder: (noise, labels) -> pixels."""
+class LatentGenerator:
+    """Network and sampler: (noise, labels) -> latents. vae: identity of the VAE of these latents."""
 
     def __init__(
         self,
         net: Network,
-        vae: Vae,
+        vae: dict[str, Any],
         config: Config,
         device: torch.device,
         precision: Precision = "fp32",
         compile_net: bool = False,
     ) -> None:
-        self.net, self.vae, self.device, self.precision = net.to(device).eval(), vae, device, precision
-        self.normalisation = normalisation(config.data, vae.identity, device)
+        self.net, self.device, self.precision = net.to(device).eval(), device, precision
+        self.normalisation = normalisation(config.data, vae, device)
         if compile_net:
             self.net.compile(dynamic=False)
         model = config.model
         assert model.latent_size is not None and model.latent_channels is not None and model.num_classes is not None
         self.shape = (model.latent_channels, model.latent_size, model.latent_size)
-        self.resolution = model.latent_size * vae.reduction
-        """Side of an image."""
         self.num_classes = model.num_classes
         self.section, self.is_flow, self.sampler = config.objective_section, config.objective.is_flow, config.sampler
         self.guidance = config.guidance
-        self.seconds: dict[str, float] = defaultdict(float)
-        """Time spent in sampling and in decoding."""
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -104,18 +100,14 @@ class ImageGenerator:
         return {"sampler": self.sampler, "guidance": scale, "interval": interval}
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
-        """noise (k, B, C, S, S) as from `draw`, labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
-        start = time.perf_counter()
+    def latents(self, noise: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+        """noise (k, B, C, S, S) as from `draw`, labels (B,) -> latents (B, C, S, S) fp32 as the VAE decodes them;
+        `times` from 1 down to 0."""
         with compute_precision(self.precision, self.device):
             x = SAMPLERS[self.sampler](self._net, noise.to(self.device), labels.to(self.device), times)
         if not x.isfinite().all():  # also synchronises with the GPU
             raise UserError("the samples are not finite: the training diverged; use an older checkpoint")
-        sampled = time.perf_counter()
-        pixels: Pixels = self.vae.decode(self.normalisation.undo(x.float())).cpu().numpy()
-        self.seconds["sample"] += sampled - start
-        self.seconds["decode"] += time.perf_counter() - sampled
-        return pixels
+        return self.normalisation.undo(x.float())
 
     def _net(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Any:
         if self.guidance is None:
@@ -140,6 +132,36 @@ class ImageGenerator:
         y = [label for _, label in draws] if labels == "random" else [i % max(1, self.num_classes) for i in indices]
         return torch.from_numpy(np.stack([noise for noise, _ in draws], axis=1)), torch.tensor(y)
 
+
+class ImageGenerator(LatentGenerator):
+    """Network, sampler and VAE decoder: (noise, labels) -> pixels."""
+
+    def __init__(
+        self,
+        net: Network,
+        vae: Vae,
+        config: Config,
+        device: torch.device,
+        precision: Precision = "fp32",
+        compile_net: bool = False,
+    ) -> None:
+        super().__init__(net, vae.identity, config, device, precision, compile_net)
+        self.vae = vae
+        self.resolution = self.shape[-1] * vae.reduction
+        """Side of an image."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Time spent in sampling and in decoding."""
+
+    def __call__(self, noise: Tensor, labels: Tensor, times: list[float]) -> Pixels:
+        """noise (k, B, C, S, S) as from `draw`, labels (B,) -> pixels (B, 3, H, W) uint8; `times` from 1 down to 0."""
+        start = time.perf_counter()
+        latents = self.latents(noise, labels, times)
+        sampled = time.perf_counter()
+        pixels: Pixels = self.vae.decode(latents).cpu().numpy()
+        self.seconds["sample"] += sampled - start
+        self.seconds["decode"] += time.perf_counter() - sampled
+        return pixels
+
     def grid(
         self,
         nfes: list[int],
@@ -155,7 +177,7 @@ class ImageGenerator:
         columns = GRID_COLUMNS if len(nfes) == 1 else GRID_COLUMNS // 2
         noise, _ = self.draw(range(len(classes) * columns), "random", seed, max(len(times or []) - 1, *nfes))
         y = torch.tensor(classes).repeat_interleave(columns)
-        batches = list(zip(noise.split(GRID_BATCH, dim=1), y.split(GRID_BATCH), strict=True))
+        batches = list(zip(noise.split(BLOCK, dim=1), y.split(BLOCK), strict=True))
         with single_cpu_thread(self.device):
             groups = [
                 np.concatenate([self(z, label, times or uniform_grid(nfe)) for z, label in batches]) for nfe in nfes
@@ -228,11 +250,25 @@ def load_trained_model(
 ) -> TrainedModel:
     """The EMA network of a checkpoint and the VAE of its latents; sampler, guidance and interval: in place of the
     run's. Raises UserError if one is missing, or does not apply to the network."""
-    state = checkpoint.state
+    config = sampling_config(checkpoint, sampler, guidance, interval)
+    wanted, net = load_network(checkpoint, config, ema_decay)
+    decoder = Vae(vae_source(checkpoint, config, vae), device, checkpoint.state["vae"], precision, compiles)
+    generator = ImageGenerator(net, decoder, config, device, precision, compiles)
+    return TrainedModel(generator, config, checkpoint, wanted, checkpoint.state["classes"])
+
+
+def sampling_config(
+    checkpoint: Checkpoint,
+    sampler: Literal["meanflow", "restart"] | None = None,
+    guidance: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> Config:
+    """The config of a checkpoint's run, with other settings of sampling. Raises UserError if one does not apply to the
+    network."""
     for key in ("config", "vae", "classes"):
-        if key not in state:
+        if key not in checkpoint.state:
             raise UserError(f"{checkpoint.folder}/state.json has no {key!r}: not a checkpoint of this program")
-    config = from_tree(Config, state["config"], f"{checkpoint.folder}/state.json")
+    config = from_tree(Config, checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     if sampler and config.objective.is_flow:
         raise UserError(f"{checkpoint.folder} is a run of flow matching, sampled by Euler steps: leave out --sampler")
     if (guidance or interval) and config.guidance is None:
@@ -241,14 +277,19 @@ def load_trained_model(
             "leave out --guidance and --interval"
         )
     given: dict[str, Any] = {"sampler": sampler, "guidance": guidance, "interval": interval}
-    config = replace(config, eval=replace(config.eval, **{key: a for key, a in given.items() if a is not None}))
+    return replace(config, eval=replace(config.eval, **{key: a for key, a in given.items() if a is not None}))
+
+
+def load_network(checkpoint: Checkpoint, config: Config, ema_decay: str | None) -> tuple[str, Network]:
+    """The decay of the EMA, None: the run's first, and its network. Raises UserError if it is missing or damaged."""
     decays = checkpoint.ema_decays()
     wanted = ema_decay or (decays[0] if len(decays) == 1 else str(config.optim.ema_decay[0]))
     if wanted not in decays:
         raise UserError(f"{checkpoint.folder} has no EMA of decay {wanted}; it has {', '.join(decays)}")
     weights = f"ema-{wanted}"
-    net = sampling_network(config.model, checkpoint.load(weights), str(checkpoint.file(weights)))
-    source = vae or str(checkpoint.vae_folder or config.eval.vae or state["vae"]["source"])
-    decoder = Vae(source, device, state["vae"], precision, compiles)
-    generator = ImageGenerator(net, decoder, config, device, precision, compiles)
-    return TrainedModel(generator, config, checkpoint, wanted, state["classes"])
+    return wanted, sampling_network(config.model, checkpoint.load(weights), str(checkpoint.file(weights)))
+
+
+def vae_source(checkpoint: Checkpoint, config: Config, given: str | None) -> str:
+    """Folder or hub id of the VAE."""
+    return given or str(checkpoint.vae_folder or config.eval.vae or checkpoint.state["vae"]["source"])

@@ -234,7 +234,7 @@ def test_preflight_of_the_network(machine, tmp_path):
     assert node["over all nodes"]["is_right"] and node["over all nodes"]["ranks"] == 2
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
 def test_compiled_step(machine, config, tmp_path, stage):
     said = machine.train(
         config,

@@ -50,7 +50,10 @@ def compiled_step(*arguments) -> dict:
     return measure("measure_step.py", "--depth", 1, *arguments, SIMCUDA_COMPILED="1")
 
 
-@pytest.mark.parametrize(("latent", "rows"), [(32, 32), (64, 4)], ids=["256 tokens", "1024 tokens"])
+@pytest.mark.parametrize(
+    ("latent", "rows"),
+    [pytest.param(32, 32, id="256 tokens"), pytest.param(64, 4, id="1024 tokens", marks=pytest.mark.long)],
+)
 def test_the_step_compiles_for_sm_90(latent, rows):
     """XL/2's layers; from 1024 tokens on with the fused attention. The host waits for nothing inside."""
     step = compiled_step("--latent", latent, "--rows", rows)
@@ -59,6 +62,7 @@ def test_the_step_compiles_for_sm_90(latent, rows):
     assert step["forward"]["calls"]["_addmm_activation"] == 1  # the block's pass without tangent and backward
 
 
+@pytest.mark.long
 def test_a_deterministic_step_has_no_sum_in_an_order_of_chance():
     """No atomic addition, and no reduction whose block size is chosen by timing; the other step has both."""
     fast, fixed = compiled_step(), compiled_step("--deterministic")
