@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FEATURES, ROOT, TINY, VAE, encode, run_python, write_digits
+from conftest import FEATURES, ROOT, TINY, VAE, encode, run_here, run_python, write_digits
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -198,6 +198,24 @@ def test_sampling_one_class(runs, tmp_path):
     assert wrong.stderr.splitlines() == ["error: class 10 is not in 0..9"]
     listed = run_python("tools/sample.py", "--checkpoint", root / "whole", "--classes", "list")
     assert listed.stdout.splitlines() == [f"class {number}: {number}" for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "options", "leave_out"),
+    [
+        ("tools/fid_eval.py", ["--guidance", 2], "leave out --guidance and --interval"),
+        ("tools/fid_eval.py", ["--interval", "0.4,0.65"], "leave out --guidance and --interval"),
+        ("tools/sample.py", ["--guidance", 2], "leave out --guidance and --interval"),
+    ],
+)
+def test_a_network_without_guidance_as_an_input_refuses_its_options(runs, tmp_path, tool, options, leave_out):
+    run, out = runs[0] / "whole", tmp_path / "out.png"
+    _, err = run_here(tool, "--checkpoint", run, *options, "--out", out, expect=2)
+    assert err == (
+        f"error: {run / 'checkpoints/step-00000006'} has a network without guidance as an input (model.network=dit): "
+        f"{leave_out}\n"
+    )
+    assert not out.exists()
 
 
 def test_an_exported_ema_is_sampled_like_its_run(runs, tmp_path):

@@ -2,6 +2,8 @@
 
 import argparse
 
+from mf_dist.runtime.errors import UserError
+
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """--sampler, --guidance and --interval; what is not given is None."""
@@ -26,7 +28,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _scale(text: str) -> float:
     if not (scale := _number(text)) >= 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text!r}")
+        raise UserError(f"--guidance must be a number >= 1, got {text!r}")
     return scale
 
 
@@ -34,7 +36,7 @@ def _interval(text: str) -> tuple[float, float]:
     start, _, end = text.partition(",")
     interval = _number(start), _number(end)
     if not 0 <= interval[0] <= interval[1] <= 1:
-        raise argparse.ArgumentTypeError(f"expected START,END with 0 <= START <= END <= 1, got {text!r}")
+        raise UserError(f"--interval must be START,END with 0 <= START <= END <= 1, got {text!r}")
     return interval
 
 

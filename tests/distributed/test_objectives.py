@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import IMF_DIT
 from processes import FULL, STEPS, assert_same_end, losses, valid_steps, write_config
 from test_ranks import one_step  # noqa: F401  a fixture
 
@@ -11,10 +12,6 @@ SECTIONS = {
     "alpha_flow": "alpha_flow: {kappa: 0.5}",
     "imf": "imf: {}",
 }
-IMF_DIT = (
-    "model: {network: imf_dit, depth: 3, hidden_size: 32, num_heads: 2, patch_size: 2, imf_dit: {head_depth: 1, "
-    "class_tokens: 2, guidance_tokens: 1, start_tokens: 1, end_tokens: 1, time_tokens: 1}}"
-)
 SWITCHES = {"discrete target": 10, "MeanFlow target": 23}
 """Phase of alpha-Flow -> the first step that is in it: images 144 and 352 of 480, 16 a step."""
 
