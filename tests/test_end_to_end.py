@@ -205,6 +205,7 @@ def test_sampling_one_class(runs, tmp_path):
     [
         ("tools/fid_eval.py", ["--guidance", 2], "leave out --guidance and --interval"),
         ("tools/fid_eval.py", ["--interval", "0.4,0.65"], "leave out --guidance and --interval"),
+        ("tools/fid_eval.py", ["--sweep", "guidance=2:4:1"], "leave out --sweep"),
         ("tools/sample.py", ["--guidance", 2], "leave out --guidance and --interval"),
     ],
 )

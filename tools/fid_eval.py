@@ -5,12 +5,14 @@
         --inception-weights weights-inception-2015-12-05-6726825d.pth
     torchrun --nproc_per_node=8 tools/fid_eval.py ...                 # the same numbers, to the last bit
     python tools/fid_eval.py --checkpoint runs/digits --times 1,0.6,0 --save-npz
+    python tools/fid_eval.py --sweep guidance=2:12:1 --sweep-samples 5000 --interval 0,1 --interval 0.4,0.65
     python tools/fid_eval.py --images samples.npz --features efflite0 --reference photos/ --resolution 256 --out OUT
 
 Writes OUT/metrics.json (an entry per protocol), and for a model OUT/grid_nfeK.png, OUT/grid_steps.png (1, 2 and 4 steps
 side by side) and OUT/neighbours_nfeK.png (samples beside their nearest real images); with --save-npz
-OUT/samples_nfeK.npz (ADM's layout). Options not given come from the run's config. After a kill, the same command
-continues where it stopped, with any number of processes. docs/evaluation.md explains the numbers.
+OUT/samples_nfeK.npz (ADM's layout). With --sweep only the Frechet distance is measured, at each scale of guidance in
+each --interval for each --nfe. Options not given come from the run's config. After a kill, the same command continues
+where it stopped, with any number of processes. docs/evaluation.md explains the numbers.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from mf_dist.evaluation.sweep import scales_of
 from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
@@ -32,6 +35,8 @@ MODEL_ONLY = (
     "sampler",
     "guidance",
     "interval",
+    "sweep",
+    "sweep_samples",
     "num_samples",
     "labels",
     "seed",
@@ -42,6 +47,8 @@ MODEL_ONLY = (
     "save_npz",
     "save_images",
 )
+NOT_IN_SWEEPS = ("times", "guidance", "num_samples", "metrics", "save_npz", "save_images")
+SWEEP_SAMPLES = 5000
 GRID_STEPS = [1, 2, 4]
 KINDS = ("fid", "sfid", "is", "pr", "kid")
 
@@ -59,10 +66,18 @@ def parse():
     add("--images", type=expanded, help="measure these images instead of a model: folder, .tar, or .npz with arr_0")
     add("--nfe", help="network calls per image, such as 1 or 1,2,4 (default: the run's eval.nfe)")
     add("--times", help="one time grid instead of --nfe, from 1 down to 0, such as 1,0.6,0")
-    add_sampling_options(parser)
+    add_sampling_options(parser, "append")
+    add(
+        "--sweep",
+        type=scales_of,
+        metavar="guidance=GRID",
+        help="measure a grid of scales, START:STOP:STEP (both ends included) or A,B,..., in each --interval, of which "
+        "several may be given",
+    )
+    add("--sweep-samples", type=int, help=f"images to generate for each point of a sweep (default {SWEEP_SAMPLES})")
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
-    add("--seed", type=int, help="seed of noise and labels (default: the run's, 0)")
+    add("--seed", type=int, help="of noise and labels (default: the run's eval.seed, 0; in a sweep training_seed, 1)")
     add("--ema", help="decay of the EMA to sample from (default: the run's first)")
     add(
         "--features",
@@ -105,15 +120,17 @@ def parse():
 def check(args):
     """Raises UserError on mistakes that show without loading anything."""
     if args.images:
-        for name in MODEL_ONLY:
-            if getattr(args, name) is not None and getattr(args, name) is not False:
-                raise UserError(f"--images measures all of a set of images: leave out --{name.replace('_', '-')}")
+        refuse(args, MODEL_ONLY, "--images measures all of a set of images")
         if not (args.features and args.reference and args.out):
             raise UserError("--images needs --features, --reference and --out")
+    if args.sweep:
+        refuse(args, NOT_IN_SWEEPS, "--sweep measures the Frechet distance alone, of --sweep-samples at each scale")
+    elif args.sweep_samples or len(args.interval or []) > 1:
+        raise UserError("--sweep-samples, and more than one --interval, are for --sweep")
     if args.nfe and args.times:
         raise UserError("--nfe and --times exclude each other: --times is a grid of its own")
     limits = ("num_samples", 2, 10_000_000), ("seed", 0, 2**63 - 1), ("block", 1, 10_000), ("resolution", 8, 4096)
-    for name, low, high in (*limits, ("save_images", 1, 10_000_000)):
+    for name, low, high in (*limits, ("sweep_samples", 2, 10_000_000), ("save_images", 1, 10_000_000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
@@ -125,6 +142,14 @@ def check(args):
     for kind in args.metrics or ():
         if kind not in KINDS:
             raise UserError(f"--metrics {kind!r}: expected some of {','.join(KINDS)}")
+    if args.sweep:
+        args.metrics, args.num_samples = ("fid",), args.sweep_samples or SWEEP_SAMPLES
+
+
+def refuse(args, names, reason):
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise UserError(f"{reason}: leave out --{name.replace('_', '-')}")
 
 
 def whole(text):
@@ -190,6 +215,82 @@ def measure_model(args, ranks):
             clear(out, *blocks, reference.blocks)  # last, so that a job requeued at the last grid keeps the others
 
 
+def measure_sweep(args, ranks):
+    """Measures every point of a sweep that metrics.json does not have, and prints them all, and the best."""
+    from mf_dist.evaluation.measure import open_reference, protocol_of
+    from mf_dist.evaluation.metrics import metric_name
+    from mf_dist.evaluation.report import recorded
+    from mf_dist.evaluation.sweep import points_of
+    from mf_dist.runtime.distributed import broadcast_int, raise_on_all_ranks
+    from mf_dist.runtime.progress import progress
+
+    with raise_on_all_ranks(ranks):
+        trained, network = load(args, ranks)
+    settings, side = settings_of(args), args.resolution or trained.generator.resolution
+    reference = open_reference(args.reference, network, side, settings, ranks, args.out / "work")
+    intervals = args.interval or [trained.generator.guidance[1:]]
+    points, entries = points_of(args.nfe or trained.config.eval.nfe, intervals, args.sweep), {}
+    with raise_on_all_ranks(ranks):
+        for point in points if ranks.is_rank_zero and settings.resume else []:
+            protocol = protocol_of(*point_source(args, trained, point), network, reference, settings)
+            if entry := recorded(protocol, args.out):
+                entries[point] = entry
+    missing = [point for point in points if not broadcast_int(int(point in entries), ranks.device)]
+    metric = metric_name("fid", network, args.num_samples)
+    with progress(len(missing), "point", "sweep", ranks.is_rank_zero and bool(missing)) as bar:
+        for point in points:
+            if point in missing:
+                entries[point] = measure_point(args, trained, point, network, reference, settings, ranks)
+                bar.update()
+            if ranks.is_rank_zero:
+                show_point(bar, point, entries[point], metric, is_first=point == points[0])
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
+            show_best(args, entries, metric)
+            clear(args.out, reference.blocks)
+
+
+def point_source(args, trained, point):
+    """The samples of one point of a sweep, and how they are made. Those of an earlier point are no longer valid."""
+    from mf_dist.objectives.sampler import uniform_grid
+
+    trained.generator.guidance = (point.scale, *point.interval)
+    samples, protocol = samples_of(args, trained, uniform_grid(point.nfe))
+    return samples, {**protocol, "sweep": True}
+
+
+def measure_point(args, trained, point, network, reference, settings, ranks):
+    """The entry of one point of a sweep, on rank 0 (else empty); its blocks are removed."""
+    from mf_dist.evaluation.measure import measure
+    from mf_dist.runtime.distributed import raise_on_all_ranks
+
+    samples, protocol = point_source(args, trained, point)
+    measured = measure(samples, point.name, network, reference, settings, protocol, ranks, args.out / "work")
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
+            measured.blocks.remove()  # before it is recorded: afterwards nothing would look for them
+            save(args, measured.entry, args.out)
+    return measured.entry
+
+
+def show_point(bar, point, entry, metric, is_first):
+    from mf_dist.evaluation.sweep import HEADS
+
+    bar.write((HEADS + metric + "\n" if is_first else "") + point.row(f"{entry['metrics'][metric]:.6g}"))
+    sys.stdout.flush()
+
+
+def show_best(args, entries, metric):
+    from mf_dist.evaluation.sweep import best_of
+
+    distances = {point: entry["metrics"][metric] for point, entry in entries.items()}
+    for point in best_of(distances):
+        print(f"  best: {metric} {distances[point]:.6g}, with {point.options}")
+    for warning in dict.fromkeys(warning for entry in entries.values() for warning in entry["warnings"]):
+        print(f"  warning: {warning}")
+    print(f"  written to {args.out / 'metrics.json'}", flush=True)
+
+
 def load(args, ranks):
     """The trained model and the feature network; fills in options not given from the run and its config."""
     from mf_dist.checkpoint.reader import find_checkpoint
@@ -208,8 +309,15 @@ def load(args, ranks):
     precision = args.precision or ("tf32" if ranks.device.type == "cuda" else "fp32")
     trained = load_trained_model(
         *(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile),
-        *(args.sampler, args.guidance, args.interval),
+        *(args.sampler, args.guidance, args.interval[0] if args.interval and not args.sweep else None),
     )
+    if args.sweep and trained.generator.guidance is None:
+        network = f"model.network={trained.config.model.network}"
+        raise UserError(
+            f"{checkpoint.folder} has a network without guidance as an input ({network}): leave out --sweep"
+        )
+    if args.sweep and args.seed is None:
+        args.seed = trained.config.eval.training_seed  # not to choose by the noise of the evaluation
     defaults = ["features", "reference", "num_samples", "labels", "seed"]
     if (args.features or trained.config.eval.features) in WITH_WEIGHTS:  # other networks refuse them
         defaults.append("inception_weights")
@@ -227,17 +335,14 @@ def names_of(args, times):
     return name, f"images_{name}", f"samples_{name}.npz"
 
 
-def measure_times(args, trained, times, network, reference, ranks, out):
-    """Measures one time grid and returns its blocks."""
-    from mf_dist.evaluation.measure import measure
-    from mf_dist.runtime.distributed import raise_on_all_ranks
+def samples_of(args, trained, times):
+    """Samples in one time grid, and how they are made, for their entry."""
     from mf_dist.sampling.generator import Samples
 
-    nfe, generator, checkpoint = len(times) - 1, trained.generator, trained.checkpoint
+    generator, checkpoint = trained.generator, trained.checkpoint
     made_by = {"checkpoint_sha256": checkpoint.sha256, "ema": trained.ema_decay, "compiled": args.compile}
-    samples = Samples(generator, args.num_samples, times, args.labels, args.seed, made_by)
     protocol = {
-        "nfe": nfe,
+        "nfe": len(times) - 1,
         "times": times,
         **generator.protocol,
         "labels": args.labels,
@@ -250,8 +355,18 @@ def measure_times(args, trained, times, network, reference, ranks, out):
         "vae": generator.vae.source,
         "vae_sha256": generator.vae.sha256,
     }
+    return Samples(generator, args.num_samples, times, args.labels, args.seed, made_by), protocol
+
+
+def measure_times(args, trained, times, network, reference, ranks, out):
+    """Measures one time grid and returns its blocks."""
+    from mf_dist.evaluation.measure import measure
+    from mf_dist.runtime.distributed import raise_on_all_ranks
+
+    samples, protocol = samples_of(args, trained, times)
     keep, work, settings = args.save_npz or bool(args.save_images), out / "work", settings_of(args)
-    measured = measure(samples, f"nfe{nfe}", network, reference, settings, protocol, ranks, work, keep)
+    name = f"nfe{len(times) - 1}"
+    measured = measure(samples, name, network, reference, settings, protocol, ranks, work, keep)
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             finish(args, measured.entry, out)
@@ -291,11 +406,17 @@ def clear(out, *finished):
 
 
 def finish(args, entry, out):
-    from mf_dist.evaluation.report import record, table
+    from mf_dist.evaluation.report import table
+
+    path = save(args, entry, out)
+    print(table(entry) + f"\n  written to {path}", flush=True)
+
+
+def save(args, entry, out):
+    from mf_dist.evaluation.report import record
 
     entry["arguments"] = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    path = record(entry, out)
-    print(table(entry) + f"\n  written to {path}", flush=True)
+    return record(entry, out)
 
 
 @command_line
@@ -309,7 +430,8 @@ def main() -> None:
         with raise_on_all_ranks(ranks):
             if args.compile and ranks.is_local_rank_zero:
                 require_compiler(ranks.device, "leave out --compile")
-        (measure_images if args.images else measure_model)(args, ranks)
+        measure = measure_images if args.images else measure_sweep if args.sweep else measure_model
+        measure(args, ranks)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class Retention:
         return bool(seen // self.every_images > since // self.every_images)
 
     def scores(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of `best` and `ema` with the fewest sampling steps (nfe) among them. If
+        """(value, step) of every measurement of `best` and `ema` with the fewest sampling steps (nfe), sweeps aside. If
         training itself measured, only those measurements: they are comparable with each other."""
         if self.best is None or self.metrics is None or not self.metrics.is_file():
             return []
@@ -267,7 +267,7 @@ class Retention:
             rows = [
                 (int(e["nfe"]), float(e["metrics"][self.best]), int(e["step"]))
                 for e in entries
-                if self.best in e["metrics"] and "step" in e and e.get("ema") == self.ema
+                if self.best in e["metrics"] and "step" in e and e.get("ema") == self.ema and not e.get("sweep")
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []

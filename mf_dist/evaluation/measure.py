@@ -155,6 +155,23 @@ def measure(
             return Measured(_entry(values, source, blocks, network, reference, settings, protocol, ranks), blocks)
 
 
+def protocol_of(
+    source: Source, made: Mapping[str, Any], network: FeatureNetwork, reference: Reference, settings: Settings
+) -> dict[str, Any]:
+    """The part of an entry that is known before its images are. made: how they are made."""
+    return {
+        **made,
+        "num_samples": source.count,
+        "resolution": source.identity["resolution"],
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "resize": network.resize,
+        **reference.provenance,
+        "statistics": "exact" if settings.exact else "streaming",
+        "block": settings.block,
+    }
+
+
 def _entry(
     values: Values,
     source: Source,
@@ -167,15 +184,7 @@ def _entry(
 ) -> dict[str, Any]:
     return {
         "metrics": values.numbers,
-        **protocol,
-        "num_samples": blocks.count,
-        "resolution": source.identity["resolution"],
-        "features": network.name,
-        "features_sha256": network.sha256,
-        "resize": network.resize,
-        **reference.provenance,
-        "statistics": "exact" if settings.exact else "streaming",
-        "block": settings.block,
+        **protocol_of(source, protocol, network, reference, settings),
         **values.settings,
         "pixels_sha256": blocks.pixels_sha256,
         "versions": {**environment(ranks.world_size), **{package: version(package) for package in PACKAGES}},

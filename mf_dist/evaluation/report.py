@@ -55,19 +55,30 @@ def record(entry: dict[str, Any], out: Path) -> Path:
     kept. A training run may record to the same file concurrently."""
     path = out / "metrics.json"
     out.mkdir(parents=True, exist_ok=True)
-
-    def protocol(e: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in e.items() if key not in RESULTS}
-
     new = json.loads(json.dumps(entry))
     with _locked(out / "metrics.lock"):
         entries = read_entries(path)
         for old in entries:
-            if protocol(old) == protocol(new):
+            if _protocol(old) == _protocol(new):
                 kept = {key: old[key] for key in METRIC_SETTINGS if key in old}
                 new = {**kept, **new, "metrics": {**old["metrics"], **new["metrics"]}}
-        write_json(path, [*(old for old in entries if protocol(old) != protocol(new)), new])
+        write_json(path, [*(old for old in entries if _protocol(old) != _protocol(new)), new])
     return path
+
+
+def recorded(protocol: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The newest entry of out/metrics.json with a protocol of measure.protocol_of; None without one."""
+    wanted = _protocol(json.loads(json.dumps(protocol)))
+    for entry in reversed(read_entries(out / "metrics.json")):
+        found = _protocol(entry)
+        found.pop("pixels_sha256", None)  # known afterwards only
+        if found == wanted:
+            return entry
+    return None
+
+
+def _protocol(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in RESULTS}
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Options of the commands that sample, in place of the run's settings. No torch."""
 
 import argparse
+from typing import Literal
 
 from mf_dist.runtime.errors import UserError
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """--sampler, --guidance and --interval; what is not given is None."""
+def add_sampling_options(parser: argparse.ArgumentParser, intervals: Literal["store", "append"] = "store") -> None:
+    """--sampler, --guidance and --interval; what is not given is None. intervals: one, or a list of all given."""
     parser.add_argument(
         "--sampler",
         choices=("meanflow", "restart"),
@@ -21,6 +22,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval",
         type=_interval,
+        action=intervals,
         metavar="START,END",
         help="guidance applies for START <= t <= END, such as 0.4,0.65 (default: the run's eval.interval)",
     )

@@ -277,7 +277,8 @@ def test_two_hundred_flipped_bits_are_all_detected_before_use(tmp_path):
 
 
 def test_retention_over_a_thousand_saves(tmp_path):
-    """The newest 3, every 100th by images, the best by a metric of one EMA at nfe 1; the newest always stays."""
+    """The newest 3, every 100th by images, the best by a metric of one EMA at nfe 1, sweeps aside; the newest
+    always stays."""
     (tmp_path / "metrics.json").write_text(
         json.dumps(
             [
@@ -288,6 +289,7 @@ def test_retention_over_a_thousand_saves(tmp_path):
                 {"metrics": {"fd": 1.0}, "nfe": 1, "step": 500, "ema": "0.99"},
                 {"metrics": {"fd": 2.0}, "nfe": 2, "step": 700, "ema": "0.9"},
                 {"metrics": {"fd": 0.0}, "images": "x"},
+                {"metrics": {"fd": 1.0}, "nfe": 1, "step": 42, "ema": "0.9", "sweep": True},
             ]
         )
     )

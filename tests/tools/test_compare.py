@@ -36,7 +36,8 @@ def test_the_table_shows_mean_and_deviation_of_the_runs_of_that_config(tmp_path,
         entry = {"nfe": 1, "metrics": {"fd_x_5k": value}}
         folder = compare.folder(tmp_path, methods["boundary"], seed) / "eval"
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps([entry]))
+        swept = {"nfe": 1, "metrics": {"fd_x_5k": 99.0}, "sweep": True}  # no result
+        (folder / "metrics.json").write_text(json.dumps([entry, swept]))
     lines = compare.table(Namespace(out=tmp_path, seeds=3), methods).splitlines()
     assert [cell.strip() for cell in lines[-1].split("|")][2:8] == ["96,000", "4.75", "0.128", "3.00 ± 1.00", "", ""]
     assert "±" not in lines[-2]

@@ -75,11 +75,13 @@ def test_demo_table_and_its_check(tmp_path):
         entries = [
             {"nfe": n, "metrics": {"fd_digits_100": 2.0}, "num_samples": 100, "reference_images": 7} for n in nfes
         ]
-        (out / "metrics.json").write_text(json.dumps(entries))
+        swept = {"sweep": True, "nfe": 1, "metrics": {"fd_digits_100": 77.0}}  # no result
+        (out / "metrics.json").write_text(json.dumps([*entries, swept]))
     folders = [("--" + name, tmp_path / name) for name in ("run", "flow", "real")]
     command = ["tools/demo/demo_table.py", *(part for pair in folders for part in pair), "--min-svc", 0.95]
     np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, digits.target[:100])
     good = run_python(*command)
+    assert "77" not in good.stdout
     assert "MeanFlow            1" in good.stdout and "160" in good.stdout  # 80 images in 5 steps of 0.1 s
     np.savez(tmp_path / "run/eval/samples_nfe1.npz", pixels, (digits.target[:100] + 1) % 10)
     assert "the model did not learn" in run_python(*command, expect=2).stderr

@@ -29,7 +29,7 @@ def result(folder, nfe):
     value)."""
     try:
         entries = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        entry = [entry for entry in entries if entry.get("nfe") == nfe][-1]
+        entry = [entry for entry in entries if entry.get("nfe") == nfe and not entry.get("sweep")][-1]
         return entry, next(pair for pair in entry["metrics"].items() if pair[0].startswith(("fid", "fd_")))
     except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
         raise UserError(f"no result at {nfe} steps in {str(folder)!r} ({error}); run tools/fid_eval.py first") from None

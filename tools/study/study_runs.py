@@ -44,6 +44,7 @@ def distances(run):
     """Frechet distance of a measured run by its number of network calls."""
     path = run / "eval" / "metrics.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    entries = [entry for entry in entries if not entry.get("sweep")]
     return {e["nfe"]: v for e in entries for name, v in e["metrics"].items() if name.startswith("fd_")}
 
 
