@@ -61,6 +61,9 @@ class Run:
     gaps: dict[str, Gap] = field(default_factory=dict)
     """Key -> the lines in which its value is not finite."""
     measurements: list[Measurement] = field(default_factory=list)
+    """All but those of sweeps."""
+    sweeps: list[Measurement] = field(default_factory=list)
+    """Measurements of fewer samples, which chose the guidance (tools/fid_eval.py --sweep)."""
     status: Table = field(default_factory=dict)
     history: list[Table] = field(default_factory=list)
     """Entries of history.jsonl: starts, ends and warnings in order."""
@@ -135,7 +138,9 @@ def read_run(folder: Path, name: str) -> Run:
     _read_metrics(run, _json_lines(folder / "metrics.jsonl", run.problems))
     run.history = _json_lines(folder / "history.jsonl", run.problems)
     run.status = _json(folder / "status.json", run.problems, dict) or {}
-    run.measurements = _measurements(_json(folder / "eval/metrics.json", run.problems, list) or [], run.problems)
+    found = _measurements(_json(folder / "eval/metrics.json", run.problems, list) or [], run.problems)
+    for measured in found:
+        (run.sweeps if measured.protocol.get("sweep") else run.measurements).append(measured)
     run.profile = _json(folder / "profile/profile.json", run.problems, dict) or {}
     for checkpoint in reversed(checkpoint_folders(folder / "checkpoints")):
         if (checkpoint / "manifest.json").is_file():

@@ -32,14 +32,16 @@ function layoutOf(chart, isLog) {
     margin: { l: 50, r: 12, t: isTouched ? 48 : 32, b: 36 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: colour("--soft") },
-    xaxis: { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
+    xaxis: chart.x
+      ? { ...axis, unifiedhovertitle: { text: `${chart.x} %{x}` }, nticks: 12 }
+      : { ...axis, tickformat: "~s", unifiedhovertitle: { text: "%{x:,} images" }, rangemode: "tozero", nticks: 7 },
     yaxis: {
       ...axis, rangemode: "tozero", type: isLog ? "log" : "linear", nticks: 6, exponentformat: "power",
       tickformat: isLog ? "~g" : "",
     },
     hovermode: "x unified", hoverdistance: -1,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    showlegend: chart.traces.length > 1 || data.runs.length > 1 || "points" in chart.traces[0],
+    showlegend: chart.traces.length > 1 || data.runs.length > 1 || "points" in chart.traces[0] || "x" in chart,
     legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom", traceorder: "normal" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: isTouched ? false : "zoom",

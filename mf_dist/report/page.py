@@ -12,6 +12,7 @@ from mf_dist.report.collect import Run, read_runs
 from mf_dist.report.curves import LOSSES, SPEED, charts, distances, missing
 from mf_dist.report.pictures import Selection, classes, grids, last_grids, neighbours
 from mf_dist.report.results import compared, headline, measured
+from mf_dist.report.sweeps import sweeps
 from mf_dist.runtime.atomic_files import write_atomic
 from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.figures import three_digits
@@ -52,7 +53,12 @@ def _pictures(run: Run, budget: int) -> dict[str, Selection]:
 
 
 def _render(runs: list[Run], pictures: list[dict[str, Selection]]) -> str:
-    plots = {"curves": distances(runs) + charts(runs, LOSSES), "speed": charts(runs, SPEED)}
+    plots = {
+        "guidance": sweeps(runs),
+        "curves": distances(runs) + charts(runs, LOSSES),
+        "speed": charts(runs, SPEED),
+    }
+    absent = {"curves": missing(runs, plots["curves"], LOSSES), "speed": missing(runs, plots["speed"], SPEED)}
     run_data = [{"frames": of_run["grids"].items, "classes": of_run["classes"].items} for of_run in pictures]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -62,7 +68,7 @@ def _render(runs: list[Run], pictures: list[dict[str, Selection]]) -> str:
         runs=[_run(number, run, of_run) for number, (run, of_run) in enumerate(zip(runs, pictures, strict=True))],
         overview=[*(compared(runs) if len(runs) > 1 else []), *facts.overview(runs)],
         plots=plots,
-        missing={"curves": missing(runs, plots["curves"], LOSSES), "speed": missing(runs, plots["speed"], SPEED)},
+        missing={"guidance": [], **absent},
         thinned={section: facts.thinned(drawn) for section, drawn in plots.items()},
         differences=facts.differing(runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

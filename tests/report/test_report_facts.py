@@ -18,7 +18,7 @@ from mf_dist.report.curves import POINTS, STRETCHES, device_peak, tflops_per_ima
 from mf_dist.report.facts import faults, history, overview, status, training_seconds
 from mf_dist.report.page import write_report
 from mf_dist.report.pictures import fit, grids, last_grids
-from mf_dist.report.results import compared, headline
+from mf_dist.report.results import compared, headline, measured
 from mf_dist.runtime.errors import UserError
 
 
@@ -176,6 +176,49 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     (chart, *_) = report(run)[1]["plots"]["curves"]
     traces = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["traces"]}
     assert traces == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
+
+
+def test_sweeps_are_charts_and_no_results(tmp_path):
+    """A curve for each interval and number of steps: of the newest checkpoint, and of one protocol."""
+
+    def point(scale, value, interval=(0.0, 1.0), **changes):
+        entry = {"metrics": {"fd_digits_20": value}, "sweep": True, "nfe": 1, "step": 4, "ema": "0.9", "seed": 1}
+        return {**entry, "guidance": scale, "interval": list(interval), **changes}
+
+    single = {"metrics": {"fd_digits_20": 9.0}, "nfe": 1, "step": 2, "ema": "0.9"}
+    run = write_run(tmp_path / "run")
+    (run / "eval").mkdir()
+    (run / "eval/metrics.json").write_text(json.dumps([single]))
+    before = report(run)
+    assert "Guidance" not in before[0].texts and before[1]["plots"]["guidance"] == []
+    swept = [
+        *(point(scale, 9.0 - scale, seed=2) for scale in (1.0, 2.0, 3.0)),  # an earlier one of the same checkpoint
+        *(point(scale, 1.0, step=2) for scale in (1.0, 2.0)),
+        *(point(scale, 8.0 / scale) for scale in (4.0, 1.0, 2.0)),
+        point(1.0, 5.0, (0.4, 0.65)),
+        point(1.0, 4.0, nfe=2),
+        {"metrics": {"fd_digits_20": 3.0}, "sweep": True, "nfe": 1},  # of no guidance
+    ]
+    (run / "eval/metrics.json").write_text(json.dumps([single, *swept]))
+    page, data = report(run)
+    (chart,) = data["plots"]["guidance"]
+    assert (chart["title"], chart["x"]) == ("fd_digits_20", "guidance") and "Guidance" in page.texts
+    assert [(t["name"], t["dash"], t["x"], t["y"], t["step"]) for t in chart["traces"]] == [
+        ("guidance in [0, 1], 1 step", 0, [1, 2, 4], [8, 4, 2], [4, 4, 4]),
+        ("guidance in [0.4, 0.65], 1 step", 1, [1], [5], [4]),
+        ("guidance in [0, 1], 2 steps", 2, [1], [4], [4]),
+    ]
+    read = read_run(run, "run")
+    assert [card["value"] for card in headline(read)] == ["9"] and len(measured(read)["rows"]) == 1
+    assert data["plots"]["curves"] == before[1]["plots"]["curves"]
+    other = write_run(tmp_path / "other")
+    (other / "eval").mkdir()
+    (other / "eval/metrics.json").write_text(json.dumps([point(1.0, 2.5)]))
+    assert compared(read_runs([run, other])) == [["fd_digits_20, 1 step", "9", ""]]
+    (chart,) = report(run, other)[1]["plots"]["guidance"]
+    names = [(trace["name"], trace["run"], trace["dash"]) for trace in chart["traces"]]
+    assert names[0] == ("run · guidance in [0, 1], 1 step", 0, 0)
+    assert names[3] == ("other · guidance in [0, 1], 1 step", 1, 0)
 
 
 def test_images_are_those_recorded_where_the_batch_size_has_changed(tmp_path):

@@ -1,5 +1,6 @@
 """The report's page in a real browser: controls, charts and touch."""
 
+import json
 import shutil
 import warnings
 
@@ -182,3 +183,27 @@ def test_hover_values_and_zoom(page):
     assert plot.evaluate(span) == pytest.approx(0.4 * before, rel=0.05)
     page.get_by_label("switch the scale of Raw loss").click()
     assert plot.evaluate("p => p._fullLayout.yaxis.type") == "linear"
+
+
+@pytest.mark.dist
+def test_a_sweep_is_drawn_against_guidance(browser, tmp_path):
+    from mf_dist.report.page import write_report
+
+    run = write_run(tmp_path / "run")
+    (run / "eval").mkdir()
+    point = {"metrics": {"fd_digits_20": 3.5}, "sweep": True, "nfe": 1, "step": 4, "interval": [0.4, 0.65]}
+    (run / "eval/metrics.json").write_text(json.dumps([{**point, "guidance": scale} for scale in (2, 8, 4)]))
+    write_report([run], run / "report.html")
+    tab, problems = browser.new_page(), []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.goto((run / "report.html").as_uri())
+    plot = tab.locator("#results .plot")
+    plot.locator(".main-svg").first.wait_for()
+    plot.scroll_into_view_if_needed()
+    assert plot.locator(".legendtext").all_text_contents() == ["guidance in [0.4, 0.65], 1 step"]
+    box = plot.locator(".nsewdrag").first.bounding_box()
+    tab.mouse.move(box["x"] + 0.35 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    label = plot.locator(".hoverlayer")
+    label.locator("text").first.wait_for()
+    assert "guidance 4" in label.text_content() and "3.5, step 4" in label.text_content() and problems == []
+    tab.close()
