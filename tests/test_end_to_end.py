@@ -245,7 +245,7 @@ def test_a_model_folder_stands_alone(runs, tmp_path):
     shutil.copytree(runs[0] / "whole", run)
     measured = {"metrics": {"fd_digits": 12.5}, "nfe": 2, "step": 6, "ema": "0.99", "labels": "balanced"}
     (run / "eval").mkdir(exist_ok=True)
-    (run / "eval/metrics.json").write_text(json.dumps([measured, {**measured, "step": 3}]))
+    (run / "eval/metrics.json").write_text(json.dumps([measured, {**measured, "step": 3}, {**measured, "sweep": True}]))
     run_python("tools/checkpoint.py", "export", run, "--out", out, "--with-vae")
     names = ["README.md", "config.json", "metrics.json", "model.safetensors", "samples.png", "vae"]
     assert sorted(path.name for path in out.iterdir()) == names

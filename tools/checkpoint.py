@@ -238,13 +238,14 @@ def verified_vae(checkpoint, source):
 
 
 def measurements_of(checkpoint, decay):
-    """Those of its run's metrics.json that are of this step and EMA."""
+    """Those of its run's metrics.json that are of this step and EMA, without sweeps."""
     from mf_dist.checkpoint.runs import evaluation_folder
     from mf_dist.evaluation.report import read_entries
 
     folder = evaluation_folder(checkpoint)
     entries = read_entries(folder / "metrics.json") if folder else []
-    return [entry for entry in entries if (entry.get("step"), entry.get("ema")) == (checkpoint.step, decay)]
+    of_step = [entry for entry in entries if (entry.get("step"), entry.get("ema")) == (checkpoint.step, decay)]
+    return [entry for entry in of_step if not entry.get("sweep")]
 
 
 def picture_of(checkpoint, decay):

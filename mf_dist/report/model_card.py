@@ -9,7 +9,18 @@ from mf_dist.config.loader import from_tree
 from mf_dist.config.schema import Config
 from mf_dist.runtime.figures import three_digits
 
-PROTOCOL = ("nfe", "sampler", "guidance", "num_samples", "labels", "seed", "features", "reference", "precision")
+PROTOCOL = (
+    "nfe",
+    "sampler",
+    "guidance",
+    "interval",
+    "num_samples",
+    "labels",
+    "seed",
+    "features",
+    "reference",
+    "precision",
+)
 """What a table of measurements shows of an entry of metrics.json, beside its values."""
 
 

@@ -185,7 +185,7 @@ def test_sweeps_are_charts_and_no_results(tmp_path):
         entry = {"metrics": {"fd_digits_20": value}, "sweep": True, "nfe": 1, "step": 4, "ema": "0.9", "seed": 1}
         return {**entry, "guidance": scale, "interval": list(interval), **changes}
 
-    single = {"metrics": {"fd_digits_20": 9.0}, "nfe": 1, "step": 2, "ema": "0.9"}
+    single = {"metrics": {"fd_digits_20": 9.0}, "nfe": 1, "step": 2, "guidance": 8.0, "interval": [0.4, 0.65]}
     run = write_run(tmp_path / "run")
     (run / "eval").mkdir()
     (run / "eval/metrics.json").write_text(json.dumps([single]))
@@ -209,7 +209,11 @@ def test_sweeps_are_charts_and_no_results(tmp_path):
         ("guidance in [0, 1], 2 steps", 2, [1], [4], [4]),
     ]
     read = read_run(run, "run")
-    assert [card["value"] for card in headline(read)] == ["9"] and len(measured(read)["rows"]) == 1
+    assert [(card["value"], card["protocol"]) for card in headline(read)] == [
+        ("9", "step 2, guidance 8, in [0.4, 0.65]")
+    ]
+    assert measured(read)["heads"] == ["network calls", "fd_digits_20", "guidance", "guidance interval", "step"]
+    assert measured(read)["rows"] == [[1, 9.0, 8.0, [0.4, 0.65], 2]]
     assert data["plots"]["curves"] == before[1]["plots"]["curves"]
     other = write_run(tmp_path / "other")
     (other / "eval").mkdir()
