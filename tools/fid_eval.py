@@ -220,7 +220,7 @@ def measure_sweep(args, ranks):
     from mf_dist.evaluation.measure import open_reference, protocol_of
     from mf_dist.evaluation.metrics import metric_name
     from mf_dist.evaluation.report import recorded
-    from mf_dist.evaluation.sweep import points_of
+    from mf_dist.evaluation.sweep import HEADS, points_of
     from mf_dist.runtime.distributed import broadcast_int, raise_on_all_ranks
     from mf_dist.runtime.progress import progress
 
@@ -237,13 +237,16 @@ def measure_sweep(args, ranks):
                 entries[point] = entry
     missing = [point for point in points if not broadcast_int(int(point in entries), ranks.device)]
     metric = metric_name("fid", network, args.num_samples)
+    if ranks.is_rank_zero:
+        print(HEADS + metric, flush=True)
     with progress(len(missing), "point", "sweep", ranks.is_rank_zero and bool(missing)) as bar:
         for point in points:
             if point in missing:
                 entries[point] = measure_point(args, trained, point, network, reference, settings, ranks)
                 bar.update()
             if ranks.is_rank_zero:
-                show_point(bar, point, entries[point], metric, is_first=point == points[0])
+                bar.write(point.row(f"{entries[point]['metrics'][metric]:.6g}"))
+                sys.stdout.flush()
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             show_best(args, entries, metric)
@@ -271,13 +274,6 @@ def measure_point(args, trained, point, network, reference, settings, ranks):
             measured.blocks.remove()  # before it is recorded: afterwards nothing would look for them
             save(args, measured.entry, args.out)
     return measured.entry
-
-
-def show_point(bar, point, entry, metric, is_first):
-    from mf_dist.evaluation.sweep import HEADS
-
-    bar.write((HEADS + metric + "\n" if is_first else "") + point.row(f"{entry['metrics'][metric]:.6g}"))
-    sys.stdout.flush()
 
 
 def show_best(args, entries, metric):

@@ -8,6 +8,7 @@ from itertools import product
 from mf_dist.runtime.errors import UserError
 
 MAX_SCALES = 1000
+HEADS = f"  {'steps':>5}  {'interval':>12}  {'guidance':>8}  "
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,12 @@ class Point:
         return f"guidance{self.scale:.12g}_{self._interval.replace(',', '-')}_nfe{self.nfe}"
 
     def row(self, value: str) -> str:
-        """Of the table whose heads are HEADS."""
+        """Below HEADS."""
         return f"  {self.nfe:>5}  {self._interval:>12}  {self.scale:>8.12g}  {value}"
 
     @property
     def _interval(self) -> str:
         return ",".join(f"{t:.12g}" for t in self.interval)
-
-
-HEADS = f"  {'steps':>5}  {'interval':>12}  {'guidance':>8}  "
 
 
 def scales_of(text: str) -> list[float]:
@@ -46,12 +44,12 @@ def scales_of(text: str) -> list[float]:
     name, _, grid = text.partition("=")
     try:
         scales = _range(grid) if ":" in grid else [Decimal(number) for number in grid.split(",")]
-        if name != "guidance" or not all(1 <= scale <= 1_000_000 for scale in scales):
+        if name != "guidance" or len(scales) > MAX_SCALES or not all(1 <= scale <= 1_000_000 for scale in scales):
             raise ValueError
     except (ValueError, ArithmeticError):  # of a Decimal
         raise UserError(
             f"--sweep {text!r}: expected guidance=START:STOP:STEP, where whole STEPs lead from START to STOP, or "
-            f"guidance=A,B,...: at most {MAX_SCALES} numbers >= 1"
+            f"guidance=A,B,...: at most {MAX_SCALES} numbers from 1 to 1e6"
         ) from None
     return [float(scale) for scale in dict.fromkeys(scales)]
 
