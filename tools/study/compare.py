@@ -1,32 +1,40 @@
-"""One fair table of the objectives: the same network, data and optimizer, at the same images and at the same FLOPs.
+"""One fair table of the objectives: the same data and optimizer, at the same images and at the same FLOPs.
 
     python tools/study/compare.py                        # on Fashion-MNIST, into runs/methods, two at a time
     python tools/study/compare.py --methods meanflow,boundary --seeds 1 train.total_images=6400 --out runs/methods-try
 
 Every method has a config in configs/: with its published times, weights and share of r = t rows, and the guidance,
-optimizer and network of MeanFlow's. A run's folder is named by a hash of its config, so that finished ones are used
-again, also by both tables; the same command continues where it stopped. Writes OUT/methods.md (mean and standard
-deviation over the seeds, beside the papers' claims) and OUT/methods.png (samples of the first seed, the same noise and
-classes in every row). Further section.key=value arguments override the config of all runs.
+optimizer and network of MeanFlow's; iMF with its own network of the same width, and a guidance scale at sampling. A
+run's folder is named by a hash of its config, so that finished ones are used again, also by both tables; the same
+command continues where it stopped. Writes OUT/methods.md (mean and standard deviation over the seeds, beside the
+papers' claims), OUT/methods.png (samples of the first seed, the same noise and classes in every row) and
+OUT/methods.html with both. "class" is the share of 1000 images that the network of eval.features assigns to their
+class, at the fewest steps. Further section.key=value arguments override the config of all runs.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import yaml
-from study_runs import ROOT, TRAIN, cell, draw, markdown_table, train_and_measure_all
+from study_runs import ROOT, TRAIN, cell, distances, draw, markdown_table, train_and_measure_all
 
 from mf_dist.config.cost import forward_flops, forwards_per_image
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import read_manifest
+from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded_path
 
 STEPS = (1, 2, 4)
+MANY_STEPS = (25,)
+CLASSIFIED = 1000
+"""Images per run that are classified."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,19 @@ class Method:
     """File in configs/."""
     overrides: list[str]
     claim: str
-    """FID-50k on ImageNet 256 in one and two steps: DiT-XL/2, 240 epochs, as published."""
+    """FID-50k on ImageNet 256 in one and two steps: XL/2, 240 epochs (iMF: 640), as published."""
+    steps: tuple[int, ...] = STEPS
+    """Counts of network calls at which it is measured."""
 
 
+FLOW = ["meanflow.share_r_equals_t=1", "meanflow.omega=1", "meanflow.kappa=0"]
 METHODS = {
     "meanflow": Method("MeanFlow (2505.13447)", "fashion_cpu", [], "3.43, 2.93"),
     "boundary": Method("MeanFlow, boundary tangent (2512.02012)", "fashion_cpu", ["meanflow.tangent=boundary"], "2.99"),
     "solution_flow": Method("SoFlow (2512.15657)", "fashion_solution_flow_cpu", [], "2.96, 2.66"),
     "alpha_flow": Method("alpha-Flow (2510.20771)", "fashion_alpha_flow_cpu", [], "2.95, 2.34"),
+    "imf": Method("iMF (2512.02012)", "fashion_imf_cpu", [], "1.72, 1.54"),
+    "flow": Method("flow matching, no guidance", "fashion_cpu", FLOW, "", MANY_STEPS),
 }
 BASE = "meanflow"
 """The method whose images and FLOPs the others get."""
@@ -70,17 +83,18 @@ def main() -> None:
         for title, same_flops in (("At the same images", False), ("At the same FLOPs", True))
     }
     runs = {
-        folder(args.out, given, seed): ([*TRAIN, *given], STEPS, seed)
+        folder(args.out, given, seed): ([*TRAIN, *given], METHODS[method].steps, seed)
         for seed in range(args.seeds)
         for table in tables.values()
-        for given in table.values()
+        for method, given in table.items()
     }
     train_and_measure_all(runs, "compare", args.jobs)
     text = "\n\n".join(f"{title}:\n\n{table(args, methods)}" for title, methods in tables.items())
     (args.out / "methods.md").write_text(text + "\n", encoding="utf-8")
     first = tables["At the same images"]
     draw({METHODS[m].name: folder(args.out, given, 0) for m, given in first.items()}, args.out / "methods.png")
-    print(f"{text}\n\n{args.out / 'methods.md'}, {args.out / 'methods.png'}")
+    write_page(args.out, {title: rows_of(args, methods) for title, methods in tables.items()})
+    print(f"{text}\n\n{args.out / 'methods.md'}, {args.out / 'methods.png'}, {args.out / 'methods.html'}")
 
 
 def arguments(method, overrides, same_flops):
@@ -113,16 +127,79 @@ def folder(out, given, seed):
     return out / hashlib.sha256(json.dumps([tree, given[1:], seed]).encode()).hexdigest()[:12]
 
 
+RAW_LOSSES = ("raw_loss_r_equals_t", "raw_loss_r_below_t")
+HEADS = ["method", "images", "F", "GFLOP", *(f"{k} step{'s' * (k > 1)}" for k in (*STEPS, *MANY_STEPS))]
+HEADS += ["class", "raw loss r = t", "r < t", "claim: FID at 1, 2 steps"]
+
+
 def table(args, methods):
     """A line per method; `methods`: name -> arguments of its runs."""
+    return markdown_table(HEADS, rows_of(args, methods))
+
+
+def rows_of(args, methods):
     rows = []
     for method, given in methods.items():
         config, runs = resolved(given), [folder(args.out, given, seed) for seed in range(args.seeds)]
         cost = [f"{forwards_per_image(config):.2f}", f"{flops_per_image(config) / 1e9:.3f}"]
-        measured = [cell(runs, steps) for steps in STEPS]
-        rows.append([METHODS[method].name, f"{config.train.total_images:,}", *cost, *measured, METHODS[method].claim])
-    steps = [f"{k} step{'s' * (k > 1)}" for k in STEPS]
-    return markdown_table(["method", "images", "F", "GFLOP", *steps, "claim: FID at 1, 2 steps"], rows)
+        measured = [cell(runs, steps) for steps in (*STEPS, *MANY_STEPS)]
+        agreement = mean_of([agreement_of(run, METHODS[method].steps[0]) for run in runs], "{:.1%}")
+        losses = [
+            mean_of([last_of(run, f"raw_loss_r_{kind}") for run in runs], "{:.0f}") for kind in ("equals_t", "below_t")
+        ]
+        images = f"{config.train.total_images:,}"
+        rows.append([METHODS[method].name, images, *cost, *measured, agreement, *losses, METHODS[method].claim])
+    return rows
+
+
+def mean_of(values, form):
+    """The mean of those that are known, as text; empty if none is."""
+    known = [value for value in values if value is not None]
+    return form.format(mean(known)) if known else ""
+
+
+def last_of(run, key):
+    """The last logged value of a run; None if there is none."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
+
+
+def agreement_of(run, steps):
+    """Share of a run's samples that the feature network assigns to their class; None if it is not measured. Kept in the
+    run's folder."""
+    kept = run / f"agreement_nfe{steps}.json"
+    if not kept.is_file() and not distances(run):
+        return None
+    if not kept.is_file():
+        write_json(kept, classified(run, steps))
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def classified(run, steps):
+    import torch
+
+    import mf_dist
+    from mf_dist.evaluation.features import open_features
+
+    model = mf_dist.load(run, device="cpu")
+    network = open_features(model.config.eval.features, None, torch.device("cpu"))
+    right = 0
+    for number in range(CLASSIFIED // 50):
+        images, labels = model.block(number, range(model.num_classes), steps)
+        logits = network(images.transpose(0, 3, 1, 2)).logits
+        right += (torch.as_tensor(logits).argmax(dim=1) == torch.tensor(labels)).sum().item()
+    return right / CLASSIFIED
+
+
+def write_page(out, rows):
+    """OUT/methods.html, which stands alone."""
+    from jinja2 import Environment
+
+    template = (Path(__file__).parent / "compare.html").read_text(encoding="utf-8")
+    picture = f"data:image/png;base64,{base64.b64encode((out / 'methods.png').read_bytes()).decode()}"
+    page = Environment(autoescape=True).from_string(template).render(heads=HEADS, tables=rows, picture=picture)
+    write_atomic(out / "methods.html", lambda file: file.write(page.encode()))
 
 
 if __name__ == "__main__":
