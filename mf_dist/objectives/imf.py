@@ -21,6 +21,7 @@ from mf_dist.config.objectives import ImfConfig
 from mf_dist.models.imf_dit import Guidance, ImfDiT
 from mf_dist.objectives.base import Loss, Sums, log_sums
 from mf_dist.objectives.guidance import drop_labels, sample_interval, sample_omega
+from mf_dist.objectives.meanflow import meanflow_sums
 from mf_dist.objectives.network import Net
 from mf_dist.objectives.path import path, per_row
 from mf_dist.objectives.times import sample_times
@@ -76,21 +77,8 @@ def imf_loss(
     s, s_head = ((a - b).square().sum(dim=(1, 2, 3)) for a, b in ((u, u_tgt), (v_head, v_g)))
     weighted = adaptive(s, recipe.adaptive_eps, recipe.adaptive_p)
     weighted = weighted + adaptive(s_head, recipe.adaptive_eps, recipe.adaptive_p)
-    return weighted.mean(), imf_sums(s, s_head, weighted, u, v, du_dt, n_eq)
-
-
-@torch.no_grad()
-def imf_sums(s: Tensor, s_head: Tensor, weighted: Tensor, u: Tensor, v: Tensor, du_dt: Tensor, n_eq: int) -> Sums:
-    """As meanflow_sums, and velocity_head: sum of (v-head - v_g)^2 on all rows."""
-    rows, norms = len(s), du_dt.square().sum(dim=(1, 2, 3)).sqrt()
-    return log_sums(
-        raw_loss_r_equals_t=(s[:n_eq].sum(), n_eq),
-        raw_loss_r_below_t=(s[n_eq:].sum(), rows - n_eq),
-        velocity_head=(s_head.sum(), rows),
-        loss=(weighted.sum(), rows),
-        v_loss=((u - v).square().sum(), rows),
-        du_dt_norm=(norms.sum(), len(norms)),
-    )
+    sums = log_sums(velocity_head=(s_head.detach().sum(), len(s_head)))
+    return weighted.mean(), sums | meanflow_sums(s, weighted, u, v, du_dt, n_eq)
 
 
 class ImfLoss(Loss):
