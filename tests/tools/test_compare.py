@@ -20,6 +20,8 @@ def test_same_flops_means_images_times_cost(overrides):
         ratio = equal.train.total_images * compare.flops_per_image(equal) / (96_000 * compare.flops_per_image(base))
         assert ratio == pytest.approx(1, abs=5e-4) and equal.train.total_images % 64 == 0
     assert compare.resolved(compare.arguments("solution_flow", overrides, True)).train.total_images == 101_312
+    equal = compare.arguments("boundary", overrides, True)
+    assert equal == compare.arguments("boundary", overrides, False), "a run of both tables would be trained twice"
 
 
 def test_methods_differ_in_objective_alone(overrides):

@@ -103,8 +103,9 @@ def arguments(method, overrides, same_flops):
     if not same_flops:
         return given
     base, config = resolved([config_file(BASE), *overrides]), resolved(given)
-    images = base.train.total_images * flops_per_image(base) / flops_per_image(config)
-    return [*given, f"train.total_images={round(images / config.train.batch_size) * config.train.batch_size}"]
+    batch, ratio = config.train.batch_size, flops_per_image(base) / flops_per_image(config)
+    images = round(base.train.total_images * ratio / batch) * batch
+    return given if images == config.train.total_images else [*given, f"train.total_images={images}"]
 
 
 def config_file(method):
