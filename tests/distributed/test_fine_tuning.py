@@ -47,13 +47,7 @@ def test_a_run_on_other_data_starts_from_it(zygote, whole, tmp_path, name):
     assert differing == (set() if name == "64 pixels" else {"label.weight"})
     rows, before = masters["label.weight"], theirs["ema-0.99/label.weight"]
     assert sum(any(np.array_equal(row, old) for old in before) for row in rows) == kept
-    trained = [
-        config,
-        *options,
-        f"run_dir={tmp_path / 'trained'}",
-        "train.total_images=160",
-        "log.sample_every_images=160",
-    ]
-    assert zygote.run(log, trained) == [0], log.read_text()
+    trained, more = tmp_path / "trained", ["train.total_images=160", "log.sample_every_images=160"]
+    assert zygote.run(log, [config, *options, *more, f"run_dir={trained}"]) == [0], log.read_text()
     assert status(trained)["status"] == "finished" and len(losses(trained)) == 10
     assert len(list((trained / "samples").glob("*.png"))) == 1
