@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FEATURES, ROOT, TINY, VAE, run_python
+from conftest import FEATURES, ROOT, TINY, VAE, run_here, run_python
 from PIL import Image
 
 import mf_dist
@@ -29,7 +29,7 @@ def model(run):
 
 def test_images_are_those_of_fid_eval(run, model, tmp_path):
     options = ("--num-samples", 60, "--labels", "balanced", "--save-npz", "--metrics", "fid", "--out", tmp_path)
-    run_python("tools/fid_eval.py", "--checkpoint", run, "--nfe", 2, *options)
+    run_here("tools/fid_eval.py", "--checkpoint", run, "--nfe", 2, *options)
     expected = np.load(tmp_path / "samples_nfe2.npz")["arr_0"]
     images = model.sample(60, nfe=2)
     assert images.dtype == np.uint8 and images.shape == (60, 32, 32, 3) and np.array_equal(images, expected)
@@ -42,7 +42,7 @@ def test_images_are_those_of_fid_eval(run, model, tmp_path):
 def test_files_have_the_same_images_continue_and_belong_to_one_setting(run, model, tmp_path):
     out = tmp_path / "files"
     command = ("tools/sample.py", "--checkpoint", run, "--classes", "3,7", "--seed", 5, "--out", out)
-    run_python(*command, "--count", 3)
+    run_here(*command, "--count", 3)
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert sorted(first) == ["0003_5_000000.png", "0003_5_000002.png", "0007_5_000001.png"]
     (out / "0007_5_000001.png").unlink()
@@ -53,8 +53,8 @@ def test_files_have_the_same_images_continue_and_belong_to_one_setting(run, mode
         assert np.array_equal(np.asarray(Image.open(out / f"{(3, 7)[i % 2]:04d}_5_{i:06d}.png")), image)
     assert len(list(out.iterdir())) == 54
     for change, message in ((("--nfe", 2), "another nfe"), (("--seed", 6), "another seed")):
-        assert message in run_python(*command, "--count", 3, *change, expect=2).stderr
-    assert "holds files of another origin" in run_python(*command[:-1], ROOT / "tests", "--count", 3, expect=2).stderr
+        assert message in run_here(*command, "--count", 3, *change, expect=2)[1]
+    assert "holds files of another origin" in run_here(*command[:-1], tmp_path, "--count", 3, expect=2)[1]
 
 
 def test_mistakes_are_one_line(model, tmp_path):
@@ -102,6 +102,6 @@ print(json.dumps([before, late, "deepspeed" in sys.modules, torch.distributed.is
 
 
 def test_an_export_is_loaded_with_its_own_vae(run, model, tmp_path):
-    run_python("tools/checkpoint.py", "export", run, "--out", tmp_path / "model", "--with-vae")
+    run_here("tools/checkpoint.py", "export", run, "--out", tmp_path / "model", "--with-vae")
     assert np.array_equal(mf_dist.load(tmp_path / "model").sample(5), model.sample(5))
     assert np.array_equal(mf_dist.load(tmp_path / "model", vae=str(VAE)).sample(5), model.sample(5))
