@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mf_dist.evaluation.blocks import Blocks, RepeatableParts, number_of_blocks
+from mf_dist.evaluation.confidence import plus_minus
 from mf_dist.evaluation.feature_network import FeatureNetwork, Floats
 from mf_dist.evaluation.reference import Reference
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, exact_gaussian, frechet_distance
@@ -45,6 +46,8 @@ class Values:
     """Metrics by name, their settings, and seconds by stage."""
 
     numbers: dict[str, float] = field(default_factory=dict)
+    plus_minus: dict[str, float] = field(default_factory=dict)
+    """Half the width of a metric's 95 % band (confidence.py); of `fid` only."""
     settings: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -122,13 +125,20 @@ def measure_blocks(
     reference: Reference,
     generated: tuple[Gaussian, Gaussian | None],
     device: torch.device,
+    cycle: int | None,
 ) -> None:
-    """Adds the metrics `kinds` to `values`, on rank 0. `generated`: the Gaussians of the blocks."""
+    """Adds the metrics `kinds` to `values`, on rank 0. `generated`: the Gaussians of the blocks. cycle: the source's,
+    for the band of the distance; None: without it."""
     names = {kind: metric_name(kind, network, blocks.count) for kind in (*KINDS, "precision", "recall")}
     for kind, a, b in (("fid", generated[0], reference.pooled), ("sfid", generated[1], reference.spatial)):
         if kind in kinds and a is not None and b is not None:
             with values.timing(kind):
                 values.numbers[names[kind]] = frechet_distance(a, b)
+    if "fid" in kinds and cycle is not None:
+        with values.timing("band"):
+            band = plus_minus(blocks.rows("pooled"), cycle, reference.pooled, values.numbers[names["fid"]])
+        if band is not None:
+            values.plus_minus[names["fid"]] = band
     if "is" in kinds:
         with values.timing("is"):
             score = isc_features_to_metric(torch.from_numpy(blocks.rows("logits")), splits=SPLITS)

@@ -19,8 +19,10 @@ from mf_dist.runtime.figures import three_digits
 
 METRIC_SETTINGS = ("pr_real_images", "kid_subset_size", "kid_real_images")
 """Settings of single metrics."""
+OF_METRICS = ("metrics", "plus_minus_95", "std", "lowest")
+"""Keys of an entry that hold a number for each metric, or for some."""
 MACHINE = ("seconds", "versions", "device", "ranks")
-RESULTS = ("metrics", "samples_seen", *MACHINE, "warnings", "arguments", *METRIC_SETTINGS)
+RESULTS = (*OF_METRICS, "samples_seen", *MACHINE, "warnings", "arguments", *METRIC_SETTINGS)
 """Keys of an entry that are not part of its protocol; entries of the same protocol and pixels are merged."""
 SHOWN = (
     "num_samples",
@@ -61,7 +63,10 @@ def record(entry: dict[str, Any], out: Path) -> Path:
         for old in entries:
             if _protocol(old) == _protocol(new):
                 kept = {key: old[key] for key in METRIC_SETTINGS if key in old}
-                new = {**kept, **new, "metrics": {**old["metrics"], **new["metrics"]}}
+                of_metrics = {
+                    key: {**old.get(key, {}), **new.get(key, {})} for key in OF_METRICS if key in {**old, **new}
+                }
+                new = {**kept, **new, **of_metrics}
         write_json(path, [*(old for old in entries if _protocol(old) != _protocol(new)), new])
     return path
 
@@ -92,11 +97,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 def table(entry: dict[str, Any]) -> str:
     """The entry as text: metrics, protocol, warnings."""
-    lines = [f"  {name:28} {value:.6g}" for name, value in entry["metrics"].items()]
+    lines = [f"  {name:28} {shown(entry, name)}" for name in entry["metrics"]]
     lines += [f"  {key:28} {entry[key]}" for key in SHOWN if key in entry]
     seconds = ", ".join(f"{stage.replace('_', ' ')} {three_digits(taken)}" for stage, taken in entry["seconds"].items())
     lines.append(f"  {'seconds':28} {seconds}")
     return "\n".join(lines + [f"  warning: {text}" for text in entry["warnings"]])
+
+
+def shown(entry: dict[str, Any], name: str) -> str:
+    """A metric with its band, and over several seeds with their standard deviation and the lowest."""
+    value, text = entry["metrics"][name], ""
+    if name in entry.get("plus_minus_95", {}):
+        text += f" +- {entry['plus_minus_95'][name]:.2g} at 95 %"
+    if name in entry.get("std", {}):
+        text += f", std {entry['std'][name]:.2g} over {len(entry['seeds'])} seeds, lowest {entry['lowest'][name]:.6g}"
+    return f"{value:.6g}{text}"
 
 
 def save_images(blocks: Blocks, count: int, folder: Path) -> None:

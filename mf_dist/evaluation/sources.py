@@ -24,6 +24,8 @@ class Source(Protocol):
     count: int
     identity: dict[str, Any]
     """Everything that determines the pixels; blocks of features of another identity are not reused."""
+    cycle: int
+    """Image i is of class i mod cycle; 0: the classes of images are independent of each other, or unknown."""
     seconds: dict[str, float]
     """Time spent in `read` so far, by stage; empty if it has only one."""
 
@@ -37,7 +39,7 @@ class ImageFiles:
 
     def __init__(self, source: str | Path, resolution: int | None, outputs: Iterable[Path] = ()) -> None:
         self.files, self.resolution = open_images(str(source), outputs, labelled=False), resolution
-        self.count = len(self.files.paths)
+        self.count, self.cycle = len(self.files.paths), 0
         self.seconds: dict[str, float] = {}
         self._crop = resolution or self._side()
         self.identity = {"images": str(source), "files": self._fingerprint(), "resolution": self._crop}
@@ -90,7 +92,7 @@ class NpzImages:
             )
         if self.labels.shape != (shape[0],):
             raise UserError(f"{str(path)!r}: arr_1 has shape {self.labels.shape}, expected ({shape[0]},)")
-        self.count, self._shape = shape[0], shape[1:]
+        self.count, self.cycle, self._shape = shape[0], 0, shape[1:]
         self.seconds: dict[str, float] = {}
         stat = self.path.stat()
         self.identity = {

@@ -7,6 +7,7 @@ slow, and for a singular covariance the last half of its digits is wrong.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,16 @@ class Gaussian:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
+
+    @cached_property
+    def cholesky(self) -> Array | None:
+        """Lower triangular L with L L^T = covariance; None if it is singular, also if only rounding errors made its
+        pivots positive. Computed once for all distances to a reference."""
+        try:
+            factor: Array = linalg.cholesky(self.covariance, lower=True)
+        except linalg.LinAlgError:
+            return None
+        return factor if positive(np.diag(factor) ** 2).all() else None
 
 
 ROWS_PER_PRODUCT = 1000
@@ -69,6 +80,12 @@ class FeatureSums:
         self.count, self.total = int(sums[0]), sums[1 : d + 1]
         self.products = sums[d + 1 :].reshape(d, d)
 
+    def plus(self, other: "FeatureSums", sign: int = 1) -> "FeatureSums":
+        """The sums of the rows of both, or with sign -1 of the rows that are not in `other`; of one shift."""
+        both = FeatureSums(self.shift)
+        both.set_flat(self.flat() + sign * other.flat())
+        return both
+
     def gaussian(self) -> Gaussian:
         self._flush()
         if self.count < 2:
@@ -97,46 +114,37 @@ def exact_gaussian(parts: Iterable[Rows], dimension: int) -> Gaussian:
     return Gaussian(gaussian.mean, gaussian.covariance, factor)
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) (arXiv 1706.08500)."""
-    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * _trace_of_root(a, b)
+def frechet_distance(a: Gaussian, b: Gaussian, accuracy: float = 1e-9) -> float:
+    """|m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) (arXiv 1706.08500). accuracy: relative, of the last trace; a
+    coarser one spares a steep spectrum the slower of two ways."""
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * _trace_of_root(a, b, accuracy)
     difference = a.mean - b.mean
     return float(difference @ difference + trace)
 
 
-def _trace_of_root(a: Gaussian, b: Gaussian) -> float:
+def _trace_of_root(a: Gaussian, b: Gaussian, accuracy: float) -> float:
     """tr((A B)^(1/2)). With B = R R^T it is the sum of the roots of the eigenvalues of the symmetric R^T A R, and with
     A = F F^T the nuclear norm of F^T R. The first is several times as fast, with R the Cholesky factor of a side that
     has one, but its small eigenvalues are exact only to eps times the largest. The second is used if that affects the
     sum, and for few samples."""
     if a.factor is None and b.factor is None:
-        factor, other = _cholesky(b), a
+        factor, other = b.cholesky, a
         if factor is None:
-            factor, other = _cholesky(a), b
+            factor, other = a.cholesky, b
         if factor is not None:
             values = positive(linalg.eigvalsh(factor.T @ other.covariance @ factor, overwrite_a=True))
             roots = np.sqrt(values)
-            if roots.all() and EPS * values.max() * (1 / roots).sum() <= 1e-9 * roots.sum():
+            if roots.all() and EPS * values.max() * (1 / roots).sum() <= accuracy * roots.sum():
                 return float(roots.sum())
     return float(linalg.svdvals(_root(a).T @ _root(b), overwrite_a=True).sum())
-
-
-def _cholesky(gaussian: Gaussian) -> Array | None:
-    """None if the covariance is singular, also if only rounding errors made its pivots positive."""
-    try:
-        factor: Array = linalg.cholesky(gaussian.covariance, lower=True)
-    except linalg.LinAlgError:
-        return None
-    return factor if positive(np.diag(factor) ** 2).all() else None
 
 
 def _root(gaussian: Gaussian) -> Array:
     """(D, rank) with root root^T = covariance."""
     if gaussian.factor is not None:
         return gaussian.factor
-    full = _cholesky(gaussian)
-    if full is not None:
-        return full
+    if gaussian.cholesky is not None:
+        return gaussian.cholesky
     values, vectors = linalg.eigh(gaussian.covariance)
     kept = positive(values) > 0
     return vectors[:, kept] * np.sqrt(values[kept])  # type: ignore[no-any-return]

@@ -30,6 +30,16 @@ class Measurement:
         """A Frechet distance of pooled features: fid50k, fd_digits."""
         return self.name.startswith(("fid", "fd_")) and not self.name.endswith("_std")
 
+    @property
+    def plus_minus(self) -> float | None:
+        """Half the width of its 95 % band."""
+        return number(table(self.protocol.get("plus_minus_95")).get(self.name))
+
+    @property
+    def text(self) -> str:
+        """With the band."""
+        return f"{self.value:.4g}" + ("" if self.plus_minus is None else f" ± {self.plus_minus:.2g}")
+
 
 @dataclass(frozen=True)
 class Gap:

@@ -115,18 +115,38 @@ def _why_no_mfu(run: Run, chart: Chart) -> list[str]:
 
 def distances(runs: list[Run]) -> list[dict[str, Any]]:
     """A chart for each Frechet distance by name: those measured during training as curves, those of tools/fid_eval.py
-    as unconnected points, since their protocols may differ."""
+    as unconnected points, since their protocols may differ. A curve has its points' 95 % bands, if all have one."""
     traces: dict[str, list[dict[str, Any]]] = {}
     for index, run in enumerate(runs):
+        bands = _bands(run)
         for (name, nfe, ema, are_points), points in _distance_points(run).items():
             label = f"{steps(nfe)}, EMA {ema}" + (", evaluated" if are_points else "")
             dash = max(0, int(nfe).bit_length() - 1)
             for trace in _traces(points, run, index, label, dash, len(runs)):
-                traces.setdefault(name, []).append({**trace, "points": are_points})
+                widths = [bands.get((name, nfe, ema, step)) for step in trace["step"]]
+                band = {} if are_points or "low" in trace else _band(trace["y"], widths)
+                traces.setdefault(name, []).append({**trace, **band, "points": are_points})
     return [
         {"title": name, "unit": "lower is better", "log": True, "traces": of_name, "gaps": []}
         for name, of_name in traces.items()
     ]
+
+
+def _bands(run: Run) -> dict[tuple[str, str, str, Any], float]:
+    """(metric, network calls, EMA, step) -> half the width of the 95 % band of a distance measured during training."""
+    return {
+        (m.name, str(m.protocol.get("nfe")), str(m.protocol.get("ema")), m.protocol.get("step")): m.plus_minus
+        for m in run.measurements
+        if m.protocol.get("in_training") and m.plus_minus is not None
+    }
+
+
+def _band(values: list[float], widths: list[float | None]) -> dict[str, Any]:
+    pairs = [(value, width) for value, width in zip(values, widths, strict=True) if width is not None]
+    if len(pairs) < len(values):
+        return {}
+    low, high = (_rounded(value + sign * width for value, width in pairs) for sign in (-1, 1))
+    return {"low": low, "high": high, "is_band": True}
 
 
 def steps(nfe: Any) -> str:

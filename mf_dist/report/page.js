@@ -21,7 +21,7 @@ function tracesOf(chart) {
       mode: t.points ? "markers" : isSparse ? "lines+markers" : "lines",
       marker: { size: t.points ? 9 : 6, symbol: t.points ? "diamond-open" : "circle", color: hue },
       hovertemplate: "%{y:.4~g}, step %{customdata[0]:,}" +
-        (t.low ? ", median of %{customdata[1]:.4~g} to %{customdata[2]:.4~g}" : ""),
+        (t.low ? `, ${t.is_band ? "95 % band" : "median of"} %{customdata[1]:.4~g} to %{customdata[2]:.4~g}` : ""),
     }];
   });
 }

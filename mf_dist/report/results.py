@@ -18,6 +18,7 @@ COLUMNS = {
     "num_samples": "samples",
     "labels": "labels",
     "seed": "seed",
+    "seeds": "seeds",
     "features": "features",
     "reference": "reference",
     "reference_images": "real images",
@@ -28,6 +29,7 @@ MUST_MATCH = {
     "num_samples": "samples",
     "labels": "labels",
     "seed": "seed",
+    "seeds": "seeds",
     "features": "features",
     "features_sha256": "weights of the features",
     "reference_sha256": "real images",
@@ -49,7 +51,7 @@ def headline(run: Run) -> list[Table]:
         {
             "name": m.name,
             "steps": steps(m.protocol.get("nfe")),
-            "value": f"{m.value:.4g}",
+            "value": m.text,
             "protocol": _protocol(m.protocol),
             "warnings": _warnings(m.protocol),
         }
@@ -68,7 +70,7 @@ def compared(runs: list[Run]) -> list[Row]:
             text for field, text in MUST_MATCH.items() if len({plain(entry.get(field)) for entry in protocols}) > 1
         ]
         mark = f"; protocols differ in {', '.join(different)}" if different else ""
-        values = [f"{column[key].value:.4g}" if key in column else "" for column in columns]
+        values = [column[key].text if key in column else "" for column in columns]
         rows.append([f"{key[0]}, {steps(key[1])}{mark}", *values])
     return rows
 
@@ -100,6 +102,7 @@ def _protocol(entry: Table) -> str:
         "num_samples": "{} samples",
         "labels": "{} labels",
         "seed": "seed {}",
+        "seeds": "mean over the seeds {}",
         "ema": "EMA {}",
         "step": "step {}",
         "sampler": "sampler {}",

@@ -208,6 +208,7 @@ class Samples:
         self, generator: ImageGenerator, count: int, times: list[float], labels: str, seed: int, made_by: dict[str, Any]
     ) -> None:
         self.generator, self.count, self.seconds = generator, count, generator.seconds
+        self.cycle = generator.num_classes if labels == "balanced" else 0
         self._draw = labels, seed
         self.times = times
         self.identity = {

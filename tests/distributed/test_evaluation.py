@@ -132,6 +132,8 @@ def test_measuring_during_training_agrees_with_measuring_afterwards(zygote, conf
     after = entries(tmp_path / "after")[0]["metrics"]["fd_digits_130"]
     assert after == pytest.approx(curve[20]["fd_digits_130/nfe1/ema0.9"], rel=1e-9)
     inside = [e for e in entries(run / "eval") if e["step"] == 20 and e["nfe"] == 1]
+    bands = [entry["plus_minus_95"]["fd_digits_130"] for entry in (entries(tmp_path / "after")[0], *inside)]
+    assert bands[0] == pytest.approx(bands[1], rel=1e-6) and 0 < bands[0] < after
     assert [e["metrics"]["fd_digits_130"] for e in inside] == [curve[20]["fd_digits_130/nfe1/ema0.9"]]
     assert inside[0]["seconds"].keys() == {"sample", "decode", "features", "statistics", "all"}
     assert curve[20]["evaluation_seconds"] > inside[0]["seconds"]["all"] > inside[0]["seconds"]["sample"] > 0

@@ -16,6 +16,7 @@ from PIL import Image
 from test_reference import Bomb
 
 from mf_dist.evaluation.blocks import compute_blocks, read_block
+from mf_dist.evaluation.confidence import plus_minus
 from mf_dist.evaluation.features import FolderNetwork
 from mf_dist.evaluation.measure import Settings, measure, open_reference, pick
 from mf_dist.evaluation.metrics import choose_kinds, metric_name
@@ -286,3 +287,21 @@ def test_nearest_neighbour_of_a_memorised_image_is_that_image(images, network, t
 def test_at_most_ten_thousand_real_images_are_kept():
     assert pick(3) == [0, 1, 2] and len(pick(25_000)) == 10_000 and pick(20_000)[:3] == [0, 2, 4]
     assert max(pick(1_281_167)) < 1_281_167 and len({*pick(10_001)}) == 10_000
+
+
+def test_the_distance_has_its_band_which_a_sweep_leaves_out(images, network, tmp_path):
+    """Against the formula of the band for these rows; later metrics of the same images keep it."""
+    other = write_digits(tmp_path / "more", 110)
+    (result, reference, _), (without, _, _) = (
+        measured(other, images, network, tmp_path / str(band), kinds=("fid",), with_band=band) for band in (True, False)
+    )
+    entry, rows = result.entry, result.blocks.rows("pooled")
+    value, band = entry["metrics"]["fd_digits_110"], entry["plus_minus_95"]["fd_digits_110"]
+    assert band == plus_minus(rows, 0, reference.pooled, value) and 0 < band < value
+    assert f"{value:.6g} +- {band:.2g} at 95 %" in table(entry)
+    assert without.entry["plus_minus_95"] == {} and "+-" not in table(without.entry)
+    record(entry, tmp_path / "out")
+    record({**entry, "metrics": {"is_digits_110": 8.0}, "plus_minus_95": {}}, tmp_path / "out")
+    (both,) = read_entries(tmp_path / "out/metrics.json")
+    assert both["metrics"] == {"fd_digits_110": value, "is_digits_110": 8.0}
+    assert both["plus_minus_95"] == {"fd_digits_110": band}

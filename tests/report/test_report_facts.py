@@ -178,6 +178,29 @@ def test_distances_measured_during_training_are_curves(tmp_path):
     assert traces == {"1 step, EMA 0.99": ([32, 64], [5.0, 2.5]), "2 steps, EMA 0.99, evaluated": ([64], [2.75])}
 
 
+def test_a_curve_of_distances_has_its_band_where_all_points_have_one(tmp_path):
+    key = "fd_digits_1k/nfe1/ema0.99"
+    run = write_run(tmp_path / "run", [{"step": s, "samples_seen": 16 * s, key: 10.0 / s} for s in (2, 4)])
+    (run / "eval").mkdir()
+
+    def trace(bands):
+        during = {"in_training": True, "nfe": 1, "ema": "0.99"}
+        entries = [
+            {**during, "metrics": {"fd_digits_1k": 10 / step}, "plus_minus_95": {"fd_digits_1k": band}, "step": step}
+            for step, band in bands.items()
+        ]
+        (run / "eval/metrics.json").write_text(json.dumps(entries))
+        ((drawn,),) = (
+            chart["traces"] for chart in report(run)[1]["plots"]["curves"] if chart["title"] == "fd_digits_1k"
+        )
+        return drawn
+
+    both = trace({2: 0.5, 4: 0.25})
+    assert both["y"] == [5, 2.5] and both["low"] == [4.5, 2.25] and both["high"] == [5.5, 2.75] and both["is_band"]
+    assert "low" not in trace({4: 0.25})
+    assert [card["value"] for card in headline(read_run(run, "run"))] == ["2.5 ± 0.25"]
+
+
 def test_sweeps_are_charts_and_no_results(tmp_path):
     """A curve for each interval and number of steps: of the newest checkpoint, and of one protocol."""
 
