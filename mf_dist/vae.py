@@ -54,9 +54,11 @@ DECODED_PIXELS = 50 * 256 * 256
 """Of a pass of the decoder at most: Stable Diffusion's takes 12.5 GiB for them in fp32 (docs/gpu.md)."""
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, clip(round((x + 1) / 2 * 255)); rounds in fp32, never truncates."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_pixels(images: Tensor, truncates: bool = False) -> Tensor:
+    """[-1, 1] -> uint8, clip(round((x + 1) / 2 * 255)), in fp32. truncates: floor in place of round, which darkens by
+    half a level: as EDM2's decoder of latents does."""
+    levels = (images.float() + 1) * 127.5
+    return (levels.floor() if truncates else levels.round()).clamp(0, 255).to(torch.uint8)
 
 
 class Vae:
@@ -131,13 +133,13 @@ class Vae:
         return torch.cat([posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()], dim=1)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8; in equal parts where one pass would take too
-        much memory. The parts depend on the size of the images only, so that their bits do too."""
+    def decode(self, latents: Tensor, truncates: bool = False) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W) uint8 by `to_pixels`; in equal parts where one pass
+        would take too much memory. The parts depend on the size of the images only, so that their bits do too."""
         pixels = latents.shape[0] * latents.shape[2] * latents.shape[3] * self.reduction**2
         with compute_precision(self.precision, self.device):
             parts = latents.to(self.device).chunk(-(-pixels // DECODED_PIXELS))
-            return torch.cat([to_pixels(self.model.decode(part).sample) for part in parts])
+            return torch.cat([to_pixels(self.model.decode(part).sample, truncates) for part in parts])
 
 
 class _InFp32(torch.nn.Module):

@@ -178,6 +178,37 @@ def test_reference_statistics_file_equals_the_images(images, runs, evaluated, tm
     assert by_file["reference_made"]["images_sha256"] == by_images["reference_sha256"]
 
 
+def test_repeats_protocol_and_comparison(runs, tmp_path):
+    """EDM2's protocol is three seeds with truncated pixels; the same command again measures only what is missing."""
+    root, _ = runs
+    few = ("--checkpoint", root / "whole", "--nfe", 1, "--metrics", "fid", "--num-samples", 100)
+
+    def entries(out):
+        return json.loads((tmp_path / out / "metrics.json").read_text())
+
+    edm2 = (*few, "--protocol", "edm2", "--save-npz", "--out", tmp_path / "edm2")
+    text = run_here("tools/fid_eval.py", *edm2)[0]
+    assert "protocol edm2: 50,000 images, random labels, truncated pixels" in text and "over 3 seeds, lowest" in text
+    *seeds, total = entries("edm2")
+    assert [entry["seed"] for entry in seeds] == total["seeds"] == [0, 1, 2] and total["protocol"] == "edm2"
+    values = [entry["metrics"]["fd_digits_100"] for entry in seeds]
+    assert total["metrics"]["fd_digits_100"] == pytest.approx(np.mean(values)) and len({*values}) == 3
+    assert total["std"]["fd_digits_100"] == pytest.approx(np.std(values, ddof=1))
+    assert total["lowest"]["fd_digits_100"] == min(values) and not (tmp_path / "edm2/work").exists()
+    run_here("tools/fid_eval.py", *edm2)
+    assert entries("edm2")[:2] == seeds[1:]  # as they were, with their seconds; the first is measured with its pictures
+    run_here("tools/fid_eval.py", *few, "--labels", "random", "--save-npz", "--out", tmp_path / "adm")
+    with np.load(tmp_path / "edm2/samples_nfe1.npz") as floor, np.load(tmp_path / "adm/samples_nfe1.npz") as rounded:
+        darker = rounded["arr_0"].astype(int) - floor["arr_0"]
+    assert np.unique(darker).tolist() == [0, 1] and 0.1 < darker.mean() < 0.6
+    out = ("--labels", "random", "--out", tmp_path / "again", "--against")
+    _, refusal = run_here("tools/fid_eval.py", *few, *out, tmp_path / "edm2", expect=2)
+    assert "another protocol; its protocol is edm2, this one's adm" in refusal.splitlines()[-1]
+    assert not (tmp_path / "again/metrics.json").exists()
+    text, _ = run_here("tools/fid_eval.py", *few, "--seed", 5, *out, tmp_path / "adm")
+    assert "at 95 %, no more than noise" in text
+
+
 def test_measuring_a_folder(images, tmp_path):
     done = run_python(
         "tools/fid_eval.py", "--images", images, "--features", FEATURES, "--reference", images, "--out", tmp_path

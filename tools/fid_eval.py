@@ -5,14 +5,16 @@
         --inception-weights weights-inception-2015-12-05-6726825d.pth
     torchrun --nproc_per_node=8 tools/fid_eval.py ...                 # the same numbers, to the last bit
     python tools/fid_eval.py --checkpoint runs/digits --times 1,0.6,0 --save-npz
+    python tools/fid_eval.py --checkpoint runs/a --nfe 1 --repeats 3 --against runs/b
+    python tools/fid_eval.py --checkpoint runs/imf_xl2 --protocol imf-jax --reference imagenet_256_fid_stats.npz ...
     python tools/fid_eval.py --sweep guidance=2:12:1 --sweep-samples 5000 --interval 0,1 --interval 0.4,0.65
     python tools/fid_eval.py --images samples.npz --features efflite0 --reference photos/ --resolution 256 --out OUT
 
 Writes OUT/metrics.json (an entry per protocol), and for a model OUT/grid_nfeK.png, OUT/grid_steps.png (1, 2 and 4 steps
 side by side) and OUT/neighbours_nfeK.png (samples beside their nearest real images); with --save-npz
 OUT/samples_nfeK.npz (ADM's layout). With --sweep only the Frechet distance is measured, at each scale of guidance in
-each --interval for each --nfe. Options not given come from the run's config. After a kill, the same command continues
-where it stopped, with any number of processes. docs/evaluation.md explains the numbers.
+each --interval for each --nfe. Options not given come from --protocol, else from the run's config. After a kill, the
+same command continues where it stopped, with any number of processes. docs/evaluation.md explains the numbers.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from mf_dist.evaluation.protocols import ADM, COUNT, PROTOCOLS
 from mf_dist.evaluation.sweep import scales_of
 from mf_dist.fault_tolerance.tool_status import reports_status
 from mf_dist.runtime.errors import UserError, command_line
@@ -40,6 +43,7 @@ MODEL_ONLY = (
     "num_samples",
     "labels",
     "seed",
+    "repeats",
     "ema",
     "vae",
     "precision",
@@ -47,7 +51,7 @@ MODEL_ONLY = (
     "save_npz",
     "save_images",
 )
-NOT_IN_SWEEPS = ("times", "guidance", "num_samples", "metrics", "save_npz", "save_images")
+NOT_IN_SWEEPS = ("times", "guidance", "num_samples", "metrics", "save_npz", "save_images", "repeats", "against")
 SWEEP_SAMPLES = 5000
 GRID_STEPS = [1, 2, 4]
 KINDS = ("fid", "sfid", "is", "pr", "kid")
@@ -78,6 +82,19 @@ def parse():
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
     add("--seed", type=int, help="of noise and labels (default: the run's eval.seed, 0; in a sweep training_seed, 1)")
+    add("--repeats", type=int, metavar="N", help="measure N seeds, from --seed on, and record their mean (default 1)")
+    add(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        help="whose published numbers this one is to be compared with: labels, number of images, rounding, reference "
+        "(default: adm, with the run's labels and number of images)",
+    )
+    add(
+        "--against",
+        type=expanded_path,
+        metavar="RUN",
+        help="also say whether the distance differs from that of a run, or of a metrics.json, by more than noise",
+    )
     add("--ema", help="decay of the EMA to sample from (default: the run's first)")
     add(
         "--features",
@@ -130,6 +147,7 @@ def check(args):
     if args.nfe and args.times:
         raise UserError("--nfe and --times exclude each other: --times is a grid of its own")
     limits = ("num_samples", 2, 10_000_000), ("seed", 0, 2**63 - 1), ("block", 1, 10_000), ("resolution", 8, 4096)
+    limits = *limits, ("repeats", 1, 1000)
     for name, low, high in (*limits, ("sweep_samples", 2, 10_000_000), ("save_images", 1, 10_000_000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -144,6 +162,8 @@ def check(args):
             raise UserError(f"--metrics {kind!r}: expected some of {','.join(KINDS)}")
     if args.sweep:
         args.metrics, args.num_samples = ("fid",), args.sweep_samples or SWEEP_SAMPLES
+    if args.against and args.metrics and "fid" not in args.metrics:
+        raise UserError("--against compares Frechet distances: add fid to --metrics")
 
 
 def refuse(args, names, reason):
@@ -169,7 +189,11 @@ def settings_of(args):
     from mf_dist.evaluation.measure import Settings
 
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # a requeued job continues with its own blocks
-    return Settings(args.metrics, args.statistics == "exact", args.block, args.resume or requeued)
+    return Settings(
+        *(args.metrics, args.statistics == "exact", args.block, args.resume or requeued),
+        with_band=not args.sweep,
+        protocol=PROTOCOLS[args.protocol] if args.protocol else ADM,
+    )
 
 
 def measure_images(args, ranks):
@@ -183,10 +207,12 @@ def measure_images(args, ranks):
         images = images_for(network, args.images, args.resolution, ranks, [work])
     reference = open_reference(args.reference, network, args.resolution, settings, ranks, work)
     protocol = {"images": args.images}
+    other = find_other(args, images, protocol, network, reference, settings, ranks)
     measured = measure(images, "images", network, reference, settings, protocol, ranks, work)
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             finish(args, measured.entry, args.out)
+            compare(measured.entry, other)
             show_neighbours(images, measured.blocks, reference, args.out / "neighbours.png")
             clear(args.out, measured.blocks, reference.blocks)
 
@@ -207,12 +233,69 @@ def measure_model(args, ranks):
     for times in grids if ranks.is_rank_zero else []:
         if warning := trained.generator.warning_of_few_steps(len(times) - 1):
             print(warning, file=sys.stderr, flush=True)
-    blocks = [measure_times(args, trained, times, network, reference, ranks, out) for times in grids]
+    blocks, sources = [], [samples_of(args, trained, times, args.seed) for times in grids]
+    others = [find_other(args, *source, network, reference, settings, ranks) for source in sources]
+    for times, source, other in zip(grids, sources, others, strict=True):
+        entry, finished = measure_times(args, trained, source, network, reference, ranks, out)
+        blocks.append(finished)
+        if args.repeats > 1:
+            entry = measure_seeds(args, trained, times, entry, network, reference, settings, ranks)
+        if ranks.is_rank_zero:
+            compare(entry, other)
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             steps = GRID_STEPS if not trained.generator.is_flow else [len(times) - 1 for times in grids]
             trained.generator.grid(steps, args.seed, out / "grid_steps.png", trained.class_names)
             clear(out, *blocks, reference.blocks)  # last, so that a job requeued at the last grid keeps the others
+
+
+def measure_seeds(args, trained, times, entry, network, reference, settings, ranks):
+    """Measures the other seeds of --repeats, unless metrics.json has them, and returns the summary of all. entry: that
+    of the first."""
+    from mf_dist.evaluation.comparison import summary
+    from mf_dist.evaluation.measure import protocol_of
+    from mf_dist.evaluation.report import recorded
+    from mf_dist.runtime.distributed import broadcast_int, raise_on_all_ranks
+
+    entries = [entry]
+    for seed in range(args.seed + 1, args.seed + args.repeats):
+        source, found = samples_of(args, trained, times, seed), None
+        with raise_on_all_ranks(ranks):
+            if ranks.is_rank_zero and settings.resume:
+                found = recorded(protocol_of(*source, network, reference, settings), args.out)
+                if found and not entry["metrics"].keys() <= found["metrics"].keys():
+                    found = None
+        if not broadcast_int(int(found is not None), ranks.device):
+            name = f"nfe{len(times) - 1}_seed{seed}"
+            found = measure_and_remove(args, *source, name, network, reference, settings, ranks)
+        entries.append(found)
+    with raise_on_all_ranks(ranks):
+        if ranks.is_rank_zero:
+            finish(args, summary(entries), args.out)
+            return summary(entries)
+    return {}
+
+
+def find_other(args, samples, made, network, reference, settings, ranks):
+    """The entry that --against names, on rank 0, before anything is measured; None without --against."""
+    from mf_dist.evaluation.comparison import entry_against
+    from mf_dist.evaluation.measure import protocol_of
+    from mf_dist.evaluation.metrics import metric_name
+    from mf_dist.runtime.distributed import raise_on_all_ranks
+
+    with raise_on_all_ranks(ranks):
+        if args.against is None or not ranks.is_rank_zero:
+            return None
+        wanted = protocol_of(samples, made, network, reference, settings)
+        metric = metric_name("fid", network, samples.count)
+        return entry_against(args.against, wanted, metric), metric
+
+
+def compare(entry, other):
+    from mf_dist.evaluation.comparison import verdict
+
+    if other is not None:
+        print(f"  {verdict(entry, *other)}", flush=True)
 
 
 def measure_sweep(args, ranks):
@@ -242,7 +325,8 @@ def measure_sweep(args, ranks):
     with progress(len(missing), "point", "sweep", ranks.is_rank_zero and bool(missing)) as bar:
         for point in points:
             if point in missing:
-                entries[point] = measure_point(args, trained, point, network, reference, settings, ranks)
+                source = point_source(args, trained, point)
+                entries[point] = measure_and_remove(args, *source, point.name, network, reference, settings, ranks)
                 bar.update()
             if ranks.is_rank_zero:
                 bar.write(point.row(f"{entries[point]['metrics'][metric]:.6g}"))
@@ -258,17 +342,16 @@ def point_source(args, trained, point):
     from mf_dist.objectives.sampler import uniform_grid
 
     trained.generator.guidance = (point.scale, *point.interval)
-    samples, protocol = samples_of(args, trained, uniform_grid(point.nfe))
+    samples, protocol = samples_of(args, trained, uniform_grid(point.nfe), args.seed)
     return samples, {**protocol, "sweep": True}
 
 
-def measure_point(args, trained, point, network, reference, settings, ranks):
-    """The entry of one point of a sweep, on rank 0 (else empty); its blocks are removed."""
+def measure_and_remove(args, samples, made, name, network, reference, settings, ranks):
+    """The entry of samples that need no pictures, on rank 0 (else empty); their blocks are removed."""
     from mf_dist.evaluation.measure import measure
     from mf_dist.runtime.distributed import raise_on_all_ranks
 
-    samples, protocol = point_source(args, trained, point)
-    measured = measure(samples, point.name, network, reference, settings, protocol, ranks, args.out / "work")
+    measured = measure(samples, name, network, reference, settings, made, ranks, args.out / "work")
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             measured.blocks.remove()  # before it is recorded: afterwards nothing would look for them
@@ -307,6 +390,9 @@ def load(args, ranks):
         *(checkpoint, args.ema, args.vae, ranks.device, precision, args.compile),
         *(args.sampler, args.guidance, args.interval[0] if args.interval and not args.sweep else None),
     )
+    if args.protocol:
+        apply_protocol(args, trained.generator, ranks)
+    args.repeats = args.repeats or 1
     if args.sweep and trained.generator.guidance is None:
         network = f"model.network={trained.config.model.network}"
         raise UserError(
@@ -325,13 +411,25 @@ def load(args, ranks):
     return trained, open_features(args.features, args.inception_weights, ranks.device)
 
 
+def apply_protocol(args, generator, ranks):
+    """Options not given become the protocol's."""
+    protocol = PROTOCOLS[args.protocol]
+    generator.truncates = protocol.truncates
+    args.num_samples, args.labels = args.num_samples or COUNT, args.labels or protocol.labels
+    args.repeats = args.repeats or (1 if args.sweep else protocol.seeds)
+    if ranks.is_rank_zero:
+        print(f"protocol {protocol}", flush=True)
+        if args.repeats < protocol.seeds and not args.sweep:
+            print(f"warning: protocol {protocol.name} publishes the lowest of {protocol.seeds} seeds", file=sys.stderr)
+
+
 def names_of(args, times):
     """How files of one time grid are named: its part of a name, the folder of --save-images, the file of --save-npz."""
     name = f"nfe{len(times) - 1}" + ("_times" if args.times else "")
     return name, f"images_{name}", f"samples_{name}.npz"
 
 
-def samples_of(args, trained, times):
+def samples_of(args, trained, times, seed):
     """Samples in one time grid, and how they are made, for their entry."""
     from mf_dist.sampling.generator import Samples
 
@@ -342,7 +440,7 @@ def samples_of(args, trained, times):
         "times": times,
         **generator.protocol,
         "labels": args.labels,
-        "seed": args.seed,
+        "seed": seed,
         **made_by,
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
@@ -351,23 +449,23 @@ def samples_of(args, trained, times):
         "vae": generator.vae.source,
         "vae_sha256": generator.vae.sha256,
     }
-    return Samples(generator, args.num_samples, times, args.labels, args.seed, made_by), protocol
+    return Samples(generator, args.num_samples, times, args.labels, seed, made_by), protocol
 
 
-def measure_times(args, trained, times, network, reference, ranks, out):
-    """Measures one time grid and returns its blocks."""
+def measure_times(args, trained, source, network, reference, ranks, out):
+    """Measures one time grid, with its pictures, and returns its entry, on rank 0 (else empty), and its blocks."""
     from mf_dist.evaluation.measure import measure
     from mf_dist.runtime.distributed import raise_on_all_ranks
 
-    samples, protocol = samples_of(args, trained, times)
+    samples, made = source
     keep, work, settings = args.save_npz or bool(args.save_images), out / "work", settings_of(args)
-    name = f"nfe{len(times) - 1}"
-    measured = measure(samples, name, network, reference, settings, protocol, ranks, work, keep)
+    name = f"nfe{len(samples.times) - 1}"
+    measured = measure(samples, name, network, reference, settings, made, ranks, work, keep)
     with raise_on_all_ranks(ranks):
         if ranks.is_rank_zero:
             finish(args, measured.entry, out)
             save_all(args, trained, samples, measured.blocks, reference, out)
-    return measured.blocks
+    return measured.entry, measured.blocks
 
 
 def save_all(args, trained, samples, blocks, reference, out):

@@ -19,6 +19,7 @@ from mf_dist.evaluation.confidence import ACCURACY, GROUPS, Groups, groups_of, h
 from mf_dist.evaluation.features import open_features
 from mf_dist.evaluation.measure import warnings_of
 from mf_dist.evaluation.metrics import metric_name, reduce_sums
+from mf_dist.evaluation.protocols import ADM
 from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.report import record
 from mf_dist.evaluation.statistics import FeatureSums, Gaussian, Rows, frechet_distance
@@ -136,6 +137,7 @@ class TrainingEvaluation:
             "metrics": {self.name: value},
             "plus_minus_95": {} if band is None else {self.name: band},
             "in_training": True,
+            "protocol": ADM.name,
             "nfe": nfe,
             **protocol,
             "labels": settings.labels,

@@ -42,6 +42,8 @@ class FeatureNetwork(ABC):
     """S of the spatial features; 0: it has none."""
     is_inception = False
     """Whether its Frechet distance may be called FID."""
+    is_published = False
+    """Whether papers report this distance, so that a number of another protocol needs a warning."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -88,7 +88,7 @@ class Inception(FeatureNetwork):
     def __init__(self, graph: nn.Module, name: str, sha256: str, device: torch.device) -> None:
         super().__init__(device)
         self.name, self.sha256 = name, sha256
-        self.is_inception = sha256 == SHA256
+        self.is_inception = self.is_published = sha256 == SHA256
         self.graph = graph.to(device).eval()
         self._spatial: Tensor | None = None
         graph.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._store_spatial)

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from mf_dist.evaluation.blocks import BLOCK, Blocks, compute_blocks, device_name
 from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.metrics import Values, choose_kinds, gaussians, measure_blocks
+from mf_dist.evaluation.protocols import ADM, EvaluationProtocol
 from mf_dist.evaluation.reference import ROWS, Reference, read_reference
 from mf_dist.evaluation.sources import ImageFiles, NpzImages, Source, open_source
 from mf_dist.runtime.distributed import Ranks, raise_on_all_ranks
@@ -35,6 +36,7 @@ class Settings:
     resume: bool = True
     with_band: bool = True
     """Whether the Frechet distance gets its 95 % band, which takes 20 more distances."""
+    protocol: EvaluationProtocol = ADM
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def protocol_of(
     """The part of an entry that is known before its images are. made: how they are made."""
     return {
         **made,
+        "protocol": settings.protocol.name,
         "num_samples": source.count,
         "resolution": source.identity["resolution"],
         "features": network.name,
@@ -196,14 +199,22 @@ def _entry(
         "ranks": ranks.world_size,
         "seconds": {stage: round(seconds, 3) for stage, seconds in values.seconds.items()},
         "warnings": warnings_of(
-            blocks.count, source.identity["resolution"], network, reference, protocol.get("labels")
+            *(blocks.count, source.identity["resolution"], network, reference, protocol.get("labels")),
+            settings.protocol,
         ),
     }
 
 
-def warnings_of(count: int, side: int, network: FeatureNetwork, reference: Reference, labels: str | None) -> list[str]:
-    """Reasons why metrics of `count` images of side `side` are not comparable with published ones or with the
-    reference's protocol. labels: how the labels of a model's samples were drawn."""
+def warnings_of(
+    count: int,
+    side: int,
+    network: FeatureNetwork,
+    reference: Reference,
+    labels: str | None,
+    protocol: EvaluationProtocol = ADM,
+) -> list[str]:
+    """Reasons why metrics of `count` images of side `side` are not those of the protocol, or not comparable with the
+    reference. labels: how the labels of a model's samples were drawn."""
     warnings = [*reference.warnings]
     real = reference.provenance.get("reference_images", network.dimension + 1)
     for images, owner in ((count, ""), (real, "the reference's ")):
@@ -211,14 +222,12 @@ def warnings_of(count: int, side: int, network: FeatureNetwork, reference: Refer
             warnings.append(
                 f"{owner}{images} images are too few for {network.dimension} features: the distance is biased upwards"
             )
-    if network.is_inception and count != 50_000:
-        warnings.append(f"published FIDs use 50,000 images, this one {count}; fewer images give a higher value")
+    if network.is_published:
+        warnings += protocol.overridden(count, labels, reference.provenance)
     reference_made = reference.provenance.get("reference_made", {})
     reference_side = reference.provenance.get("reference_resolution", reference_made.get("resolution", side))
     if reference_side != side:
         warnings.append(f"the reference has images of side {reference_side}, these have {side}")
     if reference_made.get("resize", network.resize) != network.resize:
         warnings.append(f"the reference was resized by {reference_made['resize']}, these by {network.resize}")
-    if network.is_inception and labels == "balanced":
-        warnings.append("labels are balanced; most published FIDs draw them at random")
     return warnings

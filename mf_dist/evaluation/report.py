@@ -13,6 +13,7 @@ from PIL import Image
 
 from mf_dist.data.images import Pixels
 from mf_dist.evaluation.blocks import Blocks
+from mf_dist.evaluation.protocols import ADM
 from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.figures import three_digits
@@ -25,6 +26,7 @@ MACHINE = ("seconds", "versions", "device", "ranks")
 RESULTS = (*OF_METRICS, "samples_seen", *MACHINE, "warnings", "arguments", *METRIC_SETTINGS)
 """Keys of an entry that are not part of its protocol; entries of the same protocol and pixels are merged."""
 SHOWN = (
+    "protocol",
     "num_samples",
     "nfe",
     "sampler",
@@ -32,6 +34,7 @@ SHOWN = (
     "interval",
     "labels",
     "seed",
+    "seeds",
     "ema",
     "precision",
     "step",
@@ -83,7 +86,8 @@ def recorded(protocol: dict[str, Any], out: Path) -> dict[str, Any] | None:
 
 
 def _protocol(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in RESULTS}
+    """An entry without the name of a protocol is from before there were several: it is ADM's."""
+    return {"protocol": ADM.name, **{key: value for key, value in entry.items() if key not in RESULTS}}
 
 
 @contextmanager

@@ -149,6 +149,8 @@ class ImageGenerator(LatentGenerator):
         self.vae = vae
         self.resolution = self.shape[-1] * vae.reduction
         """Side of an image."""
+        self.truncates = False
+        """Whether pixels are truncated (vae.to_pixels)."""
         self.seconds: dict[str, float] = defaultdict(float)
         """Time spent in sampling and in decoding."""
 
@@ -157,7 +159,7 @@ class ImageGenerator(LatentGenerator):
         start = time.perf_counter()
         latents = self.latents(noise, labels, times)
         sampled = time.perf_counter()
-        pixels: Pixels = self.vae.decode(latents).cpu().numpy()
+        pixels: Pixels = self.vae.decode(latents, self.truncates).cpu().numpy()
         self.seconds["sample"] += sampled - start
         self.seconds["decode"] += time.perf_counter() - sampled
         return pixels
@@ -220,6 +222,7 @@ class Samples:
             "vae_sha256": generator.vae.sha256,
             "precision": generator.precision,
             **generator.protocol,
+            **({"pixels": "truncated"} if generator.truncates else {}),
         }
 
     def read(self, first: int, last: int) -> tuple[Pixels, npt.NDArray[np.int64]]:

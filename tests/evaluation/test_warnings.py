@@ -30,12 +30,14 @@ def test_warnings_about_differing_protocols(images, network, tmp_path, pixels):
     result, reference, _ = measured(small, images, network, tmp_path)
     (warning,) = result.entry["warnings"]
     assert warning == "40 images are too few for 64 features: the distance is biased upwards"
-    inception = SimpleNamespace(dimension=10, is_inception=True, resize="TF1")
+    inception = SimpleNamespace(dimension=10, is_published=True, resize="TF1")
     made = {"reference_made": {"resolution": 64, "resize": "bicubic"}}
     other = SimpleNamespace(provenance=made, warnings=[])
     warnings = warnings_of(40, 32, inception, other, "balanced")
-    assert len(warnings) == 4 and "use 50,000 images" in warnings[0] and "side 64, these have 32" in warnings[1]
-    assert "resized by bicubic" in warnings[2] and "balanced" in warnings[3] and reference is not None
+    assert len(warnings) == 5 and "takes 50,000 images, this number 40" in warnings[0]
+    assert "labels are balanced; protocol adm has them random" in warnings[1]
+    assert "against ADM's VIRTUAL_*.npz, this number against None" in warnings[2]
+    assert "side 64, these have 32" in warnings[3] and "resized by bicubic" in warnings[4] and reference is not None
 
 
 def test_warning_about_a_reference_of_too_few_images(images, network, tmp_path, pixels):

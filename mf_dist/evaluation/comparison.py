@@ -1,0 +1,85 @@
+"""Results together: the mean over several seeds, and whether two results differ by more than their noise."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mf_dist.evaluation.report import MACHINE, METRIC_SETTINGS, OF_METRICS, read_entries
+from mf_dist.runtime.errors import UserError
+
+SAME = (
+    *("protocol", "num_samples", "labels", "resolution", "features_sha256", "resize"),
+    *("reference_sha256", "reference_images", "statistics"),
+)
+"""What two results must share to be compared."""
+Entry = dict[str, Any]
+
+
+def summary(entries: Sequence[Entry]) -> Entry:
+    """An entry of the means of each metric over entries of several seeds, with their standard deviation, the lowest
+    value, and the 95 % band of the mean of independent samples."""
+    first, n = entries[0], len(entries)
+    own = {"seed", "pixels_sha256", *MACHINE, *METRIC_SETTINGS, *OF_METRICS}
+    shared = {key: value for key, value in first.items() if key not in own}
+    values = {name: [entry["metrics"][name] for entry in entries] for name in first["metrics"]}
+    widths = {name: [entry["plus_minus_95"].get(name) for entry in entries] for name in values}
+    return {
+        "metrics": {name: statistics.fmean(of_name) for name, of_name in values.items()},
+        "plus_minus_95": {name: math.hypot(*of_name) / n for name, of_name in widths.items() if None not in of_name},
+        "std": {name: statistics.stdev(of_name) for name, of_name in values.items()},
+        "lowest": {name: min(of_name) for name, of_name in values.items()},
+        "seeds": [entry["seed"] for entry in entries],
+        **shared,
+        **{key: first[key] for key in MACHINE if key != "seconds"},
+        "seconds": {"features": sum(entry["seconds"].get("features", 0.0) for entry in entries)},
+        "warnings": list(dict.fromkeys(warning for entry in entries for warning in entry["warnings"])),
+    }
+
+
+def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
+    """The newest entry of a run's folder or a metrics.json that can be compared with a result of the protocol `wanted`.
+    Raises UserError if it has none, or only of other protocols."""
+    file = path / "eval/metrics.json" if (path / "eval").is_dir() else path / "metrics.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--against {str(path)!r}: no results in {str(file)!r}")
+    found = [
+        entry
+        for entry in read_entries(file)
+        if entry.get("nfe") == wanted.get("nfe") and not entry.get("sweep") and not entry.get("in_training")
+    ]
+    named = [entry for entry in found if metric in entry["metrics"]]
+    if not named:
+        names = sorted({name for entry in found for name in entry["metrics"]})
+        has = f"it has {', '.join(names)}" if names else f"it has no results of nfe {wanted.get('nfe')}"
+        raise UserError(f"--against {str(file)!r}: no {metric} in it; {has}")
+    differences = [_differences(entry, wanted) for entry in named]
+    if all(differences):
+        raise UserError(f"--against {str(file)!r}: another protocol; {differences[-1]}")
+    entry = next(e for e, difference in zip(reversed(named), reversed(differences), strict=True) if not difference)
+    if metric not in entry.get("plus_minus_95", {}):
+        raise UserError(f"--against {str(file)!r}: its {metric} has no band at 95 %; measure it again")
+    return entry
+
+
+def _differences(entry: Entry, wanted: Entry) -> str:
+    """The fields that forbid a comparison; empty without any."""
+    both = [{"protocol": "adm", **one} for one in (entry, wanted)]
+    pairs = {key: [one.get(key) for one in both] for key in SAME}
+    return ", ".join(
+        f"its {key} is {theirs}, this one's {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours
+    )
+
+
+def verdict(entry: Entry, other: Entry, metric: str) -> str:
+    """A sentence: which of the two is lower, or that their noise explains the difference. The noise of both is taken as
+    independent; samples of one seed share their noise, and differ by less."""
+    value, theirs = entry["metrics"][metric], other["metrics"][metric]
+    width, their_width = entry["plus_minus_95"][metric], other["plus_minus_95"][metric]
+    difference, noise = value - theirs, math.hypot(width, their_width)
+    text = f"{metric} {value:.6g} +- {width:.2g} against {theirs:.6g} +- {their_width:.2g}"
+    change = f"a difference of {difference:+.3g} +- {noise:.2g} at 95 %"
+    if abs(difference) <= noise:
+        return f"{text}: {change}, no more than noise"
+    return f"{text}: {change}, {'lower' if difference < 0 else 'higher'} beyond noise"
