@@ -30,6 +30,7 @@ ONLY_IN = {
     "diffusers": ["vae.py"],
     "webdataset": ["data/shard_writer.py"],
     "wandb": ["training/logger.py"],
+    "timm": ["evaluation/dinov2.py"],
     "torch_fidelity": ["evaluation/inception.py", "evaluation/metrics.py"],
 }
 """Libraries that these files alone import."""

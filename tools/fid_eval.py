@@ -99,9 +99,14 @@ def parse():
     add(
         "--features",
         type=expanded,
-        help="inception, inception-other, inception-random, efflite0, or a folder (default: the run's)",
+        help="inception, inception-other, inception-random, dinov2-l, dinov2-l-other, efflite0, or a folder (default: "
+        "the run's)",
     )
-    add("--inception-weights", type=expanded, help="file of the Inception weights")
+    add(
+        *("--inception-weights", "--feature-weights"),
+        type=expanded,
+        help="file of the weights of Inception, or of DINOv2 with --features dinov2-l",
+    )
     add("--reference", type=expanded, help=".npz of statistics, or real images: folder, .tar, .npz")
     add("--metrics", help="some of fid,sfid,is,pr,kid (default: all that features and reference allow)")
     add(

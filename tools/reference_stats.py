@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument(
         "--features", type=expanded, default="inception", help="as in tools/fid_eval.py (default inception)"
     )
-    parser.add_argument("--inception-weights", type=expanded, help="file of the Inception weights")
+    parser.add_argument(
+        *("--inception-weights", "--feature-weights"),
+        type=expanded,
+        help="file of the weights of Inception, or of DINOv2 with --features dinov2-l",
+    )
     parser.add_argument("--block", type=int, default=50, help="images computed together (default 50)")
     args = parser.parse_args()
     if args.out.suffix != ".npz" or args.out.is_dir():

@@ -40,6 +40,8 @@ class FeatureNetwork(ABC):
     """Describes how images are resized to the network's input size."""
     spatial_dimension = 0
     """S of the spatial features; 0: it has none."""
+    has_logits = True
+    """Whether it has classes, which the inception score needs."""
     is_inception = False
     """Whether its Frechet distance may be called FID."""
     is_published = False

@@ -3,6 +3,8 @@
     inception           torch-fidelity's port of the 2015-12-05 graph with TF1's resize; its weights file, by its sha256
     inception-other     the same network with any other weights, whose hash is part of its metrics' names
     inception-random    the same network, random weights from a fixed seed: to test a pipeline, not to judge images
+    dinov2-l            DINOv2's ViT-L/14 for FD-DINOv2; its weights file, by its sha256
+    dinov2-l-other      the same network with any other weights, whose hash is part of its metrics' names
     efflite0            EfficientNet-Lite0, weights inside a pip package: for photographs without any download
     FOLDER              config.json {"name", "resolution", "classes"} and model.safetensors (tools/train_features.py)
 
@@ -22,18 +24,22 @@ from mf_dist.runtime.errors import UserError, import_error
 from mf_dist.runtime.weights import load_weights
 
 WEIGHTS = "model.safetensors"
-WITH_WEIGHTS = ("inception", "inception-other")
+WITH_WEIGHTS = ("inception", "inception-other", "dinov2-l", "dinov2-l-other")
 """Features that need a weights file from the user."""
 
 
 def open_features(spec: str, weights: str | None, device: torch.device) -> FeatureNetwork:
-    """The network named by `spec` (see above). `weights`: the file for inception and inception-other."""
+    """The network named by `spec` (see above). `weights`: the file for those of WITH_WEIGHTS."""
     if weights and spec not in WITH_WEIGHTS:
-        raise UserError(f"--inception-weights belongs to --features inception or inception-other, not to {spec!r}")
+        raise UserError(f"--inception-weights belongs to --features {', '.join(WITH_WEIGHTS)}, not to {spec!r}")
     if spec.startswith("inception"):
         from mf_dist.evaluation.inception import open_inception  # torch-fidelity takes a second to import
 
         return open_inception(spec, weights, device)
+    if spec in ("dinov2-l", "dinov2-l-other"):
+        from mf_dist.evaluation.dinov2 import open_dinov2
+
+        return open_dinov2(spec, weights, device)
     return EfficientNetLite0(device) if spec == "efflite0" else FolderNetwork(spec, device)
 
 
@@ -82,12 +88,12 @@ class FolderNetwork(FeatureNetwork):
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no feature network in {str(folder)!r} ({reason}); expected inception, inception-other, "
-                f"inception-random, efflite0, or a folder with config.json and {WEIGHTS} such as "
-                "mf_dist/assets/digits-features"
+                f"inception-random, dinov2-l, dinov2-l-other, efflite0, or a folder with config.json and {WEIGHTS} "
+                "such as mf_dist/assets/digits-features"
             ) from None
-        if self.name.startswith("inception") or not self.name.isidentifier():
+        if self.name.startswith(("inception", "dinov2")) or not self.name.isidentifier():
             raise UserError(
-                f"{folder}/config.json: name {self.name!r} must be an identifier without the prefix inception"
+                f"{folder}/config.json: name {self.name!r} must be an identifier without the prefix inception or dinov2"
             )
         load_weights(self.network, read_state_dict(folder / WEIGHTS), f"weights {folder / WEIGHTS}")
         self.network.to(device).eval()

@@ -75,7 +75,9 @@ def choose_kinds(
         why_not["sfid"] = "the reference has no mu_s and sigma_s"
     if reference.rows is None:
         why_not["pr"] = why_not["kid"] = "the reference holds neither real images nor their features"
-    if count < SPLITS:
+    if not network.has_logits:
+        why_not["is"] = f"features {network.name!r} have no classes"
+    elif count < SPLITS:
         why_not["is"] = f"{count} images are fewer than its {SPLITS} splits"
     if min(count, len(reference.rows) if reference.rows is not None else count) <= NEIGHBOURS:
         why_not["pr"] = why_not["kid"] = "there are too few images"
