@@ -208,7 +208,8 @@ class EvalConfig:
     """random: uniform, as for published FIDs; balanced: class i mod num_classes."""
     seed: Seed = 0
     features: Text = "inception"
-    """Feature network: inception, inception-other, inception-random, efflite0, or a folder with weights."""
+    """Feature network: inception, inception-other, inception-random, dinov2-l, dinov2-l-other, efflite0, or a folder
+    with weights."""
     inception_weights: Text | None = None
     """File with the Inception weights; its sha256 must match the published one."""
     reference: Text | None = None
