@@ -53,6 +53,7 @@ MODEL_ONLY = (
 )
 NOT_IN_SWEEPS = ("times", "guidance", "num_samples", "metrics", "save_npz", "save_images", "repeats", "against")
 SWEEP_SAMPLES = 5000
+MEASURED = ("metrics", "plus_minus_95")
 GRID_STEPS = [1, 2, 4]
 KINDS = ("fid", "sfid", "is", "pr", "kid")
 
@@ -268,8 +269,8 @@ def measure_seeds(args, trained, times, entry, network, reference, settings, ran
         with raise_on_all_ranks(ranks):
             if ranks.is_rank_zero and settings.resume:
                 found = recorded(protocol_of(*source, network, reference, settings), args.out)
-                if found and not entry["metrics"].keys() <= found["metrics"].keys():
-                    found = None
+                if found and any(not entry[key].keys() <= found.get(key, {}).keys() for key in MEASURED):
+                    found = None  # measured with fewer metrics, or without bands
         if not broadcast_int(int(found is not None), ranks.device):
             name = f"nfe{len(times) - 1}_seed{seed}"
             found = measure_and_remove(args, *source, name, network, reference, settings, ranks)

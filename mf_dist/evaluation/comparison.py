@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mf_dist.evaluation.confidence import MIN_COUNT
 from mf_dist.evaluation.report import MACHINE, METRIC_SETTINGS, OF_METRICS, read_entries
 from mf_dist.runtime.errors import UserError
 
@@ -41,6 +42,8 @@ def summary(entries: Sequence[Entry]) -> Entry:
 def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
     """The newest entry of a run's folder or a metrics.json that can be compared with a result of the protocol `wanted`.
     Raises UserError if it has none, or only of other protocols."""
+    if wanted["num_samples"] < MIN_COUNT:
+        raise UserError(f"--against needs the band of {metric}, and fewer than {MIN_COUNT} images have none")
     file = path / "eval/metrics.json" if (path / "eval").is_dir() else path / "metrics.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--against {str(path)!r}: no results in {str(file)!r}")

@@ -31,6 +31,9 @@ from mf_dist.runtime.precision import Precision, single_cpu_thread
 from mf_dist.sampling.generator import ImageGenerator, Samples, sampling_network
 from mf_dist.vae import Vae
 
+BAND_WORK = 3 * 2048**3
+"""A band takes each rank a share of 20 distances of D features, D^3 each; above this, training has no bands."""
+
 
 class TrainingEvaluation:
     """Feature network, VAE and reference of a run, loaded once before training, so that a missing one is reported at
@@ -116,11 +119,15 @@ class TrainingEvaluation:
         with raise_on_all_ranks(ranks):
             if ranks.is_rank_zero:
                 values[GROUPS] = frechet_distance(total.gaussian(), self.real)
-            if has_band(sizes, self.network.dimension):
+            if self._has_band(sizes):
                 for group, part in own.items():
                     values[group] = frechet_distance(total.plus(part, -1).gaussian(), self.real, ACCURACY)
         *without, value = sum_over_ranks(values.to(ranks.device)).tolist()
-        return value, jackknife(value, without, sizes) if has_band(sizes, self.network.dimension) else None
+        return value, jackknife(value, without, sizes) if self._has_band(sizes) else None
+
+    def _has_band(self, sizes: Groups) -> bool:
+        dimension, share = self.network.dimension, -(-GROUPS // self.ranks.world_size)
+        return has_band(sizes, dimension) and share * dimension**3 <= BAND_WORK
 
     def _entry(
         self,

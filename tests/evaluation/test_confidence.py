@@ -1,10 +1,13 @@
 """The 95 % band of a Frechet distance: how often it holds the expected value, and what it takes for noise."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from mf_dist.evaluation.confidence import GROUPS, groups_of, jackknife, plus_minus, sum_of, sums_of_groups
+from mf_dist.evaluation.during import TrainingEvaluation
 from mf_dist.evaluation.statistics import Gaussian, exact_gaussian, frechet_distance
 
 
@@ -108,3 +111,18 @@ def test_balanced_classes_do_not_count_as_noise():
     rows = draw()
     turns, random = (plus_minus(rows, cycle, reference, distance(rows)) for cycle in (10, 0))
     assert turns == pytest.approx(2.09 * spread, rel=0.5) and random > 1.5 * turns
+
+
+@pytest.mark.parametrize(
+    ("features", "samples", "ranks", "expected"),
+    [
+        (64, 1000, 1, True),
+        (64, 64, 1, False),
+        (2048, 10_000, 6, False),
+        (2048, 10_000, 7, True),
+        (2048, 2100, 8, False),
+    ],
+)
+def test_training_has_a_band_where_it_is_cheap(features, samples, ranks, expected):
+    run = SimpleNamespace(network=SimpleNamespace(dimension=features), ranks=SimpleNamespace(world_size=ranks))
+    assert TrainingEvaluation._has_band(run, np.bincount(groups_of(samples, 0))) is expected

@@ -189,6 +189,7 @@ def test_only_results_of_one_protocol_are_compared(tmp_path):
         ({"protocol": "imf-jax"}, "another protocol; its protocol is adm, this one's imf-jax, its labels"),
         ({"features_sha256": "b"}, "its features_sha256 is None, this one's b"),
         ({"metric": "fid50k"}, "no fid50k in it; it has fd_x_1k"),
+        ({"num_samples": 99}, "fewer than 100 images have none"),
         ({"nfe": 4}, "it has no results of nfe 4"),
         ({"path": tmp_path / "nowhere"}, "no results in"),
     ):

@@ -55,8 +55,7 @@ class Part:
 
     def __init__(self, source, first, step, count, degrade=None, strength=0):
         self.source, self.numbers = source, range(first, source.count, step)[:count]
-        self.count, self.cycle, self.seconds = len(self.numbers), 0, {}
-        self.degrade, self.strength = degrade, strength
+        self.count, self.seconds, self.degrade, self.strength = len(self.numbers), {}, degrade, strength
         self.identity = {**source.identity, "numbers": str(self.numbers), "degrade": str(degrade), "strength": strength}
 
     def read(self, first, last):
