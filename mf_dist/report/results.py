@@ -10,6 +10,7 @@ from mf_dist.report.facts import format_value, plain
 MAX_ROWS = 200
 """Rows of the table of measurements; the newest are kept."""
 COLUMNS = {
+    "protocol": "protocol",
     "sampler": "sampler",
     "guidance": "guidance",
     "interval": "guidance interval",
@@ -26,6 +27,7 @@ COLUMNS = {
 }
 """Fields of a protocol in the table -> heading; a click shows the whole protocol."""
 MUST_MATCH = {
+    "protocol": "named protocol",
     "num_samples": "samples",
     "labels": "labels",
     "seed": "seed",
@@ -65,7 +67,7 @@ def compared(runs: list[Run]) -> list[Row]:
     columns = [_newest(run) for run in runs]
     rows: list[Row] = []
     for key in sorted({key for column in columns for key in column}, key=lambda key: (key[0], len(key[1]), key[1])):
-        protocols = [column[key].protocol for column in columns if key in column]
+        protocols = [{"protocol": "adm", **column[key].protocol} for column in columns if key in column]
         different = [
             text for field, text in MUST_MATCH.items() if len({plain(entry.get(field)) for entry in protocols}) > 1
         ]
@@ -99,6 +101,7 @@ def _warnings(entry: Table) -> list[str]:
 def _protocol(entry: Table) -> str:
     """A protocol as a sentence."""
     templates = {
+        "protocol": "protocol {}",
         "num_samples": "{} samples",
         "labels": "{} labels",
         "seed": "seed {}",

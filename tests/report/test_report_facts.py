@@ -201,6 +201,20 @@ def test_a_curve_of_distances_has_its_band_where_all_points_have_one(tmp_path):
     assert [card["value"] for card in headline(read_run(run, "run"))] == ["2.5 ± 0.25"]
 
 
+def test_runs_of_two_protocols_are_marked_and_an_entry_without_one_is_adms(tmp_path):
+    def run(name, **changes):
+        folder = write_run(tmp_path / name)
+        (folder / "eval").mkdir()
+        entry = {"metrics": {"fid50k": 2.0}, "plus_minus_95": {"fid50k": 0.05}, "nfe": 1, "step": 4, **changes}
+        (folder / "eval/metrics.json").write_text(json.dumps([entry]))
+        return read_run(folder, name)
+
+    old, adm, imf = run("old"), run("adm", protocol="adm"), run("imf", protocol="imf-jax", seeds=[0, 1])
+    assert compared([old, adm]) == [["fid50k, 1 step", "2 ± 0.05", "2 ± 0.05"]]
+    assert compared([adm, imf])[0][0] == "fid50k, 1 step; protocols differ in named protocol, seeds"
+    assert headline(imf)[0]["protocol"] == "protocol imf-jax, mean over the seeds [0, 1], step 4"
+
+
 def test_sweeps_are_charts_and_no_results(tmp_path):
     """A curve for each interval and number of steps: of the newest checkpoint, and of one protocol."""
 
