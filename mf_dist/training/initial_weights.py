@@ -35,8 +35,8 @@ def load_initial_weights(net: nn.Module, config: Config, classes: list[str]) -> 
     if source and source.model.network != config.model.network:
         raise UserError(f"{where}: a network of model.network={source.model.network}, not {config.model.network}")
     lines = [f"initial weights: {name}"]
+    lines += _start_v_head(net, tensors)  # first: its last layer may then be one of the new patch layers
     lines += _keep_patch_layers(net, tensors, config, source)
-    lines += _start_v_head(net, tensors)
     lines += _match_labels(net, tensors, classes, state.get("classes", []))
     if source and source.model.latent_size != config.model.latent_size:
         sizes = source.model.latent_size, config.model.latent_size
@@ -44,7 +44,7 @@ def load_initial_weights(net: nn.Module, config: Config, classes: list[str]) -> 
     if source and _normalisation(source) != _normalisation(config):
         lines.append(
             f"warning: {name} was trained with {_normalisation(source)}, this run has {_normalisation(config)}: its "
-            "weights expect other numbers"
+            "weights expect other numbers, unless this run gets the source's settings"
         )
     initial = _sizes(net)
     load_weights(net, tensors, where)

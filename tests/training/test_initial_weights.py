@@ -165,6 +165,19 @@ def test_a_bare_file_of_other_channels_and_classes(tmp_path, network):
     assert torch.equal(net.label.weight[4], tensors["label.weight"][10])
 
 
+def test_a_source_without_a_v_head_and_of_other_channels(tmp_path):
+    """The v head starts as the u head, with patch layers of its own size."""
+    imf = {"network": "imf_dit", "imf_dit": {"head_depth": 1}}
+    net = build_network(config("elsewhere", **imf).model, 1, for_sampling=True)
+    save_file({name: p.detach() + 0.01 for name, p in net.named_parameters()}, tmp_path / "w.safetensors")
+    run = config(tmp_path / "w.safetensors", latent_channels=3, **imf)
+    net = build_network(run.model, 0)
+    lines = load_initial_weights(net, run, [])
+    assert "starts as a copy of the u head" in lines[1] and "the patch layers are new" in lines[2]
+    assert torch.equal(net.v_blocks[0].attention.qkv.weight, net.u_blocks[0].attention.qkv.weight)
+    assert net.v_patch_out.weight.shape == net.patch_out.weight.shape == (12, 32)
+
+
 def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(UserError, match="a network of model.network=dit, not imf_dit"):
         start(tmp_path, config(tmp_path, network="imf_dit", imf_dit={"head_depth": 1}), [], [])
