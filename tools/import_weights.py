@@ -87,11 +87,13 @@ def parse():
         "--from", dest="project", choices=("sit", "repa", "imf", "dmf"), required=True, help="whose weights"
     )
     parser.add_argument("--out", type=expanded_path, required=True, help="new folder")
-    parser.add_argument("--num-heads", type=int, help="attention heads (default: SiT's for the width of the network)")
+    parser.add_argument("--num-heads", type=int, help="attention heads of sit and repa (default: SiT's for the width)")
     parser.add_argument("--vae", type=expanded, help="folder or hub id of the VAE (default: the project's)")
     args = parser.parse_args()
     if args.num_heads is not None and args.num_heads < 1:
         raise UserError("--num-heads must be at least 1")
+    if args.num_heads is not None and args.project == "imf":
+        raise UserError("--num-heads is for sit and repa, the tensors of imf tell it: leave it out")
     return args
 
 

@@ -22,5 +22,5 @@ def load_torch_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # of whatever kind damaged bytes cause
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {path} as a file of torch.save: {reason}") from None
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise UserError(f"cannot read {path}: it is damaged, or no file of torch.save ({reason})") from None

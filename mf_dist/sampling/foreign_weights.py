@@ -26,7 +26,7 @@ class ConvertedWeights:
 
 def checked(name: str, tensor: Tensor | None, dimensions: int | None = None) -> Tensor:
     """The tensor in fp32. Raises UserError, without the file's name, for what holds no weights."""
-    if tensor is None or dimensions not in (None, tensor.dim()):
+    if tensor is None or not tensor.dim() or dimensions not in (None, tensor.dim()):
         shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
         raise UserError(f"{name} {shape}")
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided:

@@ -60,13 +60,14 @@ def from_imf(tensors: Mapping[str, Tensor], num_heads: int | None, generator: to
     ours = from_authors(tensors)
     width, channels, patch, _ = _without_prefix(tensors)[ENDS["patch_in.weight"]].shape
     shared, head_depth = (sum(name.startswith(f"{part}.") for name in ours) for part in ("blocks", "u_blocks"))
-    if not shared or not head_depth:
-        raise UserError("it has no shared_blocks, or no u_heads: not the layers of iMF's network")
+    norm = ours.get("blocks.0.attention.q_norm.weight")
+    if norm is None or not head_depth:
+        raise UserError("it has no shared_blocks.0, or no u_heads: not the layers of iMF's network")
     shared, head_depth = shared // len(IN_BLOCK), head_depth // len(IN_BLOCK)
     model = ModelConfig(
         depth=shared + head_depth,
         hidden_size=width,
-        num_heads=width // len(ours["blocks.0.attention.q_norm.weight"]),
+        num_heads=width // len(norm) if width % len(norm) == 0 else 1,  # 1: load_weights then finds another shape
         patch_size=patch,
         latent_size=32,
         latent_channels=channels,
@@ -95,7 +96,7 @@ def from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if convolution.dim() != 4:
         raise UserError(f"{ENDS['patch_in.weight']} has shape {tuple(convolution.shape)}, not (D, C, P, P)")
     ours["patch_in.weight"] = convolution.permute(0, 2, 3, 1).flatten(1).contiguous()
-    if "v_blocks.0.gate1" in ours:
+    if any(name.startswith("v_blocks.") for name in ours):
         return ours
     return {name: tensor for name, tensor in ours.items() if not name.startswith("v_")}
 

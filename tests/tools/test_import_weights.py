@@ -172,6 +172,32 @@ def test_the_authors_imf_is_sampled_with_guidance_and_their_normalisation(run_to
     assert images.shape == (2, 3, 128, 128)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"omega_tokens": torch.tensor(1.0)}, "omega_tokens has shape ()"),
+        ({"shared_blocks.0.attn.q_norm.weight": torch.ones(50)}, "has shape (10,), this network needs (20,)"),
+        ({"shared_blocks.0": "shared_blocks.7"}, "it has no shared_blocks.0"),
+    ],
+    ids=["a number", "a head wider than the network", "blocks from 7 on"],
+)
+def test_a_misshapen_imf_is_one_line(run_tool, imf_file, tmp_path, change, message):
+    (key, value), weights = *change.items(), torch.load(imf_file, weights_only=True)
+    if isinstance(value, str):
+        weights = {name.replace(key, value): tensor for name, tensor in weights.items()}
+    else:
+        weights[f"net.{key}"] = value
+    torch.save(weights, tmp_path / "weights.pth")
+    code, printed = run_tool(tmp_path / "weights.pth", "--from", "imf", "--out", tmp_path / "model")
+    assert code == 2 and printed.err.count("\n") == 1 and message in printed.err, printed.err
+    assert not (tmp_path / "model").exists()
+
+
+def test_heads_are_given_only_where_no_tensor_tells_them(run_tool, imf_file, tmp_path):
+    code, printed = run_tool(imf_file, "--from", "imf", "--num-heads", 2, "--out", tmp_path / "model")
+    assert code == 2 and "--num-heads is for sit and repa" in printed.err
+
+
 def test_a_run_starts_from_the_authors_imf_with_a_new_v_head(run_tool, imf_file, tmp_path):
     from mf_dist.config.loader import from_tree
     from mf_dist.config.schema import Config
