@@ -9,7 +9,9 @@ import pytest
 from conftest import FEATURES, IMF_DIT, ROOT, TINY, run_here, run_python
 from PIL import Image
 
+import mf_dist
 from mf_dist.report.page import write_report
+from mf_dist.runtime.errors import UserError
 from mf_dist.sampling.generator import ImageGenerator
 
 FID_EVAL, SAMPLE = "tools/fid_eval.py", "tools/sample.py"
@@ -121,6 +123,14 @@ def test_wrong_values_are_one_line(tool, option, values, text):
     for value in values:
         _, err = run_here(tool, f"{option}={value}", expect=2)
         assert err.startswith(f"error: {option} {text}") and err.count("\n") == 1
+
+
+def test_wrong_values_in_a_program_are_refused(run):
+    model = mf_dist.load(run, ema=0.1)
+    assert model.latents(1, guidance=1).shape == (1, 4, 8, 8)
+    for values in ({"guidance": 0}, {"guidance": 0.5}, {"guidance": float("nan")}, {"interval": (0.8, 0.2)}):
+        with pytest.raises(UserError, match=f"{next(iter(values))}.*got"):
+            model.latents(1, **values)
 
 
 def test_a_sweep_measures_each_point_as_a_measurement_of_its_own_would(run, measure, tmp_path):

@@ -5,6 +5,7 @@ blocks (evaluation/blocks.py). A block is always computed in full, so the bits o
 of samples.
 """
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -275,11 +276,15 @@ def sampling_config(
     config = from_tree(Config, checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     if sampler and config.objective.is_flow:
         raise UserError(f"{checkpoint.folder} is a run of flow matching, sampled by Euler steps: leave out --sampler")
-    if (guidance or interval) and config.guidance is None:
+    if config.guidance is None and (guidance is not None or interval is not None):
         raise UserError(
             f"{checkpoint.folder} has a network without guidance as an input (model.network={config.model.network}): "
             "leave out --guidance and --interval"
         )
+    if guidance is not None and not 1 <= guidance < math.inf:
+        raise UserError(f"guidance must be a number >= 1, got {guidance}")
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(f"the interval of guidance must be start, end with 0 <= start <= end <= 1, got {interval}")
     given: dict[str, Any] = {"sampler": sampler, "guidance": guidance, "interval": interval}
     return replace(config, eval=replace(config.eval, **{key: a for key, a in given.items() if a is not None}))
 

@@ -7,7 +7,9 @@ images = model.sample(8, classes=[3], nfe=1, seed=0)        # uint8 (8, H, W, 3)
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,9 @@ from mf_dist.vae import Vae
 
 Images = npt.NDArray[np.uint8]
 """(N, H, W, 3), RGB."""
+
+Classes = Sequence[int | str] | int | str | None
+"""Numbers or names, or one of them; None: as eval.labels of the run's config says."""
 
 
 class Model:
@@ -50,16 +55,16 @@ class Model:
     def sample(
         self,
         n: int,
-        classes: Sequence[int | str] | None = None,
+        classes: Classes = None,
         nfe: int = 1,
         seed: int = 0,
         guidance: float | None = None,
         interval: tuple[float, float] | None = None,
     ) -> Images:
-        """n images. Sample i has class classes[i mod len(classes)], a number or a name; None: as eval.labels of the
-        run's config says. nfe: network calls per image. guidance, interval: of networks that take them as an input;
-        None: the run's. Raises UserError for values that do not apply to the model."""
-        blocks = [self.block(k, classes, nfe, seed, guidance, interval)[0] for k in range(-(-n // BLOCK))]
+        """n images. Sample i has class classes[i mod len(classes)]. nfe: network calls per image. guidance,
+        interval: of networks that take them as an input; None: the run's. Raises UserError for values that do not apply
+        to the model."""
+        blocks = [self.block(k, classes, nfe, seed, guidance, interval)[0] for k in _blocks(n)]
         side = self.config.model.latent_size or 0
         empty = np.empty((0, side * self.vae.reduction, side * self.vae.reduction, 3), np.uint8)
         return np.concatenate([empty, *blocks])[:n]
@@ -67,14 +72,14 @@ class Model:
     def latents(
         self,
         n: int,
-        classes: Sequence[int | str] | None = None,
+        classes: Classes = None,
         nfe: int = 1,
         seed: int = 0,
         guidance: float | None = None,
         interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """Those of `sample`, (n, C, S, S) fp32 on the CPU, as `decode` takes them: not normalised."""
-        blocks = [self._latents(k, classes, nfe, seed, guidance, interval)[0].cpu() for k in range(-(-n // BLOCK))]
+        blocks = [self._latents(k, classes, nfe, seed, guidance, interval)[0].cpu() for k in _blocks(n)]
         return torch.cat([torch.empty(0, *self._shape), *blocks])[:n]
 
     def decode(self, latents: Tensor) -> Images:
@@ -87,7 +92,7 @@ class Model:
     def block(
         self,
         number: int,
-        classes: Sequence[int | str] | None = None,
+        classes: Classes = None,
         nfe: int = 1,
         seed: int = 0,
         guidance: float | None = None,
@@ -106,14 +111,15 @@ class Model:
     def _latents(
         self,
         number: int,
-        classes: Sequence[int | str] | None,
+        classes: Classes,
         nfe: int,
         seed: int,
         guidance: float | None,
         interval: tuple[float, float] | None,
     ) -> tuple[Tensor, list[int]]:
-        if nfe < 1 or seed < 0 or (classes is not None and not len(classes)):
-            raise UserError("expected nfe >= 1, seed >= 0 and at least one class")
+        classes = [classes] if isinstance(classes, int | str) else classes
+        if nfe < 1 or not 0 <= seed < 2**63 or (classes is not None and not len(classes)):
+            raise UserError("expected nfe >= 1, seed from 0 to 2^63 - 1 and at least one class")
         config = sampling_config(self.checkpoint, None, guidance, interval)
         generator = LatentGenerator(self.net, self.checkpoint.state["vae"], config, self.device, self.precision)
         indices = range(number * BLOCK, (number + 1) * BLOCK)
@@ -125,9 +131,16 @@ class Model:
             return generator.latents(noise, labels, uniform_grid(nfe)), labels.tolist()
 
 
+def _blocks(n: int) -> range:
+    """Numbers of the blocks that have the first n samples."""
+    if n < 0:
+        raise UserError(f"the number of samples must be at least 0, got {n}")
+    return range(-(-n // BLOCK))
+
+
 def class_number(given: int | str, names: Sequence[str], num_classes: int) -> int:
     """Of a number or a name; a text of digits is a number. Raises UserError for an unknown one."""
-    text, known = str(given), max(1, num_classes)
+    text, known = given if isinstance(given, str) else str(index(given)), max(1, num_classes)
     if not text.removeprefix("-").isdecimal():
         if text not in names:
             some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
@@ -141,8 +154,8 @@ def class_number(given: int | str, names: Sequence[str], num_classes: int) -> in
 def load(
     path: str | Path,
     *,
-    ema: str | None = None,
-    vae: str | None = None,
+    ema: str | float | None = None,
+    vae: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: Precision | None = None,
 ) -> Model:
@@ -150,5 +163,8 @@ def load(
     None: the run's first. vae: folder or hub id, None: the recorded one. device: None: a GPU if there is one.
     precision: None: tf32 on a GPU, else fp32. Raises UserError, with one line, for what cannot be loaded."""
     chosen = choose_device(0) if device is None else torch.device(device)
+    if precision not in (None, *get_args(Precision)):
+        raise UserError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}")
     default: Precision = "tf32" if chosen.type == "cuda" else "fp32"
-    return Model(find_checkpoint(Path(path).expanduser()), ema, vae, chosen, precision or default)
+    decay, decoder = (None if given is None else str(given) for given in (ema, vae))
+    return Model(find_checkpoint(Path(path).expanduser()), decay, decoder, chosen, precision or default)

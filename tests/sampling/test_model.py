@@ -35,6 +35,7 @@ def test_images_are_those_of_fid_eval(run, model, tmp_path):
     assert images.dtype == np.uint8 and images.shape == (60, 32, 32, 3) and np.array_equal(images, expected)
     assert np.array_equal(model.sample(7, nfe=2), expected[:7]) and model.sample(0).shape == (0, 32, 32, 3)
     assert not np.array_equal(model.sample(7, nfe=2, seed=1), expected[:7])
+    assert np.array_equal(model.sample(2, classes="3"), model.sample(2, classes=3))
     latents = model.latents(50, nfe=2)
     assert latents.shape == (50, 4, 8, 8) and np.array_equal(model.decode(latents), expected[:50])
 
@@ -57,13 +58,16 @@ def test_files_have_the_same_images_continue_and_belong_to_one_setting(run, mode
     assert "holds files of another origin" in run_here(*command[:-1], tmp_path, "--count", 3, expect=2)[1]
 
 
-def test_mistakes_are_one_line(model, tmp_path):
+def test_mistakes_are_one_line(run, model, tmp_path):
     for call, message in (
         (lambda: model.sample(1, classes=[10]), "class 10 is not in 0..9"),
         (lambda: model.sample(1, classes=["dog"]), "there is no class 'dog'; there are 0, 1, 2, 3, 4, ..."),
         (lambda: model.sample(1, classes=[]), "at least one class"),
         (lambda: model.sample(1, nfe=0), "nfe >= 1"),
         (lambda: model.sample(1, guidance=2.0), "without guidance as an input"),
+        (lambda: model.sample(1, guidance=0.0), "without guidance as an input"),
+        (lambda: model.sample(-1), "must be at least 0"),
+        (lambda: mf_dist.load(run, precision="fp16"), "there is no precision 'fp16'"),
         (lambda: mf_dist.load(tmp_path), "no checkpoint in"),
     ):
         with pytest.raises(UserError, match=message) as error:
