@@ -75,12 +75,16 @@ def _summary(config: Config) -> str:
 def _use(config: Config, vae: Mapping[str, Any]) -> str:
     nfe = config.eval.nfe[0]
     identity = f" (sha256 of its weights {vae['sha256']})" if "sha256" in vae else ""
+    guidance = ""
+    if config.guidance is not None:
+        scale, start, end = config.guidance
+        guidance = f"Guidance is {scale:g} for t in [{start:g}, {end:g}], or as `--guidance`, `--interval` say.\n\n"
     return (
         "## Use\n\nWith mf_dist installed and this folder as `MODEL`:\n\n"
         f"    python tools/sample.py --checkpoint MODEL --nfe {nfe} --out grid.png\n"
         f"    python tools/fid_eval.py --checkpoint MODEL --nfe {nfe} --reference REFERENCE --out OUT\n"
         "    python -m mf_dist.train CONFIG train.init_from=MODEL\n\n"
-        f"Its VAE is `{vae['source']}`{identity}; a folder `vae` in this folder is used first."
+        f"{guidance}Its VAE is `{vae['source']}`{identity}; a folder `vae` in this folder is used first."
     )
 
 
