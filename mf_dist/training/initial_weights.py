@@ -109,8 +109,12 @@ def _match_labels(net: nn.Module, tensors: dict[str, Tensor], classes: list[str]
     if theirs is None or theirs.shape[1:] != own.shape[1:] or theirs.dtype not in DTYPES or not len(theirs):
         return []  # load_weights says what is wrong
     are_named = len(classes) == len(own) - 1 and len(known) == len(theirs) - 1
-    if (known == classes) if are_named else len(theirs) == len(own):
+    if are_named and known == classes:
         return []
+    if not are_named and len(theirs) == len(own):
+        count = len(theirs) - 1
+        line = f"initial weights: the source's {count:,} classes are kept by number: they have no names to compare"
+        return [line] if count else []
     rows = {name: row for row, name in enumerate(known)} if are_named else {}
     matched = [number for number, name in enumerate(classes) if name in rows]
     for number in matched:

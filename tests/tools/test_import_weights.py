@@ -209,6 +209,7 @@ def test_a_run_starts_from_the_authors_imf_with_a_new_v_head(run_tool, imf_file,
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "model")))
     net = build_network(config.model, 1)
     lines = load_initial_weights(net, config, [])
-    assert lines[1:] == ["initial weights: the source has no v head, which starts as a copy of the u head"]
+    assert lines[1] == "initial weights: the source has no v head, which starts as a copy of the u head"
+    assert "the source's 3 classes are kept by number" in lines[2] and len(lines) == 3
     assert torch.equal(net.v_blocks[0].attention.qkv.weight, net.u_blocks[0].attention.qkv.weight)
     assert torch.equal(net.v_patch_out.weight, net.patch_out.weight)

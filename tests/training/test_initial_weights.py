@@ -14,6 +14,7 @@ from mf_dist.sampling.generator import build_network
 from mf_dist.training.initial_weights import load_initial_weights
 
 MODEL = ModelConfig(2, 32, 2, 2, latent_size=8, latent_channels=4, num_classes=10)
+KEPT = "initial weights: the source's 10 classes are kept by number: they have no names to compare"
 KEY = "blocks.0.mlp.fc1.weight"
 PATCH_LAYERS = {"patch_in.weight", "patch_in.bias", "patch_out.weight", "patch_out.bias"}
 
@@ -132,21 +133,21 @@ def test_classes_keep_their_row_by_name(tmp_path, names, classes, rows):
 
 def test_as_many_classes_without_names_keep_their_rows(tmp_path):
     loaded, lines = start(tmp_path, config(tmp_path), [], [])
-    assert lines == [] and loaded["label.weight"][:, 0].tolist() == [*range(10, -1, -1)]
+    assert lines == [KEPT] and loaded["label.weight"][:, 0].tolist() == [*range(10, -1, -1)]
 
 
 def test_another_resolution_other_channels_and_numbers_are_said(tmp_path):
     loaded, lines = start(tmp_path, config(tmp_path, latent_size=16), [], [])
-    assert lines == ["initial weights: positions are computed for latents of 16, the source's were 8"]
+    assert lines == [KEPT, "initial weights: positions are computed for latents of 16, the source's were 8"]
     run = config(tmp_path, latent_channels=16, data={"normalisation": "channel"})
     loaded, lines = start(tmp_path, run, [], [])
     assert "the patch layers are new, for patches of 2 of 16 channels; the source's were 2 of 4 channels" in lines[0]
     assert (
-        lines[1].startswith("warning: ")
-        and "data.normalisation=scale, this run has data.normalisation=channel" in lines[1]
+        lines[2].startswith("warning: ")
+        and "data.normalisation=scale, this run has data.normalisation=channel" in lines[2]
     )
     fresh = dict(build_network(run.model, 0).named_parameters())
-    assert all(torch.equal(loaded[name], fresh[name]) for name in PATCH_LAYERS) and len(lines) == 2
+    assert all(torch.equal(loaded[name], fresh[name]) for name in PATCH_LAYERS) and len(lines) == 3 and lines[1] == KEPT
 
 
 @pytest.mark.parametrize("network", ["dit", "imf_dit"])
