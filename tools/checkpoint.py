@@ -215,6 +215,8 @@ def export_folder(args, checkpoint, decay):
     vae = None if args.with_vae is None else verified_vae(checkpoint, args.with_vae)
     entries, picture = measurements_of(checkpoint, decay), picture_of(checkpoint, decay)
     origin = f"These are the weights of step {checkpoint.step:,} of a run of mf_dist, their EMA of decay {decay}."
+    if source := state.get("imported"):
+        origin = f"Imported from `{source['file']}` (sha256 {source['sha256']}) of github.com/{source['from']}."
     with new_folder(args.out) as folder:
         write_model(folder, checkpoint.load(f"ema-{decay}"), state)
         if vae:
@@ -238,21 +240,27 @@ def verified_vae(checkpoint, source):
 
 
 def measurements_of(checkpoint, decay):
-    """Those of its run's metrics.json that are of this step and EMA, without sweeps."""
+    """Those of metrics.json, its run's or the model folder's, that are of this step and EMA, without sweeps."""
+    from mf_dist.checkpoint.reader import MODEL_FILE
     from mf_dist.checkpoint.runs import evaluation_folder
     from mf_dist.evaluation.report import read_entries
 
-    folder = evaluation_folder(checkpoint)
+    path = checkpoint.folder
+    folder = path.parent if path.name == MODEL_FILE else evaluation_folder(checkpoint)
     entries = read_entries(folder / "metrics.json") if folder else []
     of_step = [entry for entry in entries if (entry.get("step"), entry.get("ema")) == (checkpoint.step, decay)]
     return [entry for entry in of_step if not entry.get("sweep")]
 
 
 def picture_of(checkpoint, decay):
-    """The grid that its run drew at this step, of its first EMA; None if there is none."""
+    """The grid that its run drew at this step, of its first EMA, or the model folder's; None if there is none."""
+    from mf_dist.checkpoint.reader import MODEL_FILE
     from mf_dist.checkpoint.runs import evaluation_folder
     from mf_dist.training.resume import first_ema_decay
 
+    if checkpoint.folder.name == MODEL_FILE:
+        path = checkpoint.folder.with_name("samples.png")
+        return path if path.is_file() else None
     folder = evaluation_folder(checkpoint)
     path = folder and folder.with_name("samples") / f"step{checkpoint.step:08d}.png"
     return path if path and path.is_file() and decay == first_ema_decay(checkpoint) else None

@@ -101,11 +101,12 @@ def _data(config: Config, state: Mapping[str, Any]) -> str:
 
 def _recipe(config: Config, state: Mapping[str, Any]) -> str:
     tree = state["config"]
-    section = config.objective_section
+    section, source = config.objective_section, config.train.init_from
+    started = f"It started from the weights `{source}`. " if source else ""
     shown = {"model": tree["model"], section: tree[section], "optim": tree["optim"], "engine": tree["engine"]}
     return (
         f"## Recipe\n\nStep {state['step']:,}, {state['samples_seen']:,} images seen, batches of "
-        f"{config.train.batch_size:,}; the EMA of decay {state['ema']}. Meanings of the fields: "
+        f"{config.train.batch_size:,}; the EMA of decay {state['ema']}. {started}Meanings of the fields: "
         f"`mf_dist/config/schema.py`.\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
     )
 

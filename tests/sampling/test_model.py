@@ -108,4 +108,15 @@ print(json.dumps([before, late, "deepspeed" in sys.modules, torch.distributed.is
 def test_an_export_is_loaded_with_its_own_vae(run, model, tmp_path):
     run_here("tools/checkpoint.py", "export", run, "--out", tmp_path / "model", "--with-vae")
     assert np.array_equal(mf_dist.load(tmp_path / "model").sample(5), model.sample(5))
-    assert np.array_equal(mf_dist.load(tmp_path / "model", vae=str(VAE)).sample(5), model.sample(5))
+    assert np.array_equal(mf_dist.load(tmp_path / "model", vae=VAE).sample(5), model.sample(5))
+
+
+def test_the_export_of_a_model_folder_keeps_its_picture_and_measurements(run, tmp_path):
+    entries = [{"step": 3, "ema": "0.99", "metrics": {"fd_x_5k": 2.0}}, {"step": 2, "ema": "0.99", "metrics": {}}]
+    run_here("tools/checkpoint.py", "export", run, "--out", tmp_path / "model")
+    (tmp_path / "model/metrics.json").write_text(json.dumps(entries))
+    (tmp_path / "model/samples.png").write_bytes(b"picture")
+    run_here("tools/checkpoint.py", "export", tmp_path / "model", "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == entries[:1]
+    assert (tmp_path / "again/samples.png").read_bytes() == b"picture"
+    assert "| fd_x_5k | 2" in (tmp_path / "again/README.md").read_text()
