@@ -157,11 +157,11 @@ def claim(args, trained, classes):
             raise UserError(f"{args.out} holds files of another origin (no {SETTINGS}): choose another --out")
         write_json(path, settings)
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         raise UserError(f"{path} is damaged: choose another --out") from None
     if differing := [key for key in settings if recorded.get(key) != json.loads(json.dumps(settings[key]))]:
-        raise UserError(f"{args.out} holds images of another {differing[0]}: choose another --out")
+        raise UserError(f"{args.out} holds images that differ in {differing[0]}: choose another --out")
 
 
 def write_block(args, generator, classes, number):

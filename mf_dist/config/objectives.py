@@ -367,8 +367,11 @@ class ImfConfig(Objective):
             raise UserError(f"{section}.omega_max {self.omega_max} must be at least 1")
         if self.is_flow:
             raise UserError(f"{section}.share_r_equals_t must be below 1: r < t rows alone teach averages")
-        if self.label_drop == 0:
-            raise UserError(f"{section} needs the null class, which label_drop=0 never trains: set it above 0")
+        if not 0 < self.label_drop <= self.share_r_equals_t:
+            raise UserError(
+                f"{section}.label_drop {self.label_drop} must be above 0, for the null class, and at most "
+                f"share_r_equals_t {self.share_r_equals_t}: labels of r = t rows alone are dropped"
+            )
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -33,7 +33,8 @@ Classes = Sequence[int | str] | int | str | None
 
 class Model:
     """Sample i depends on (seed, i), its class and the settings alone: n samples are the first n of any larger number,
-    with the bits of tools/fid_eval.py and tools/sample.py --count on the same machine."""
+    with the bits of tools/fid_eval.py and tools/sample.py --count on the same machine. For this they are computed 50 at
+    a time: one image takes as long as fifty."""
 
     def __init__(
         self, checkpoint: Checkpoint, ema: str | None, vae: str | None, device: torch.device, precision: Precision
@@ -162,9 +163,16 @@ def load(
     """The model of a run (its newest checkpoint), a checkpoint, a model folder or an exported .safetensors. ema: decay,
     None: the run's first. vae: folder or hub id, None: the recorded one. device: None: a GPU if there is one.
     precision: None: tf32 on a GPU, else fp32. Raises UserError, with one line, for what cannot be loaded."""
-    chosen = choose_device(0) if device is None else torch.device(device)
+    chosen = choose_device(0) if device is None else _device(device)
     if precision not in (None, *get_args(Precision)):
         raise UserError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}")
     default: Precision = "tf32" if chosen.type == "cuda" else "fp32"
     decay, decoder = (None if given is None else str(given) for given in (ema, vae))
     return Model(find_checkpoint(Path(path).expanduser()), decay, decoder, chosen, precision or default)
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise UserError(f"there is no device {str(given)!r}: {str(error).splitlines()[0]}") from None

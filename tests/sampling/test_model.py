@@ -53,7 +53,7 @@ def test_files_have_the_same_images_continue_and_belong_to_one_setting(run, mode
     for i, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(out / f"{(3, 7)[i % 2]:04d}_5_{i:06d}.png")), image)
     assert len(list(out.iterdir())) == 54
-    for change, message in ((("--nfe", 2), "another nfe"), (("--seed", 6), "another seed")):
+    for change, message in ((("--nfe", 2), "differ in nfe"), (("--seed", 6), "differ in seed")):
         assert message in run_here(*command, "--count", 3, *change, expect=2)[1]
     assert "holds files of another origin" in run_here(*command[:-1], tmp_path, "--count", 3, expect=2)[1]
 
@@ -69,6 +69,7 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         (lambda: model.sample(-1), "must be at least 0"),
         (lambda: mf_dist.load(run, precision="fp16"), "there is no precision 'fp16'"),
         (lambda: mf_dist.load(tmp_path), "no checkpoint in"),
+        (lambda: mf_dist.load(tmp_path, device="abacus"), "there is no device 'abacus'"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()
