@@ -38,13 +38,13 @@ def groups_of(count: int, cycle: int) -> Groups:
     leave out of the noise, would enter it again."""
     i = np.arange(count)
     if cycle:
-        return (i // cycle + i % cycle) % GROUPS
+        return (i // cycle + i % cycle * GROUPS // cycle) % GROUPS  # evenly, also where a class has few samples
     return np.random.Generator(np.random.Philox(0)).permutation(count) % GROUPS
 
 
 def has_band(sizes: Groups, dimension: int) -> bool:
     """Whether a band is computed from sums, which needs covariances of full rank. sizes: of the groups."""
-    return bool(sizes.sum() >= MIN_COUNT and sizes.sum() - sizes.max() > dimension)
+    return bool(sizes.sum() >= MIN_COUNT and sizes.min() > 0 and sizes.sum() - sizes.max() > dimension)
 
 
 def sums_of_groups(rows: Rows, groups: Groups, shift: Array) -> Iterator[FeatureSums]:
@@ -63,6 +63,8 @@ def plus_minus(rows: Rows, cycle: int, reference: Gaussian, distance: float) -> 
         return None
     groups = groups_of(count, cycle)
     sizes = np.bincount(groups, minlength=GROUPS)
+    if not sizes.min():
+        return None
     if has_band(sizes, dimension):
         parts = list(sums_of_groups(rows, groups, reference.mean))
         total = sum_of(parts)

@@ -100,7 +100,9 @@ class TrainingEvaluation:
                 group_of_row.append(groups[number * BLOCK : (number + 1) * BLOCK])
                 feature_seconds += time.perf_counter() - features_start
             statistics_start = time.perf_counter()
-        value, band = self._statistics(np.concatenate(rows), np.concatenate(group_of_row), np.bincount(groups))
+        value, band = self._statistics(
+            np.concatenate(rows), np.concatenate(group_of_row), np.bincount(groups, minlength=GROUPS)
+        )
         end = time.perf_counter()
         seconds = {"features": feature_seconds, "statistics": end - statistics_start, "all": end - start}
         return value, band, {**generator.seconds, **seconds}

@@ -126,3 +126,9 @@ def test_balanced_classes_do_not_count_as_noise():
 def test_training_has_a_band_where_it_is_cheap(features, samples, ranks, expected):
     run = SimpleNamespace(network=SimpleNamespace(dimension=features), ranks=SimpleNamespace(world_size=ranks))
     assert TrainingEvaluation._has_band(run, np.bincount(groups_of(samples, 0))) is expected
+
+
+@pytest.mark.parametrize(("count", "cycle"), [(100, 10), (100, 3), (100, 7), (1000, 1000), (5000, 1000), (150, 0)])
+def test_no_group_is_empty(count, cycle):
+    sizes = np.bincount(groups_of(count, cycle), minlength=GROUPS)
+    assert sizes.min() > 0 and sizes.max() <= 2 * sizes.min()
