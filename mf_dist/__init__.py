@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mf_dist.sampling.model import load as load
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

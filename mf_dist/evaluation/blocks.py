@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+import mf_dist
 from mf_dist.data.images import Pixels
 from mf_dist.evaluation.feature_network import FeatureNetwork
 from mf_dist.evaluation.sources import Source
@@ -38,7 +39,7 @@ BLOCK = 50
 """Default number of images in a block. Part of the protocol: the batch size can change the last bits."""
 BLOCKS_PER_CHECK = 20
 """Blocks per rank between two checks whether any rank has failed, for instance on a damaged image."""
-FEATURE_PACKAGES = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow", "mf_dist")
+FEATURE_PACKAGES = ("torch", "torchvision", "torch-fidelity", "diffusers", "pillow")
 """Packages that determine the features' bits; blocks computed with other versions are not reused."""
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -115,7 +116,7 @@ def compute_blocks(
         "features": network.name,
         "features_sha256": network.sha256,
         "device": device_name(ranks.device),
-        "versions": {package: version(package) for package in FEATURE_PACKAGES},
+        "versions": {package: version(package) for package in FEATURE_PACKAGES} | {"mf_dist": mf_dist.__version__},
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{name}-{digest}"

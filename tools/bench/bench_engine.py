@@ -51,19 +51,21 @@ def parse():
 
 def random_batches(config, ranks):
     """A few micro-batches in pinned memory, as the data loader's; in place of moments they hold latents."""
+    import numpy as np
     import torch
     from torch.utils.data._utils.pin_memory import pin_memory
 
     from mf_dist.data.loader import Batch
+    from mf_dist.runtime import rng
 
     model, rows = config.model, config.train.micro_batch
-    shape = (rows, model.latent_channels, model.latent_size, model.latent_size)
-    g = torch.Generator().manual_seed(ranks.rank)
-    for _ in range(BATCHES):
+    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    wanted, g = config.objective.draws(shape), torch.Generator().manual_seed(ranks.rank)
+    for number in range(BATCHES):
+        drawn = [rng.train_draws(ranks.rank, number * rows + i, wanted)[0] for i in range(rows)]
+        draws = {name: torch.from_numpy(np.stack([row[name] for row in drawn])) for name in wanted}
         labels = torch.randint(0, max(1, model.num_classes), (rows,), generator=g)
-        x, e, normals = (torch.randn(size, generator=g) for size in (shape, shape, (rows, 2)))
-        draws = {"e": e, "time_normals": normals, "drop_uniforms": torch.rand(rows, generator=g)}
-        batch = Batch(x, labels, draws)
+        batch = Batch(torch.randn(rows, *shape, generator=g), labels, draws)
         yield pin_memory(batch) if ranks.device.type == "cuda" else batch
 
 

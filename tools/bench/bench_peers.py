@@ -13,6 +13,11 @@ from mf_dist.objectives.meanflow import velocity_in_interval
 from mf_dist.objectives.path import path, per_row
 
 
+def layer_norm(x):
+    """In fp32, as the kernels compute it: of bf16 values torch's forward mode makes fp32 tangents on a GPU."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
+
+
 class PlainBlock(nn.Module):
     """adaLN-zero block of torch's own layers; parameter names as in our Block, so that weights can be copied."""
 
@@ -25,9 +30,9 @@ class PlainBlock(nn.Module):
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+        h = layer_norm(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attend(h)
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+        h = layer_norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](h), approximate="tanh"))
 
     def attend(self, h):
@@ -53,7 +58,7 @@ class PlainDiT(DiT):
         for block in self.blocks:
             x = block(x, c)
         shift, scale = self.last_modulation(c)[0].unsqueeze(1).chunk(2, dim=-1)
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        h = layer_norm(x) * (1 + scale) + shift
         return self._unpatchify(self.patch_out(h)[0]).to(z.dtype)
 
 

@@ -47,11 +47,13 @@ export PYTHONPATH=$root:$OUT/packages${PYTHONPATH:+:$PYTHONPATH}
 export STEPS=100 SMALL=''                                        # of the small model
 export COUNT=2000 SIDE=256 WIDTH=128 SAMPLES=1000 ROWS=32 SHAPE='' # of XL/2, its images and VAE
 SIZE=8192 GIGABYTES=4 WEIGHTS=676440592 STEP='--model XL/2 --depth 4 --batch 32 --dtype bf16 --rounds 5'
+IMF_STEP='--model B/2 --depth 4 --head-depth 2 --batch 32 --dtype bf16 --rounds 5' IMF_SHAPE=''
 if [ -n "$tiny" ]; then
   STEPS=20 SMALL='model.depth=2 model.hidden_size=32'
   COUNT=40 SIDE=64 WIDTH=32 SAMPLES=20 ROWS=16
   SHAPE='model.depth=2 model.hidden_size=32 model.num_heads=2 model.latent_size=8 engine.compile=false'
   SIZE=256 GIGABYTES=0.01 WEIGHTS=100000 STEP='--model B/4 --depth 1 --batch 4 --resolution 64 --rounds 1'
+  IMF_STEP='--model B/2 --depth 2 --head-depth 1 --width 64 --heads 2 --rounds 1' IMF_SHAPE='model.imf_dit.head_depth=1'
 fi
 
 # ---- a line of the list, and what is predicted of it
@@ -289,6 +291,11 @@ check b4-32 120 engine imagenet256_b4 train.batch_size=$ROWS --profile "$OUT/scr
 expect ms 9.0 'about 1,000 launches 7, outside of the graph 2.0'
 check b4-128 120 engine imagenet256_b4 train.batch_size=$((4 * ROWS))
 expect ms 18.0 'four times the 4 ms of work of 32 rows, outside of the graph 2.0'
+check imf-xl-32 300 engine imagenet256_imf_xl2 $IMF_SHAPE train.batch_size=$ROWS \
+  train.micro_batch=$ROWS --profile "$OUT/scratch/imf-xl-32"
+expect ms 169 'P: 66.9 TFLOP'
+check imf-b2-128 200 engine imagenet256_imf_b2 $IMF_SHAPE train.batch_size=$((4 * ROWS))
+expect ms 121 'P: 47.7 TFLOP'
 check xl-deterministic 240 bits_of_two_starts # its price is not predicted
 
 # ---- what decides settings
@@ -298,6 +305,13 @@ check step-ratios 240 $PYTHON tools/bench/bench_step.py $STEP --variants plain,o
   --json "$OUT/results/step-ratios.json"
 expect 'ratios.ours unguided' 1.17 'FLOPs; 1.20 on a CPU'
 expect 'ratios.ours guided' 1.58 'FLOPs; 1.58 on a CPU'
+check target-ratios 240 $PYTHON tools/bench/bench_step.py $STEP --guidance guided \
+  --variants plain,ours,boundary,discrete,trajectory --json "$OUT/results/target-ratios.json"
+expect 'ratios.boundary guided' 1.58 'FLOPs: as MeanFlow'
+expect 'ratios.discrete guided' 1.50 'FLOPs: 4.5 forwards of 3; 1.43 on a CPU'
+expect 'ratios.trajectory guided' 1.42 'FLOPs: 4.25 forwards of 3; 1.39 on a CPU'
+check imf-ratio 240 $PYTHON tools/bench/bench_imf.py $IMF_STEP --json "$OUT/results/imf-ratio.json"
+expect ours.of_authors 0.83 'FLOPs: 7.5 forwards of 9 without a smaller trunk'
 check optimizer 60 $PYTHON tools/bench/bench_optimizer.py --parameters $WEIGHTS --rounds 7 \
   --json "$OUT/results/optimizer.json"
 expect 'ours, compiled' 0.009 'A: 36 bytes for each of 676 million parameters'
