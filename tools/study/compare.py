@@ -4,10 +4,10 @@
     python tools/study/compare.py --methods meanflow,boundary --seeds 1 train.total_images=6400 --out runs/methods-try
 
 Every method has a config in configs/: with its published times, weights and share of r = t rows, and the guidance,
-optimizer and network of MeanFlow's; iMF with its own network of the same width, and a guidance scale at sampling. A
-run's folder is named by a hash of its config, so that finished ones are used again, also by both tables; the same
-command continues where it stopped. Writes OUT/methods.md (mean and standard deviation over the seeds, beside the
-papers' claims), OUT/methods.png (samples of the first seed, the same noise and classes in every row) and
+optimizer and network of MeanFlow's; iMF with its own network of the same width, sampled with the guidance of its
+config. A run's folder is named by a hash of what it is trained with, so that finished ones are used again, also by both
+tables; the same command continues where it stopped. Writes OUT/methods.md (mean and standard deviation over the seeds,
+beside the papers' claims), OUT/methods.png (samples of the first seed, the same noise and classes in every row) and
 OUT/methods.html with both. "class" is the share of 1000 images that the network of eval.features assigns to their
 class, at the fewest steps. Further section.key=value arguments override the config of all runs.
 """
@@ -83,7 +83,7 @@ def main() -> None:
         for title, same_flops in (("At the same images", False), ("At the same FLOPs", True))
     }
     runs = {
-        folder(args.out, given, seed): ([*TRAIN, *given], METHODS[method].steps, seed)
+        folder(args.out, given, seed): ([*TRAIN, *given], METHODS[method].steps, seed, guidance(given))
         for seed in range(args.seeds)
         for table in tables.values()
         for method, given in table.items()
@@ -92,7 +92,11 @@ def main() -> None:
     text = "\n\n".join(f"{title}:\n\n{table(args, methods)}" for title, methods in tables.items())
     (args.out / "methods.md").write_text(text + "\n", encoding="utf-8")
     first = tables["At the same images"]
-    draw({METHODS[m].name: folder(args.out, given, 0) for m, given in first.items()}, args.out / "methods.png")
+    draw(
+        {METHODS[m].name: folder(args.out, given, 0) for m, given in first.items()},
+        args.out / "methods.png",
+        {METHODS[m].name: guidance(given) for m, given in first.items()},
+    )
     write_page(args.out, {title: rows_of(args, methods) for title, methods in tables.items()})
     print(f"{text}\n\n{args.out / 'methods.md'}, {args.out / 'methods.png'}, {args.out / 'methods.html'}")
 
@@ -121,10 +125,15 @@ def flops_per_image(config):
     return forwards_per_image(config) * forward_flops(config.model)
 
 
+def guidance(given):
+    """Scale, start and end of the guidance in samples; None if the network does not take them."""
+    return resolved(given).guidance
+
+
 def folder(out, given, seed):
-    """The folder of a run, named by what its config file says, and the overrides."""
+    """The folder of a run, named by what its config file says, and the overrides, but for how it is measured."""
     tree = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))
-    del tree["run_dir"]
+    del tree["run_dir"], tree["eval"]
     return out / hashlib.sha256(json.dumps([tree, given[1:], seed]).encode()).hexdigest()[:12]
 
 
@@ -143,8 +152,8 @@ def rows_of(args, methods):
     for method, given in methods.items():
         config, runs = resolved(given), [folder(args.out, given, seed) for seed in range(args.seeds)]
         cost = [f"{forwards_per_image(config):.2f}", f"{flops_per_image(config) / 1e9:.3f}"]
-        measured = [cell(runs, steps) for steps in (*STEPS, *MANY_STEPS)]
-        agreement = mean_of([agreement_of(run, METHODS[method].steps[0]) for run in runs], "{:.1%}")
+        measured = [cell(runs, steps, guidance(given)) for steps in (*STEPS, *MANY_STEPS)]
+        agreement = mean_of([agreement_of(run, METHODS[method].steps[0], guidance(given)) for run in runs], "{:.1%}")
         losses = [
             mean_of([last_of(run, f"raw_loss_r_{kind}") for run in runs], "{:.0f}") for kind in ("equals_t", "below_t")
         ]
@@ -166,28 +175,30 @@ def last_of(run, key):
     return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
 
 
-def agreement_of(run, steps):
+def agreement_of(run, steps, guided=None):
     """Share of a run's samples that the feature network assigns to their class; None if it is not measured. Kept in the
     run's folder."""
-    kept = run / f"agreement_nfe{steps}.json"
-    if not kept.is_file() and not distances(run):
+    at = f"_guidance{'_'.join(map(str, guided))}" if guided else ""
+    kept = run / f"agreement_nfe{steps}{at}.json"
+    if not kept.is_file() and not distances(run, guided):
         return None
     if not kept.is_file():
-        write_json(kept, classified(run, steps))
+        write_json(kept, classified(run, steps, guided))
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def classified(run, steps):
+def classified(run, steps, guided):
     import torch
 
     import mf_dist
     from mf_dist.evaluation.features import open_features
 
+    scale, interval = (guided[0], guided[1:]) if guided else (None, None)
     model = mf_dist.load(run, device="cpu")
     network = open_features(model.config.eval.features, None, torch.device("cpu"))
     right = 0
     for number in range(CLASSIFIED // 50):
-        images, labels = model.block(number, range(model.num_classes), steps)
+        images, labels = model.block(number, range(model.num_classes), steps, guidance=scale, interval=interval)
         logits = network(images.transpose(0, 3, 1, 2)).logits
         right += (torch.as_tensor(logits).argmax(dim=1) == torch.tensor(labels)).sum().item()
     return right / CLASSIFIED
