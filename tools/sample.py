@@ -22,6 +22,7 @@ from mf_dist.sampling.options import add_sampling_options
 
 SETTINGS = "samples.json"
 """In the folder of --count: what determines its images."""
+END_OF_PNG = b"IEND\xaeB`\x82"
 
 
 def parse():
@@ -164,6 +165,11 @@ def claim(args, trained, classes):
         raise UserError(f"{args.out} holds images that differ in {differing[0]}: choose another --out")
 
 
+def is_whole(path):
+    """Whether a PNG is there to its last chunk; one that was cut off is written again."""
+    return path.is_file() and path.read_bytes().endswith(END_OF_PNG)
+
+
 def write_block(args, generator, classes, number):
     """Writes the missing files of a block, and returns its number of images."""
     import torch
@@ -178,7 +184,7 @@ def write_block(args, generator, classes, number):
     labels = [classes[i % len(classes)] for i in indices]
     kept = [i for i in indices if i < args.count]
     paths = {i: args.out / f"{label:04d}_{args.seed}_{i:06d}.png" for i, label in zip(indices, labels, strict=True)}
-    if all(paths[i].is_file() for i in kept):
+    if all(is_whole(paths[i]) for i in kept):
         return len(kept)
     noise, _ = generator.draw(indices, "balanced", args.seed, args.nfe)
     with single_cpu_thread(generator.device):
