@@ -114,8 +114,13 @@ def _recipe(config: Config, state: Mapping[str, Any]) -> str:
 def _measurements(entries: Sequence[Mapping[str, Any]]) -> str:
     if not entries:
         return "## Measurements\n\nNone are recorded."
-    rows = ["| metric | value | " + " | ".join(PROTOCOL) + " |", "|---" * (2 + len(PROTOCOL)) + "|"]
+    rows = ["| metric | value, ± at 95 % | " + " | ".join(PROTOCOL) + " |", "|---" * (2 + len(PROTOCOL)) + "|"]
     for entry in entries:
         protocol = " | ".join(str(entry.get(key, "")) for key in PROTOCOL)
-        rows += [f"| {metric} | {three_digits(value)} | {protocol} |" for metric, value in entry["metrics"].items()]
+        rows += [f"| {metric} | {_with_band(entry, metric)} | {protocol} |" for metric in entry["metrics"]]
     return "## Measurements\n\n" + "\n".join(rows) + "\n\nThe whole protocol of each is in `metrics.json`."
+
+
+def _with_band(entry: Mapping[str, Any], metric: str) -> str:
+    band = entry.get("plus_minus_95", {}).get(metric)
+    return three_digits(entry["metrics"][metric]) + ("" if band is None else f" ± {band:.2g}")

@@ -115,11 +115,12 @@ def test_an_export_is_loaded_with_its_own_vae(run, model, tmp_path):
 
 
 def test_the_export_of_a_model_folder_keeps_its_picture_and_measurements(run, tmp_path):
-    entries = [{"step": 3, "ema": "0.99", "metrics": {"fd_x_5k": 2.0}}, {"step": 2, "ema": "0.99", "metrics": {}}]
+    entries = [{"step": 3, "ema": "0.99", "metrics": {"fd_x_5k": 2.0}, "plus_minus_95": {"fd_x_5k": 0.125}}]
+    entries.append({"step": 2, "ema": "0.99", "metrics": {}})
     run_here("tools/checkpoint.py", "export", run, "--out", tmp_path / "model")
     (tmp_path / "model/metrics.json").write_text(json.dumps(entries))
     (tmp_path / "model/samples.png").write_bytes(b"picture")
     run_here("tools/checkpoint.py", "export", tmp_path / "model", "--out", tmp_path / "again")
     assert json.loads((tmp_path / "again/metrics.json").read_text()) == entries[:1]
     assert (tmp_path / "again/samples.png").read_bytes() == b"picture"
-    assert "| fd_x_5k | 2" in (tmp_path / "again/README.md").read_text()
+    assert "| fd_x_5k | 2.00 ± 0.12 |" in (tmp_path / "again/README.md").read_text()
