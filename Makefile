@@ -13,7 +13,7 @@ MIN_SVC ?= 0.95
 TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
 
-.PHONY: install demo test test-dist test-slurm test-slurm-ci test-simcuda test-simcuda-ci test-gpu torture check format clean
+.PHONY: install demo test test-dist test-dist-ci test-slurm test-slurm-ci test-simcuda test-simcuda-ci test-gpu torture check format clean
 install: .venv/installed
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -44,6 +44,10 @@ test: install
 test-dist: install
 	$(TEST) -m "dist and not alone" --durations=10
 	$(PY) -m pytest -m "dist and alone" tests/distributed --durations=10
+
+test-dist-ci: install
+	$(TEST) -m "dist and not alone and not long" --durations=10
+	$(PY) -m pytest -m "dist and alone and not long" tests/distributed --durations=10
 
 test-slurm: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm

@@ -101,7 +101,7 @@ def test_other_world_sizes_and_stages_continue_with_the_same_batches(zygote, who
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_zero3_resumes_where_ranks_do_not_divide_the_weights(zygote, config, tmp_path, precision):
     """3 and 5 ranks, whose last partition is padded, from stages 1 and 2 and to them. A run that only loads and saves
     keeps every bit of the weights' fp32 masters, moments and EMAs."""
@@ -261,7 +261,9 @@ START_UP = 25.0
 """Seconds that launching two processes may take on two cores."""
 
 
-@pytest.mark.parametrize("launcher", [["--shutdown-timeout=2"], []], ids=["short-shutdown", "plain"])
+@pytest.mark.parametrize(
+    "launcher", [["--shutdown-timeout=2"], pytest.param([], marks=pytest.mark.long)], ids=["short-shutdown", "plain"]
+)
 @pytest.mark.parametrize("do", ["freeze", "sleep", "kill", "exit", "raise"])
 def test_a_rank_that_hangs_or_dies_ends_the_job(config, tmp_path, do, launcher):
     if not FULL and (do, bool(launcher)) not in {("freeze", True), ("sleep", True), ("kill", False)}:
@@ -337,7 +339,7 @@ def session(leader):
     return pids
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.long)])
 def test_loaders_that_are_not_forked_end_with_the_trainer_only(config, tmp_path, method):
     """From python 3.14 on a fork server is their parent. SIGTERM to all processes but the trainer, which goes on; then
     kill -9 of the trainer."""

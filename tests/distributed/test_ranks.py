@@ -89,6 +89,7 @@ def test_clipping_shrinks_the_whole_gradient(one_step, reference, stage):
     assert seen["norm"] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_largest_shape_at_small_width(one_step, reference):
     """DiT-G's 32 blocks and 32 heads, 4 numbers a head, at ZeRO-3 with recomputation as it needs."""
     _, config = reference
@@ -127,9 +128,9 @@ def test_the_watchdog_reports_before_any_collective_times_out(zygote, tmp_path, 
     ("ranks", "overrides", "graphs"),
     [
         (1, ["engine.zero_stage=1"], 1),
-        (1, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 1),
+        pytest.param(1, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 1, marks=pytest.mark.long),
         (2, ["engine.zero_stage=1"], 6),  # a block and the head: the null pass, the tangent's, the regression
-        (2, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 6),
+        pytest.param(2, ["engine.zero_stage=2", "engine.checkpoint_activations=true"], 6, marks=pytest.mark.long),
     ],
 )
 def test_compiled_without_breaks_and_with_the_same_gradient(one_step, reference, ranks, overrides, graphs):
@@ -149,7 +150,7 @@ def test_zero3_compiles_block_by_block(one_step, reference):
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, ["engine.compile=true"]),
+        pytest.param(1, ["engine.compile=true"], marks=pytest.mark.long),
         (2, []),
         (2, ["engine.jvp_precision=fp32"]),
         (2, ["engine.zero_stage=2"]),

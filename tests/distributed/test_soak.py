@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.alone]
 STEPS, EVERY = (2000, 100) if FULL else (240, 60)
 
 
+@pytest.mark.long
 def test_soak(zygote, config, tmp_path):
     """A process or I/O fault about every EVERY steps, a save every 8: goodput = steps kept / steps executed."""
     options = [f"train.total_images={16 * STEPS}", "checkpoint.every_images=128"]

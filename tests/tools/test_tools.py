@@ -116,6 +116,7 @@ def test_precision_bench(run):
 
 
 @pytest.mark.dist
+@pytest.mark.long
 def test_step_bench_measures_equal_losses(tmp_path):
     """It refuses to time variants that compute another loss, so a successful exit tests the peers."""
     run_python(

@@ -94,6 +94,7 @@ def test_the_rules_differ_only_in_the_target():
 
 
 @pytest.mark.dist
+@pytest.mark.long
 def test_the_tool_draws_pictures_and_prints_a_table(tmp_path):
     command = ["tools/study/toy_flow.py", "--steps", 400, "--seeds", 1, "--points", 400, "--out", tmp_path]
     cells = [line.split(" | ") for line in run_python(*command).stdout.splitlines() if line.startswith("| ")]
