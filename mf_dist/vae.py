@@ -93,10 +93,11 @@ class Vae:
         latents_mean and latents_std."""
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
-        for key in ("sha256", "scaling_factor", "config_sha256"):
-            if expected is not None and key in expected and self.identity[key] != expected[key]:
+        for key in _compared(expected or {}):
+            own, theirs = (identity.get(key, "none") for identity in (self.identity, expected or {}))
+            if own != theirs:
                 raise UserError(
-                    f"VAE {source!r} has {key} {self.identity[key]}, the latents were made with {expected[key]}; "
+                    f"VAE {source!r} has {key} {own}, the latents were made with {theirs}; "
                     "set that VAE with eval.vae=FOLDER or --vae FOLDER"
                 )
 
@@ -244,6 +245,12 @@ def _check_shift(path: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{str(path)!r} has {' and '.join(given)}; expected shift_factor, or latents_mean and latents_std together"
         )
+
+
+def _compared(expected: Mapping[str, Any]) -> list[str]:
+    """Of the identity of the VAE that latents were made with: what is known of it, its scale as a whole."""
+    known = [key for key in ("sha256", "scaling_factor", "config_sha256") if key in expected]
+    return [*known, *SHIFTS] if "scaling_factor" in expected else known
 
 
 def _scale(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def test_errors_name_what_is_missing_or_wrong(tmp_path, monkeypatch):
     (copy / "config.json").write_text(json.dumps({**config, "scaling_factor": 5.0}))
     with pytest.raises(UserError, match=r"has scaling_factor 5\.0, the latents were made with 0\.9"):
         Vae(str(copy), CPU, identity)
+    (copy / "config.json").write_text(json.dumps({**config, "shift_factor": 0.25}))
+    with pytest.raises(UserError, match=r"has shift_factor 0\.25, the latents were made with none"):
+        Vae(str(copy), CPU, {"scaling_factor": config["scaling_factor"]})  # as an imported model knows of its VAE
     (copy / "config.json").write_text(json.dumps(config))
     tensors = load_file(copy / "diffusion_pytorch_model.safetensors")
     del tensors["encoder.conv_in.weight"]
