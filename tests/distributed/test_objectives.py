@@ -90,7 +90,8 @@ def test_each_phase_begins_once_at_its_step(whole_run):
 def test_kill_9_around_a_switch(zygote, whole_run, tmp_path, latents, images, step):
     config, log = config_of("alpha_flow", tmp_path, latents, images), tmp_path / "log"
     assert zygote.run(log, [config], 1, [{"do": "kill", "step": step}]) == [-9]
-    assert valid_steps(tmp_path / "alpha_flow")[-1] in (5 * ((step - 1) // 5), 5 * ((step - 1) // 5) - 5)
+    last = 5 * ((step - 1) // 5)  # or the one before, if the last save was not complete yet
+    assert max([0, *valid_steps(tmp_path / "alpha_flow")]) in (last, last - 5)
     assert zygote.run(log, [config]) == [0], log.read_text()
     assert_same_end(tmp_path / "alpha_flow", whole_run[0])
 
