@@ -1,5 +1,6 @@
 """From images to an entry of metrics.json, with the digits' network: blocks, sources, metrics, records, pictures."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -73,6 +74,18 @@ def test_blocks_are_reused_or_recomputed(images, network, tmp_path):
     files[0].write_bytes(b"")
     with pytest.raises(UserError, match="block-00000.npz is damaged or missing"):
         read_block(whole.folder, 0)
+
+
+def test_it_measures_from_a_checkout_that_is_not_installed(images, network, tmp_path, monkeypatch):
+    installed = importlib.metadata.version
+
+    def version(package):
+        if package == "mf_dist":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr("mf_dist.evaluation.blocks.version", version)
+    assert compute_blocks(ImageFiles(images, None), network, ALONE, tmp_path, "x", block=150).rows("pooled").any()
 
 
 def test_folder_tar_and_npz_give_the_same_images(images, network, tmp_path, pixels):
