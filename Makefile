@@ -12,6 +12,7 @@ MIN_SVC ?= 0.95
 # instead of returning them to the system at every layer, to be cleared again: up to half of the time of networks' tests
 TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(PY) -m pytest -n 2
 FEATURES := mf_dist/assets/digits-features
+DIST = dist
 
 .PHONY: install demo test test-dist test-dist-ci test-slurm test-slurm-ci test-simcuda test-simcuda-ci test-gpu torture check format clean
 install: .venv/installed
@@ -41,13 +42,10 @@ test: install
 	$(TEST)
 
 # tests that start ranks and end them by time limits run alone
-test-dist: install
-	$(TEST) -m "dist and not alone" --durations=10
-	$(PY) -m pytest -m "dist and alone" tests/distributed --durations=10
-
-test-dist-ci: install
-	$(TEST) -m "dist and not alone and not long" --durations=10
-	$(PY) -m pytest -m "dist and alone and not long" tests/distributed --durations=10
+test-dist-ci: DIST = dist and not long
+test-dist test-dist-ci: install
+	$(TEST) -m "$(DIST) and not alone" --durations=10
+	$(PY) -m pytest -m "$(DIST) and alone" tests/distributed --durations=10
 
 test-slurm: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm -rs --durations=0 tests/slurm

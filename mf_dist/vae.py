@@ -93,8 +93,9 @@ class Vae:
         latents_mean and latents_std."""
         self.reduction = 2 ** (len(self.model.config["block_out_channels"]) - 1)
         """Side of an image / side of its latent."""
-        for key in _compared(expected or {}):
-            own, theirs = (identity.get(key, "none") for identity in (self.identity, expected or {}))
+        expected = expected or {}
+        for key in _compared(expected):
+            own, theirs = self.identity.get(key, "none"), expected.get(key, "none")
             if own != theirs:
                 raise UserError(
                     f"VAE {source!r} has {key} {own}, the latents were made with {theirs}; "

@@ -261,9 +261,7 @@ START_UP = 25.0
 """Seconds that launching two processes may take on two cores."""
 
 
-@pytest.mark.parametrize(
-    "launcher", [["--shutdown-timeout=2"], pytest.param([], marks=pytest.mark.long)], ids=["short-shutdown", "plain"]
-)
+@pytest.mark.parametrize("launcher", [["--shutdown-timeout=2"], []], ids=["short-shutdown", "plain"])
 @pytest.mark.parametrize("do", ["freeze", "sleep", "kill", "exit", "raise"])
 def test_a_rank_that_hangs_or_dies_ends_the_job(config, tmp_path, do, launcher):
     if not FULL and (do, bool(launcher)) not in {("freeze", True), ("sleep", True), ("kill", False)}:

@@ -39,10 +39,10 @@ def parse():
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the layers (default fp32)")
     parser.add_argument("--json", type=expanded_path, help="also write the results to this file")
     args = parser.parse_args()
-    if args.json:
-        args.json.touch()  # fails now if the file cannot be written
     if args.batch < 2 or args.batch % 2 or args.rounds < 1 or args.threads < 1:
         raise UserError("--batch must be even, --rounds and --threads at least 1")
+    if args.json:
+        args.json.touch()  # fails now if the file cannot be written
     return args
 
 

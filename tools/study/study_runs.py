@@ -84,7 +84,7 @@ def draw(runs, path, guidance=None):
     rows = []
     for name, run in runs.items():
         generator = load_trained_model(find_checkpoint(run), None, None, torch.device("cpu")).generator
-        generator.guidance = (guidance or {}).get(name)
+        generator.guidance = (guidance or {}).get(name, generator.guidance)
         noise, labels = generator.draw(range(generator.num_classes), "balanced", 0, 4)
         rows += [generator(noise, labels, uniform_grid(k)) for k in (1, 4)]
     image_grid(np.concatenate(rows), list(runs), ["1 step", "4 steps"]).save(path)
