@@ -1,4 +1,4 @@
-# make demo   the main job on real digits, offline, about 6 minutes on 2 CPU cores
+# make demo   the main job on real digits, offline, 6 to 10 minutes on 2 CPU cores
 # make test   the tests;  make test-dist  those of several processes or many launches;  make check  format, lint, types, tests
 # make test-slurm   jobs on a real SLURM that the tests install (root and apt; else skipped): about 20 minutes
 # make test-simcuda   the programs on simulated GPUs (needs g++), about 5 minutes;  make test-gpu   the same on real ones
