@@ -142,7 +142,7 @@ def test_in_bf16_both_passes_of_the_difference_are_made_in_fp32(kind):
     for p in [*module.net.parameters(), module.net.positions]:
         p.data = p.data.bfloat16().float()
     draws = {name: tensor.float() for name, tensor in draws.items()}
-    inputs = x.float(), y, draws, torch.tensor(0.001)
+    inputs = x.float(), y, draws, torch.tensor(0.003)  # of 0.001 fp32's own rounding makes 1e-4, and more on some CPUs
 
     def loss_and_gradient(dtype, in_bf16):
         module.net.to(dtype)

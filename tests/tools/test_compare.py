@@ -35,16 +35,17 @@ def test_methods_differ_in_objective_alone(overrides):
 
 def test_the_table_shows_mean_and_deviation_of_the_runs_of_that_config(tmp_path, overrides):
     methods = {method: compare.arguments(method, overrides, False) for method in ("meanflow", "boundary")}
+    args = Namespace(out=tmp_path, seeds=3)
     for seed, value in enumerate((2.0, 3.0, 4.0)):
         entry = {"nfe": 1, "metrics": {"fd_x_5k": value}}
-        folder = compare.folder(tmp_path, methods["boundary"], seed) / "eval"
+        folder = compare.folders(args, "boundary", methods["boundary"])[seed] / "eval"
         folder.mkdir(parents=True)
         swept = {"nfe": 1, "metrics": {"fd_x_5k": 99.0}, "sweep": True}  # no result
         (folder / "metrics.json").write_text(json.dumps([entry, swept]))
         (folder.parent / "agreement_nfe1.json").write_text(str(0.5 + seed / 10))
         log = [{"raw_loss_r_equals_t": 9}, {"raw_loss_r_equals_t": 7}, {"step": 3}]
         (folder.parent / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-    lines = compare.table(Namespace(out=tmp_path, seeds=3), methods).splitlines()
+    lines = compare.table(args, methods).splitlines()
     assert [cell.strip() for cell in lines[-1].split("|")][2:7] == ["96,000", "4.75", "0.128", "3.00 ± 1.00", ""]
     assert "| 60.0% | 7 |" in lines[-1] and "±" not in lines[-2]
     (tmp_path / "methods.png").write_bytes(b"picture")

@@ -10,6 +10,10 @@ tables; the same command continues where it stopped. Writes OUT/methods.md (mean
 beside the papers' claims), OUT/methods.png (samples of the first seed, the same noise and classes in every row) and
 OUT/methods.html with both. "class" is the share of 1000 images that the network of eval.features assigns to their
 class, at the fewest steps. Further section.key=value arguments override the config of all runs.
+
+Peers, the MeanFlow loss as others compute it (train_peer.py), are trained with the first seed at the same images:
+`authors`, and `zhuyu` where named in --methods, for which data/zhuyu-cs/loss.py has to be that file of
+https://github.com/zhuyu-cs/MeanFlow.
 """
 
 import argparse
@@ -47,8 +51,11 @@ class Method:
     """FID-50k on ImageNet 256 in one and two steps: XL/2, 240 epochs (iMF: 640), as published."""
     steps: tuple[int, ...] = STEPS
     """Counts of network calls at which it is measured."""
+    peer: str = ""
+    """First argument of train_peer.py, which computes its loss; empty: mf_dist does."""
 
 
+PEER = [str(ROOT / "tools" / "study" / "train_peer.py")]
 FLOW = ["meanflow.share_r_equals_t=1", "meanflow.omega=1", "meanflow.kappa=0"]
 METHODS = {
     "meanflow": Method("MeanFlow (2505.13447)", "fashion_cpu", [], "3.43, 2.93"),
@@ -57,6 +64,8 @@ METHODS = {
     "alpha_flow": Method("alpha-Flow (2510.20771)", "fashion_alpha_flow_cpu", [], "2.95, 2.34"),
     "imf": Method("iMF (2512.02012)", "fashion_imf_cpu", [], "1.72, 1.54"),
     "flow": Method("flow matching, no guidance", "fashion_cpu", FLOW, "", MANY_STEPS),
+    "authors": Method("peer: the authors' form", "fashion_cpu", [], "3.43, 2.93", peer="authors"),
+    "zhuyu": Method("peer: zhuyu-cs/MeanFlow", "fashion_cpu", [], "3.56 (140 epochs)", peer="data/zhuyu-cs/loss.py"),
 }
 BASE = "meanflow"
 """The method whose images and FLOPs the others get."""
@@ -68,7 +77,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=expanded_path, default=Path("runs/methods"), help="folder of the runs")
-    parser.add_argument("--methods", default=",".join(METHODS), help="which (default all: %(default)s)")
+    default = ",".join(m for m in METHODS if m != "zhuyu")
+    parser.add_argument("--methods", default=default, help=f"of {', '.join(METHODS)} (default: all but zhuyu)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each method (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (default 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs, such as optim.lr=1e-3")
@@ -76,24 +86,30 @@ def main() -> None:
     args.methods = args.methods.split(",")
     if unknown := {*args.methods} - METHODS.keys():
         raise UserError(f"--methods: no method {min(unknown)!r}; there are {', '.join(METHODS)}")
+    if "zhuyu" in args.methods and not Path(METHODS["zhuyu"].peer).is_file():
+        raise UserError(f"--methods zhuyu: no {METHODS['zhuyu'].peer}; it is loss.py of github.com/zhuyu-cs/MeanFlow")
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
+    ours = [method for method in args.methods if not METHODS[method].peer]
     tables = {
-        title: {method: arguments(method, args.overrides, same_flops) for method in args.methods}
-        for title, same_flops in (("At the same images", False), ("At the same FLOPs", True))
+        title: {method: arguments(method, args.overrides, same_flops) for method in methods}
+        for title, same_flops, methods in (
+            ("At the same images", False, args.methods),
+            ("At the same FLOPs", True, ours),
+        )
     }
     runs = {
-        folder(args.out, given, seed): ([*TRAIN, *given], METHODS[method].steps, seed, guidance(given))
-        for seed in range(args.seeds)
+        run: ([*program(method), *given], METHODS[method].steps, seed, guidance(given))
         for table in tables.values()
         for method, given in table.items()
+        for seed, run in enumerate(folders(args, method, given))
     }
-    train_and_measure_all(runs, "compare", args.jobs)
+    train_and_measure_all(dict(sorted(runs.items(), key=lambda item: item[1][2])), "compare", args.jobs)
     text = "\n\n".join(f"{title}:\n\n{table(args, methods)}" for title, methods in tables.items())
     (args.out / "methods.md").write_text(text + "\n", encoding="utf-8")
     first = tables["At the same images"]
     draw(
-        {METHODS[m].name: folder(args.out, given, 0) for m, given in first.items()},
+        {METHODS[m].name: folders(args, m, given)[0] for m, given in first.items()},
         args.out / "methods.png",
         {METHODS[m].name: guidance(given) for m, given in first.items()},
     )
@@ -130,11 +146,18 @@ def guidance(given):
     return resolved(given).guidance
 
 
-def folder(out, given, seed):
-    """The folder of a run, named by what its config file says, and the overrides, but for how it is measured."""
-    tree = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))
+def program(method):
+    peer = METHODS[method].peer
+    return [*PEER, peer] if peer else TRAIN
+
+
+def folders(args, method, given):
+    """The folder of every seed's run (a peer has one), named by what its config file says, the overrides and the peer,
+    but not by how it is measured."""
+    tree, peer = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8")), METHODS[method].peer
     del tree["run_dir"], tree["eval"]
-    return out / hashlib.sha256(json.dumps([tree, given[1:], seed]).encode()).hexdigest()[:12]
+    keys = [[tree, given[1:], seed, peer] for seed in range(1 if peer else args.seeds)]
+    return [args.out / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12] for key in keys]
 
 
 RAW_LOSSES = ("raw_loss_r_equals_t", "raw_loss_r_below_t")
@@ -150,8 +173,10 @@ def table(args, methods):
 def rows_of(args, methods):
     rows = []
     for method, given in methods.items():
-        config, runs = resolved(given), [folder(args.out, given, seed) for seed in range(args.seeds)]
+        config, runs = resolved(given), folders(args, method, given)
         cost = [f"{forwards_per_image(config):.2f}", f"{flops_per_image(config) / 1e9:.3f}"]
+        if METHODS[method].peer:  # not what the cost model counts
+            cost = ["", ""]
         measured = [cell(runs, steps, guidance(given)) for steps in (*STEPS, *MANY_STEPS)]
         agreement = mean_of([agreement_of(run, METHODS[method].steps[0], guidance(given)) for run in runs], "{:.1%}")
         losses = [
