@@ -82,7 +82,7 @@ def parse():
     add("--sweep-samples", type=int, help=f"images to generate for each point of a sweep (default {SWEEP_SAMPLES})")
     add("--num-samples", type=int, help="images to generate (default: the run's, 50000)")
     add("--labels", choices=("random", "balanced"), help="default: the run's, random")
-    add("--seed", type=int, help="of noise and labels (default: the run's eval.seed, 0; in a sweep training_seed, 1)")
+    add("--seed", type=int, help="of noise and labels (default: the run's eval.seed, 0; in a sweep training_seed)")
     add("--repeats", type=int, metavar="N", help="measure N seeds, from --seed on, and record their mean (default 1)")
     add(
         "--protocol",
@@ -199,6 +199,7 @@ def settings_of(args):
         *(args.metrics, args.statistics == "exact", args.block, args.resume or requeued),
         with_band=not args.sweep,
         protocol=PROTOCOLS[args.protocol] if args.protocol else ADM,
+        is_named=args.protocol is not None,
     )
 
 
@@ -208,6 +209,8 @@ def measure_images(args, ranks):
     from mf_dist.runtime.distributed import raise_on_all_ranks
 
     settings, work = settings_of(args), args.out / "work"
+    if args.protocol:
+        announce(settings.protocol, ranks)
     with raise_on_all_ranks(ranks):
         network = open_features(args.features, args.inception_weights, ranks.device)
         images = images_for(network, args.images, args.resolution, ranks, [work])
@@ -259,7 +262,7 @@ def measure_seeds(args, trained, times, entry, network, reference, settings, ran
     """Measures the other seeds of --repeats, unless metrics.json has them, and returns the summary of all. entry: that
     of the first."""
     from mf_dist.evaluation.comparison import summary
-    from mf_dist.evaluation.measure import protocol_of
+    from mf_dist.evaluation.measure import computed_by, protocol_of
     from mf_dist.evaluation.report import recorded
     from mf_dist.runtime.distributed import broadcast_int, raise_on_all_ranks
 
@@ -268,7 +271,8 @@ def measure_seeds(args, trained, times, entry, network, reference, settings, ran
         source, found = samples_of(args, trained, times, seed), None
         with raise_on_all_ranks(ranks):
             if ranks.is_rank_zero and settings.resume:
-                found = recorded(protocol_of(*source, network, reference, settings), args.out)
+                protocol = protocol_of(*source, network, reference, settings)
+                found = recorded(protocol, computed_by(ranks), args.out)
                 if found and any(not entry[key].keys() <= found.get(key, {}).keys() for key in MEASURED):
                     found = None  # measured with fewer metrics, or without bands
         if not broadcast_int(int(found is not None), ranks.device):
@@ -306,7 +310,7 @@ def compare(entry, other):
 
 def measure_sweep(args, ranks):
     """Measures every point of a sweep that metrics.json does not have, and prints them all, and the best."""
-    from mf_dist.evaluation.measure import open_reference, protocol_of
+    from mf_dist.evaluation.measure import computed_by, open_reference, protocol_of
     from mf_dist.evaluation.metrics import metric_name
     from mf_dist.evaluation.report import recorded
     from mf_dist.evaluation.sweep import HEADS, points_of
@@ -322,7 +326,7 @@ def measure_sweep(args, ranks):
     with raise_on_all_ranks(ranks):
         for point in points if ranks.is_rank_zero and settings.resume else []:
             protocol = protocol_of(*point_source(args, trained, point), network, reference, settings)
-            if entry := recorded(protocol, args.out):
+            if entry := recorded(protocol, computed_by(ranks), args.out):
                 entries[point] = entry
     missing = [point for point in points if not broadcast_int(int(point in entries), ranks.device)]
     metric = metric_name("fid", network, args.num_samples)
@@ -423,10 +427,12 @@ def apply_protocol(args, generator, ranks):
     generator.truncates = protocol.truncates
     args.num_samples, args.labels = args.num_samples or COUNT, args.labels or protocol.labels
     args.repeats = args.repeats or (1 if args.sweep else protocol.seeds)
+    announce(protocol, ranks)
+
+
+def announce(protocol, ranks):
     if ranks.is_rank_zero:
         print(f"protocol {protocol}", flush=True)
-        if args.repeats < protocol.seeds and not args.sweep:
-            print(f"warning: protocol {protocol.name} publishes the lowest of {protocol.seeds} seeds", file=sys.stderr)
 
 
 def names_of(args, times):

@@ -222,8 +222,9 @@ class EvalConfig:
     """Images per measurement during training; the metric's name contains it: fid10k."""
     training_emas: Decays | None = None
     """Which of optim.ema_decay are measured during training; None: the first. The first one listed selects the best."""
-    training_seed: Seed = 1
-    """Differs from `seed` so that the best checkpoint is not selected on the noise it is evaluated with."""
+    training_seed: Seed = 1000
+    """Differs from `seed`, and from those that follow it in repeats, so that the best checkpoint is not selected on the
+    noise it is evaluated with."""
 
 
 @dataclass(frozen=True)

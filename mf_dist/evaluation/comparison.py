@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mf_dist.evaluation.confidence import MIN_COUNT
+from mf_dist.evaluation.protocols import ADM, PROTOCOLS
 from mf_dist.evaluation.report import MACHINE, METRIC_SETTINGS, OF_METRICS, read_entries
 from mf_dist.runtime.errors import UserError
 
 SAME = (
     *("protocol", "num_samples", "labels", "resolution", "features_sha256", "resize"),
-    *("reference_sha256", "reference_images", "statistics"),
+    *("reference_sha256", "reference_images"),
 )
-"""What two results must share to be compared."""
+"""What two results must share to be compared; labels only if both know them, unlike those of images from files."""
+SAID = ("images", "nfe", "step", "ema", "guidance", "interval", "seed", "seeds")
+"""What is said of the result that another is compared with."""
 Entry = dict[str, Any]
 
 
@@ -25,7 +28,10 @@ def summary(entries: Sequence[Entry]) -> Entry:
     own = {"seed", "pixels_sha256", *MACHINE, *METRIC_SETTINGS, *OF_METRICS}
     shared = {key: value for key, value in first.items() if key not in own}
     values = {name: [entry["metrics"][name] for entry in entries] for name in first["metrics"]}
-    widths = {name: [entry["plus_minus_95"].get(name) for entry in entries] for name in values}
+    widths = {name: [entry.get("plus_minus_95", {}).get(name) for entry in entries] for name in values}
+    protocol = PROTOCOLS[first.get("protocol", ADM.name)]
+    warnings = [warning for entry in entries for warning in entry["warnings"]]
+    of_one_seed = protocol.overridden_seeds(1)
     return {
         "metrics": {name: statistics.fmean(of_name) for name, of_name in values.items()},
         "plus_minus_95": {name: math.hypot(*of_name) / n for name, of_name in widths.items() if None not in of_name},
@@ -35,13 +41,14 @@ def summary(entries: Sequence[Entry]) -> Entry:
         **shared,
         **{key: first[key] for key in MACHINE if key != "seconds"},
         "seconds": {"features": sum(entry["seconds"].get("features", 0.0) for entry in entries)},
-        "warnings": list(dict.fromkeys(warning for entry in entries for warning in entry["warnings"])),
+        "warnings": [*(w for w in dict.fromkeys(warnings) if w not in of_one_seed), *protocol.overridden_seeds(n)],
     }
 
 
 def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
-    """The newest entry of a run's folder or a metrics.json that can be compared with a result of the protocol `wanted`.
-    Raises UserError if it has none, or only of other protocols."""
+    """The entry of a run's folder or a metrics.json that is compared with a result of the protocol `wanted`: of those
+    that can be, of its last step, with the fewest network calls (which only images from files leave open), of the most
+    seeds, the newest. Raises UserError if it has none, or only of other protocols."""
     if wanted["num_samples"] < MIN_COUNT:
         raise UserError(f"--against needs the band of {metric}, and fewer than {MIN_COUNT} images have none")
     file = path / "eval/metrics.json" if (path / "eval").is_dir() else path / "metrics.json" if path.is_dir() else path
@@ -50,7 +57,7 @@ def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
     found = [
         entry
         for entry in read_entries(file)
-        if entry.get("nfe") == wanted.get("nfe") and not entry.get("sweep") and not entry.get("in_training")
+        if not entry.get("sweep") and not entry.get("in_training") and _same_or_unknown("nfe", entry, wanted)
     ]
     named = [entry for entry in found if metric in entry["metrics"]]
     if not named:
@@ -60,7 +67,8 @@ def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
     differences = [_differences(entry, wanted) for entry in named]
     if all(differences):
         raise UserError(f"--against {str(file)!r}: another protocol; {differences[-1]}")
-    entry = next(e for e, difference in zip(reversed(named), reversed(differences), strict=True) if not difference)
+    comparable = [entry for entry, difference in zip(named, differences, strict=True) if not difference]
+    entry = sorted(comparable, key=lambda e: (e.get("step", 0), -e.get("nfe", 0), len(e.get("seeds", "1"))))[-1]
     if metric not in entry.get("plus_minus_95", {}):
         raise UserError(f"--against {str(file)!r}: its {metric} has no band at 95 %; measure it again")
     return entry
@@ -68,11 +76,17 @@ def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
 
 def _differences(entry: Entry, wanted: Entry) -> str:
     """The fields that forbid a comparison; empty without any."""
-    both = [{"protocol": "adm", **one} for one in (entry, wanted)]
+    both = [{"protocol": ADM.name, **one} for one in (entry, wanted)]
     pairs = {key: [one.get(key) for one in both] for key in SAME}
+    if _same_or_unknown("labels", *both):
+        del pairs["labels"]
     return ", ".join(
         f"its {key} is {theirs}, this one's {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours
     )
+
+
+def _same_or_unknown(key: str, entry: Entry, wanted: Entry) -> bool:
+    return None in (entry.get(key), wanted.get(key)) or entry[key] == wanted[key]
 
 
 def verdict(entry: Entry, other: Entry, metric: str) -> str:
@@ -81,7 +95,8 @@ def verdict(entry: Entry, other: Entry, metric: str) -> str:
     value, theirs = entry["metrics"][metric], other["metrics"][metric]
     width, their_width = entry["plus_minus_95"][metric], other["plus_minus_95"][metric]
     difference, noise = value - theirs, math.hypot(width, their_width)
-    text = f"{metric} {value:.6g} +- {width:.2g} against {theirs:.6g} +- {their_width:.2g}"
+    said = ", ".join(f"{key} {other[key]}" for key in SAID if other.get(key) is not None)
+    text = f"{metric} {value:.6g} +- {width:.2g} against {theirs:.6g} +- {their_width:.2g} ({said})"
     change = f"a difference of {difference:+.3g} +- {noise:.2g} at 95 %"
     if abs(difference) <= noise:
         return f"{text}: {change}, no more than noise"

@@ -17,7 +17,7 @@ from mf_dist.config.schema import Config
 from mf_dist.evaluation.blocks import BLOCK, device_name, number_of_blocks
 from mf_dist.evaluation.confidence import ACCURACY, GROUPS, Groups, groups_of, has_band, jackknife, sums_of_groups
 from mf_dist.evaluation.features import open_features
-from mf_dist.evaluation.measure import warnings_of
+from mf_dist.evaluation.measure import Settings, warnings_of
 from mf_dist.evaluation.metrics import metric_name, reduce_sums
 from mf_dist.evaluation.protocols import ADM
 from mf_dist.evaluation.reference import read_reference
@@ -167,5 +167,5 @@ class TrainingEvaluation:
             "device": device_name(self.ranks.device),
             "ranks": self.ranks.world_size,
             "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
-            "warnings": warnings_of(count, self.resolution, self.network, self.reference, settings.labels),
+            "warnings": warnings_of(count, self.resolution, self.network, self.reference, settings.labels, Settings()),
         }

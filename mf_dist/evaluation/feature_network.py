@@ -1,7 +1,5 @@
 """Base class of the feature networks, and safe loading of weights from files."""
 
-import pickle
-import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from mf_dist.data.images import Pixels
 from mf_dist.runtime.errors import UserError
 from mf_dist.runtime.precision import compute_precision
 from mf_dist.runtime.tensor_file import load_tensors
+from mf_dist.runtime.torch_file import load_torch_file
 
 Floats = npt.NDArray[np.float32]
 
@@ -70,22 +69,9 @@ class FeatureNetwork(ABC):
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from torch's zip format under weights_only. Raises UserError for pickled
-    objects and TorchScript; none of their code runs."""
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below covers them in one line
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read weights {str(path)!r}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(
-            f"weights {str(path)!r} are not a plain state dict ({reason}); pickled objects and TorchScript are "
-            "refused, nothing in the file was run"
-        ) from None
+    """A state dict from .safetensors, or from torch's format. Raises UserError for damaged files, pickled objects and
+    TorchScript; none of their code runs."""
+    state = load_tensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {str(path)!r} hold {type(state).__name__}, expected tensors by name")
     return state

@@ -37,6 +37,8 @@ class Settings:
     with_band: bool = True
     """Whether the Frechet distance gets its 95 % band, which takes 20 more distances."""
     protocol: EvaluationProtocol = ADM
+    is_named: bool = False
+    """Whether the protocol was asked for, so that numbers of any features are warned of."""
 
 
 @dataclass(frozen=True)
@@ -194,14 +196,21 @@ def _entry(
         **protocol_of(source, protocol, network, reference, settings),
         **values.settings,
         "pixels_sha256": blocks.pixels_sha256,
-        "versions": {**environment(ranks.world_size), **{package: version(package) for package in PACKAGES}},
-        "device": device_name(ranks.device),
-        "ranks": ranks.world_size,
+        **computed_by(ranks),
         "seconds": {stage: round(seconds, 3) for stage, seconds in values.seconds.items()},
         "warnings": warnings_of(
-            *(blocks.count, source.identity["resolution"], network, reference, protocol.get("labels")),
-            settings.protocol,
+            *(blocks.count, source.identity["resolution"], network, reference, protocol.get("labels")), settings
         ),
+    }
+
+
+def computed_by(ranks: Ranks) -> dict[str, Any]:
+    """The part of an entry that says what computed it."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {
+        "versions": {**environment(ranks.world_size), **packages},
+        "device": device_name(ranks.device),
+        "ranks": ranks.world_size,
     }
 
 
@@ -211,10 +220,10 @@ def warnings_of(
     network: FeatureNetwork,
     reference: Reference,
     labels: str | None,
-    protocol: EvaluationProtocol = ADM,
+    settings: Settings,
 ) -> list[str]:
     """Reasons why metrics of `count` images of side `side` are not those of the protocol, or not comparable with the
-    reference. labels: how the labels of a model's samples were drawn."""
+    reference. labels: how the labels of a model's samples were drawn; None for images from files."""
     warnings = [*reference.warnings]
     real = reference.provenance.get("reference_images", network.dimension + 1)
     for images, owner in ((count, ""), (real, "the reference's ")):
@@ -222,8 +231,13 @@ def warnings_of(
             warnings.append(
                 f"{owner}{images} images are too few for {network.dimension} features: the distance is biased upwards"
             )
-    if network.is_published:
-        warnings += protocol.overridden(count, labels, reference.provenance)
+    protocol = settings.protocol
+    if settings.is_named or network.is_published:
+        warnings += [*protocol.overridden(count, labels), *protocol.overridden_seeds(1)]
+    if settings.is_named and labels is None:
+        warnings.append(protocol.unknown_of_files)
+    if network.is_inception or (network.is_published and protocol.has_dinov2):
+        warnings += protocol.overridden_reference(reference.provenance)
     reference_made = reference.provenance.get("reference_made", {})
     reference_side = reference.provenance.get("reference_resolution", reference_made.get("resolution", side))
     if reference_side != side:

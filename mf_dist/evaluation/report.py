@@ -74,15 +74,22 @@ def record(entry: dict[str, Any], out: Path) -> Path:
     return path
 
 
-def recorded(protocol: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """The newest entry of out/metrics.json with a protocol of measure.protocol_of; None without one."""
+def recorded(protocol: dict[str, Any], computed_by: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The newest entry of out/metrics.json with a protocol of measure.protocol_of, measured by the same packages on the
+    same kind of device as measure.computed_by has them; None without one."""
     wanted = _protocol(json.loads(json.dumps(protocol)))
     for entry in reversed(read_entries(out / "metrics.json")):
         found = _protocol(entry)
         found.pop("pixels_sha256", None)  # known afterwards only
-        if found == wanted:
+        if found == wanted and _software(entry) == _software(computed_by):
             return entry
     return None
+
+
+def _software(entry: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """What may change the last bits: as for blocks, not the number of processes, nor the commit of the code."""
+    versions = entry.get("versions", {})
+    return entry.get("device", ""), {name: versions[name] for name in versions.keys() - {"code", "ranks"}}
 
 
 def _protocol(entry: dict[str, Any]) -> dict[str, Any]:

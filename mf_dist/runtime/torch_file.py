@@ -3,6 +3,7 @@ argparse.Namespace that training scripts save beside the weights, and names no o
 
 import argparse
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def load_torch_file(path: Path) -> Any:
     """The object in the file, its tensors on the CPU. Raises UserError if the file cannot be read, is damaged, or names
     code, which is not run."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the errors below are one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError:  # whose text advises to run the code
         raise UserError(f"cannot read {path}: it is damaged, or its pickle names code, which is not run") from None

@@ -80,13 +80,12 @@ def test_no_weights_file_runs_code(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "short.safetensors").write_bytes(b"\x08")
     (tmp_path / "empty.pth").touch()
-    for name in ("pickle.pth", "object.pth", "script.pt", "list.pth", "short.safetensors", "empty.pth"):
-        with pytest.raises(
-            UserError, match=r"not a plain state dict|hold list, expected tensors|as safetensors"
-        ) as caught:
+    (tmp_path / "text.pth").write_text("root:x:0:0:root:/root:/bin/bash\n" * 20)
+    for name in ("pickle.pth", "object.pth", "script.pt", "list.pth", "short.safetensors", "empty.pth", "text.pth"):
+        with pytest.raises(UserError, match=r"it is damaged, or|hold list, expected tensors|as safetensors") as caught:
             read_state_dict(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot read weights"):
+    with pytest.raises(UserError, match="cannot read .*nowhere.pth: No such file"):
         read_state_dict(tmp_path / "nowhere.pth")
     torch.save({"x": torch.ones(2)}, tmp_path / "good.pth")
     assert read_state_dict(tmp_path / "good.pth")["x"].tolist() == [1, 1]
@@ -99,7 +98,7 @@ def test_published_inception_is_identified_by_hash_before_it_is_read(tmp_path):
     for weights in (None, str(tmp_path / "nowhere")):
         with pytest.raises(UserError, match=r"curl -L -o FILE https://.*6726825d0af5f729"):
             open_features("inception", weights, CPU)
-    with pytest.raises(UserError, match="not a plain state dict"):
+    with pytest.raises(UserError, match="it is damaged, or"):
         open_features("inception-other", str(tmp_path / "weights.pth"), CPU)
     with pytest.raises(UserError, match="unknown features 'inception-v3'"):
         open_features("inception-v3", None, CPU)

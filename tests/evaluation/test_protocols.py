@@ -104,14 +104,18 @@ def test_all_evaluators_agree_on_one_npz(protocol, images, network, tmp_path, pi
 )
 def test_what_is_overridden_is_warned_of(name, labels, file):
     protocol = PROTOCOLS[name]
-    reference = {"reference": f"refs/{file}"}
-    assert protocol.overridden(50_000, labels, reference) == []
-    assert protocol.overridden(50_000, None, reference) == []  # images whose labels are not known
+    assert protocol.overridden(50_000, labels) == protocol.overridden(50_000, None) == []
+    assert protocol.overridden_reference({"reference": f"refs/{file}"}) == []
     other = {"random": "balanced", "balanced": "random"}[labels]
-    warnings = protocol.overridden(10_000, other, {"reference": "own.npz"})
+    warnings = protocol.overridden(10_000, other) + protocol.overridden_reference({"reference": "own.npz"})
     assert len(warnings) == 3 and all(f"protocol {name}" in warning for warning in warnings)
-    by_hash = {"reference": "x.npz", "reference_known_as": "ADM VIRTUAL_imagenet256_labeled.npz"}
-    assert len(protocol.overridden(50_000, labels, by_hash)) == (name != "adm")
+    adms = {"reference_known_as": "ADM VIRTUAL_imagenet256_labeled.npz"}  # whatever its name
+    for reference in ({"reference": "x.npz", **adms}, {"reference": file, **adms}):
+        assert len(protocol.overridden_reference(reference)) == (name != "adm")
+    others = {"reference": file, "reference_known_as": "nanogen-evals imagenet_256_fid_stats.npz"}
+    (warning,) = protocol.overridden_reference(others)
+    assert f"{file} (nanogen-evals's imagenet_256_fid_stats.npz)" in warning
+    assert [len(protocol.overridden_seeds(n)) for n in (1, 3, 4)] == ([1, 0, 1] if name == "edm2" else [0, 0, 0])
     assert str(protocol).startswith(f"{name}: 50,000 images, {labels} labels, ")
 
 
@@ -119,10 +123,21 @@ def test_entries_from_before_there_were_protocols_are_adms(tmp_path):
     old = {"metrics": {"fd": 1.0}, "nfe": 1, "seed": 0, "pixels_sha256": "a"}
     record(old, tmp_path)
     record({**old, "metrics": {"fd": 2.0}, "protocol": "imf-jax"}, tmp_path)
-    assert recorded({"nfe": 1, "seed": 0, "protocol": "adm"}, tmp_path)["metrics"] == {"fd": 1.0}
+    assert recorded({"nfe": 1, "seed": 0, "protocol": "adm"}, {}, tmp_path)["metrics"] == {"fd": 1.0}
     record({**old, "metrics": {"fd": 3.0}, "protocol": "adm"}, tmp_path)
     assert [entry["metrics"]["fd"] for entry in read_entries(tmp_path / "metrics.json")] == [2.0, 3.0]
     assert ADM.name == "adm"
+
+
+def test_only_what_the_same_packages_measured_is_taken_for_measured(tmp_path):
+    """On the same kind of device; by any number of ranks and commit, as blocks are."""
+    by = {"versions": {"torch": "2", "scipy": "1", "code": "a", "ranks": "1"}, "device": "CPU"}
+    made = {"nfe": 1, "seed": 0, "protocol": "adm"}
+    record({"metrics": {"fd": 1.0}, **made, "pixels_sha256": "a", **by, "ranks": 1}, tmp_path)
+    same = {**by, "versions": {**by["versions"], "code": "b", "ranks": "8"}, "ranks": 8}
+    assert recorded(made, by, tmp_path) == recorded(made, same, tmp_path) != None  # noqa: E711
+    for other in ({"device": "GPU"}, {"versions": {**by["versions"], "torch": "3"}}):
+        assert recorded(made, {**by, **other}, tmp_path) is None
 
 
 def entry(value, width=0.3, **more):
@@ -150,14 +165,21 @@ def test_summary_of_three_seeds(tmp_path):
     assert total["plus_minus_95"]["fd_x_1k"] == pytest.approx(0.3 / np.sqrt(3)) and total["seeds"] == [0, 1, 2]
     assert total["warnings"] == ["few"] and "seed" not in total and "pixels_sha256" not in total
     assert "4 +- 0.17 at 95 %, std 1 over 3 seeds, lowest 3" in table(total)
+    of_edm2 = [{**one, "protocol": "edm2"} for one in entries]
+    (warning,) = PROTOCOLS["edm2"].overridden_seeds(1)
+    of_edm2[0] = {**of_edm2[0], "warnings": ["few", warning]}
+    del of_edm2[0]["plus_minus_95"]  # as of older versions
+    assert summary(of_edm2)["warnings"] == ["few"] and summary(of_edm2)["plus_minus_95"] == {}
+    assert summary(of_edm2[:2])["warnings"] == ["few", *PROTOCOLS["edm2"].overridden_seeds(2)]
     for one in (*entries, total, total):
         record(one, tmp_path)
     assert len(read_entries(tmp_path / "metrics.json")) == 4
 
 
 def test_two_results_differ_only_beyond_both_bands():
-    """At 95 %, for independent samples: 0.5 = (0.3^2 + 0.4^2)^(1/2)."""
-    other = entry(10.0, 0.4)
+    """At 95 %, for independent samples: 0.5 = (0.3^2 + 0.4^2)^(1/2). The other is named."""
+    other = entry(10.0, 0.4, step=1500, ema="0.999")
+    assert "against 10 +- 0.4 (nfe 1, step 1500, ema 0.999, seed 0): a" in verdict(entry(9.0), other, "fd_x_1k")
     for value, text in {
         10.49: "+0.49 +- 0.5 at 95 %, no more than noise",
         9.51: "no more than noise",
@@ -188,6 +210,7 @@ def test_only_results_of_one_protocol_are_compared(tmp_path):
     for refused, text in (
         ({"protocol": "imf-jax"}, "another protocol; its protocol is adm, this one's imf-jax, its labels"),
         ({"features_sha256": "b"}, "its features_sha256 is None, this one's b"),
+        ({"labels": "other"}, "its labels is balanced, this one's other"),
         ({"metric": "fid50k"}, "no fid50k in it; it has fd_x_1k"),
         ({"num_samples": 99}, "fewer than 100 images have none"),
         ({"nfe": 4}, "it has no results of nfe 4"),
@@ -196,6 +219,10 @@ def test_only_results_of_one_protocol_are_compared(tmp_path):
         with pytest.raises(UserError, match=text) as caught:
             found(**refused)
         assert "\n" not in str(caught.value)
+    assert found(labels=None, nfe=None) == 3  # images from files: the newest, with the fewest network calls
+    last = [entry(7.0, step=9, seeds=[0, 1]), entry(8.0, step=9), entry(9.0, step=5), entry(10.0, step=9, nfe=2)]
+    (out / "metrics.json").write_text(json.dumps([*entries, *last]))
+    assert found() == found(nfe=None, statistics="streaming") == 7  # of the last step, of the most seeds
     (out / "metrics.json").write_text(json.dumps([{**entry(1.0), "plus_minus_95": {}}]))
     with pytest.raises(UserError, match="has no band at 95 %; measure it again"):
         found()

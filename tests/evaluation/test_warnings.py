@@ -9,7 +9,8 @@ from conftest import FEATURES
 from test_measure import ALONE, as_npz, measured
 
 from mf_dist.evaluation.features import FolderNetwork, open_features
-from mf_dist.evaluation.measure import images_for, warnings_of
+from mf_dist.evaluation.measure import Settings, images_for, warnings_of
+from mf_dist.evaluation.protocols import ADM, PROTOCOLS
 from mf_dist.evaluation.reference import read_reference
 from mf_dist.evaluation.sources import ImageFiles
 from mf_dist.runtime.errors import UserError
@@ -30,14 +31,30 @@ def test_warnings_about_differing_protocols(images, network, tmp_path, pixels):
     result, reference, _ = measured(small, images, network, tmp_path)
     (warning,) = result.entry["warnings"]
     assert warning == "40 images are too few for 64 features: the distance is biased upwards"
-    inception = SimpleNamespace(dimension=10, is_published=True, resize="TF1")
+    inception = SimpleNamespace(dimension=10, is_published=True, is_inception=True, resize="TF1")
     made = {"reference_made": {"resolution": 64, "resize": "bicubic"}}
     other = SimpleNamespace(provenance=made, warnings=[])
-    warnings = warnings_of(40, 32, inception, other, "balanced")
+    warnings = warnings_of(40, 32, inception, other, "balanced", Settings())
     assert len(warnings) == 5 and "takes 50,000 images, this number 40" in warnings[0]
     assert "labels are balanced; protocol adm has them random" in warnings[1]
     assert "against ADM's VIRTUAL_*.npz, this number against None" in warnings[2]
     assert "side 64, these have 32" in warnings[3] and "resized by bicubic" in warnings[4] and reference is not None
+
+
+def test_a_protocol_that_is_asked_for_is_warned_of_with_any_features(images, network, tmp_path, pixels):
+    """Of files also what is not known; DINOv2's reference is one of EDM2's alone."""
+    file, edm2 = as_npz(tmp_path / "all.npz", pixels), PROTOCOLS["edm2"]
+    assert measured(file, images, network, tmp_path, protocol=edm2)[0].entry["warnings"] == []
+    result, _, _ = measured(file, images, network, tmp_path, protocol=edm2, is_named=True)
+    fewer, seeds, unknown = result.entry["warnings"]
+    assert "takes 50,000 images, this number 150" in fewer
+    assert seeds == "protocol edm2 publishes the lowest of 3 seeds, this number is of 1"
+    assert unknown.startswith("protocol edm2 has random labels, truncated pixels; how images from files were made")
+    dinov2 = SimpleNamespace(dimension=10, is_published=True, is_inception=False, resize="bicubic")
+    reference = SimpleNamespace(provenance={"reference": "own.npz", "reference_images": 50_000}, warnings=[])
+    assert warnings_of(50_000, 32, dinov2, reference, "random", Settings(protocol=ADM)) == []
+    (warning,) = warnings_of(50_000, 32, dinov2, reference, "random", Settings(protocol=PROTOCOLS["edm2"]))[1:]
+    assert "against EDM2's img*.npz, this number against own.npz" in warning
 
 
 def test_warning_about_a_reference_of_too_few_images(images, network, tmp_path, pixels):

@@ -1,10 +1,7 @@
-"""The ablation: its wrong tangent leaves out time, its table is correct; and Fashion-MNIST as class folders."""
+"""The ablation: its wrong tangent leaves out time; and Fashion-MNIST as class folders."""
 
 import gzip
-import json
-from argparse import Namespace
 
-import ablation
 import numpy as np
 import pytest
 import torch
@@ -26,16 +23,6 @@ def test_the_wrong_tangent_leaves_out_time():
     torch.testing.assert_close(du, expected)
     assert (net(z, r, t, y, direction)[1] - du).abs().max() > 0.1 * du.abs().max()
     torch.testing.assert_close(without_time(net, z, r, t, y), value)
-
-
-def test_a_row_is_mean_and_deviation_over_the_seeds(tmp_path):
-    for seed, values in enumerate(((9.0, 4.0), (11.0, 5.0), (13.0, 6.0))):
-        run = tmp_path / f"recipe-{seed}"
-        (run / "eval").mkdir(parents=True)
-        measured = [{"nfe": k, "metrics": {"kid_x": 7.0, "fd_x_5": v}} for k, v in zip((1, 4), values, strict=True)]
-        (run / "eval" / "metrics.json").write_text(json.dumps(measured))
-    row = ablation.row(Namespace(out=tmp_path, seeds=3), "recipe")
-    assert row[1:] == ["11.00 ± 2.00", "", "5.00 ± 1.00", ""]
 
 
 def write_idx(folder, count):

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import compare
 import pytest
+from conftest import FEATURES, run_here
 
 
 @pytest.fixture
@@ -33,22 +34,41 @@ def test_methods_differ_in_objective_alone(overrides):
         assert (config.objective.omega, config.objective.kappa) == (base.objective.omega, base.objective.kappa)
 
 
-def test_the_table_shows_mean_and_deviation_of_the_runs_of_that_config(tmp_path, overrides):
-    methods = {method: compare.arguments(method, overrides, False) for method in ("meanflow", "boundary")}
-    args = Namespace(out=tmp_path, seeds=3)
+def test_a_run_is_named_by_its_training_alone(tmp_path, overrides, images):
+    """Not by how it is measured; a peer has one seed."""
+    args = Namespace(out=tmp_path, seeds=3, overrides=overrides)
+    folders = {run.folder for run in compare.runs_of(args, "meanflow", False)}
+    peers = {run.folder for run in compare.runs_of(args, "authors", False)}
+    assert len(folders) == 3 and len(peers) == 1 and not peers & folders
+    args.overrides = [*overrides, "eval.num_samples=100", f"eval.reference={images}"]
+    assert {run.folder for run in compare.runs_of(args, "meanflow", False)} == folders
+    args.overrides = [*overrides, "optim.lr=1e-3"]
+    assert not {run.folder for run in compare.runs_of(args, "meanflow", False)} & folders
+
+
+def test_the_table_shows_mean_and_deviation_of_the_runs_of_that_config(tmp_path, overrides, images):
+    overrides += [f"eval.features={FEATURES}", f"eval.reference={images}"]
+    args = Namespace(out=tmp_path, seeds=3, overrides=overrides)
+    table = {method: compare.runs_of(args, method, False) for method in ("meanflow", "boundary")}
     for seed, value in enumerate((2.0, 3.0, 4.0)):
-        entry = {"nfe": 1, "metrics": {"fd_x_5k": value}}
-        folder = compare.folders(args, "boundary", methods["boundary"])[seed] / "eval"
-        folder.mkdir(parents=True)
-        swept = {"nfe": 1, "metrics": {"fd_x_5k": 99.0}, "sweep": True}  # no result
-        (folder / "metrics.json").write_text(json.dumps([entry, swept]))
-        (folder.parent / "agreement_nfe1.json").write_text(str(0.5 + seed / 10))
-        log = [{"raw_loss_r_equals_t": 9}, {"raw_loss_r_equals_t": 7}, {"step": 3}]
-        (folder.parent / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-    lines = compare.table(args, methods).splitlines()
-    assert [cell.strip() for cell in lines[-1].split("|")][2:7] == ["96,000", "4.75", "0.128", "3.00 ± 1.00", ""]
-    assert "| 60.0% | 7 |" in lines[-1] and "±" not in lines[-2]
+        run = table["boundary"][seed]
+        (run.folder / "eval").mkdir(parents=True)
+        entry = {**run.measurement, "nfe": 1, "metrics": {"fd_digits_5k": value}}
+        (run.folder / "eval/metrics.json").write_text(json.dumps([entry]))
+        made = {**run.measurement, "nfe": 1, "num_samples": 1000}
+        (run.folder / "agreement.json").write_text(json.dumps({"made": made, "share": 0.5 + seed / 10}))
+        log = [{"raw_loss_r_equals_t": 9, "step": 1}, {"raw_loss_r_equals_t": 7, "step": 1500}, {"step": 1500}]
+        beyond = {"raw_loss_r_equals_t": 1, "step": 1600}  # continued later
+        (run.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*log, beyond])))
+    of_meanflow, of_boundary = compare.rows_of(table)
+    assert of_boundary[1:6] == ["96,000", "4.75", "0.128", "3.00 ± 1.00", ""]
+    assert of_boundary[8:10] == ["60.0%", "7"] and of_meanflow[4:8] == ["", "", "", ""]
     (tmp_path / "methods.png").write_bytes(b"picture")
-    compare.write_page(tmp_path, {"<T>": [["<b>", *lines]]})
+    compare.write_page(tmp_path, {"<T>": [["<b>", *of_boundary]]})
     page = (tmp_path / "methods.html").read_text()
     assert "<td>&lt;b&gt;</td>" in page and "&lt;T&gt;" in page and "data:image/png;base64,cGljdHVyZQ==" in page
+
+
+def test_zhuyus_loss_is_asked_for_in_one_line(tmp_path):
+    _, error = run_here("tools/study/compare.py", "--methods", "zhuyu", "--out", tmp_path, expect=2)
+    assert error.count("\n") == 1 and "it is loss.py of github.com/zhuyu-cs/MeanFlow" in error

@@ -13,12 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from study_runs import ROOT, TRAIN, cell, draw, markdown_table, train_and_measure_all
+from study_runs import ROOT, TRAIN, Run, cell, draw, markdown_table, train_and_measure_all
 
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
 
-WRONG_TANGENT = [str(ROOT / "tools/study/wrong_tangent.py")]
+WRONG_TANGENT = (str(ROOT / "tools/study/wrong_tangent.py"),)
 FLOW = "meanflow.share_r_equals_t=1"
 NO_GUIDANCE = ["meanflow.omega=1", "meanflow.kappa=0"]
 CONFIGURATIONS = {
@@ -46,23 +46,22 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
-    runs = {
-        args.out / f"{folder}-{seed}": ([*program, args.config, *overrides, *args.overrides], steps, seed)
-        for seed in range(args.seeds)
-        for folder, (_, program, overrides, steps) in CONFIGURATIONS.items()
-    }
-    train_and_measure_all(runs, "ablation", args.jobs)
+    runs = {folder: runs_of(args, folder) for folder in CONFIGURATIONS}
+    in_order = sorted((run for of_seeds in runs.values() for run in of_seeds), key=lambda run: run.seed)
+    train_and_measure_all(in_order, "ablation", args.jobs)
     heads = ["configuration", *(f"{k} step{'s' * (k > 1)}" for k in STEPS)]
-    text = markdown_table(heads, [row(args, folder) for folder in CONFIGURATIONS])
+    names = {folder: name for folder, (name, *_) in CONFIGURATIONS.items()}
+    text = markdown_table(heads, [[names[folder], *(cell(runs[folder], k) for k in STEPS)] for folder in runs])
     (args.out / "ablation.md").write_text(text + "\n", encoding="utf-8")
-    draw({name: args.out / f"{folder}-0" for folder, (name, *_) in CONFIGURATIONS.items()}, args.out / "ablation.png")
+    draw({names[folder]: of_seeds[0] for folder, of_seeds in runs.items()}, args.out / "ablation.png")
     print(f"{text}\n\n{args.out / 'ablation.md'}, {args.out / 'ablation.png'}")
 
 
-def row(args, folder):
-    """Cells of a configuration's line of the table."""
-    runs = [args.out / f"{folder}-{seed}" for seed in range(args.seeds)]
-    return [CONFIGURATIONS[folder][0], *(cell(runs, k) for k in STEPS)]
+def runs_of(args, folder):
+    """Those of a configuration, one for each seed."""
+    _, program, overrides, steps = CONFIGURATIONS[folder]
+    given = (args.config, *overrides, *args.overrides)
+    return [Run(args.out / f"{folder}-{seed}", program, given, seed, steps) for seed in range(args.seeds)]
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ from pathlib import Path
 from statistics import mean
 
 import yaml
-from study_runs import ROOT, TRAIN, cell, distances, draw, markdown_table, train_and_measure_all
+from study_runs import ROOT, TRAIN, Run, cell, draw, markdown_table, network_of, resolved, train_and_measure_all
 
 from mf_dist.config.cost import forward_flops, forwards_per_image
-from mf_dist.config.schema import load_config, resolve
-from mf_dist.data.shards import read_manifest
 from mf_dist.runtime.atomic_files import write_atomic, write_json
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded_path
@@ -55,7 +53,7 @@ class Method:
     """First argument of train_peer.py, which computes its loss; empty: mf_dist does."""
 
 
-PEER = [str(ROOT / "tools" / "study" / "train_peer.py")]
+PEER = str(ROOT / "tools/study/train_peer.py")
 FLOW = ["meanflow.share_r_equals_t=1", "meanflow.omega=1", "meanflow.kappa=0"]
 METHODS = {
     "meanflow": Method("MeanFlow (2505.13447)", "fashion_cpu", [], "3.43, 2.93"),
@@ -90,74 +88,51 @@ def main() -> None:
         raise UserError(f"--methods zhuyu: no {METHODS['zhuyu'].peer}; it is loss.py of github.com/zhuyu-cs/MeanFlow")
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
-    ours = [method for method in args.methods if not METHODS[method].peer]
-    tables = {
-        title: {method: arguments(method, args.overrides, same_flops) for method in methods}
-        for title, same_flops, methods in (
-            ("At the same images", False, args.methods),
-            ("At the same FLOPs", True, ours),
-        )
-    }
-    runs = {
-        run: ([*program(method), *given], METHODS[method].steps, seed, guidance(given))
-        for table in tables.values()
-        for method, given in table.items()
-        for seed, run in enumerate(folders(args, method, given))
-    }
-    train_and_measure_all(dict(sorted(runs.items(), key=lambda item: item[1][2])), "compare", args.jobs)
-    text = "\n\n".join(f"{title}:\n\n{table(args, methods)}" for title, methods in tables.items())
+    same_images = {method: runs_of(args, method, same_flops=False) for method in args.methods}
+    same_flops = {m: runs_of(args, m, same_flops=True) for m in args.methods if not METHODS[m].peer}
+    runs = {run.folder: run for table in (same_images, same_flops) for of_seeds in table.values() for run in of_seeds}
+    train_and_measure_all(sorted(runs.values(), key=lambda run: run.seed), "compare", args.jobs)
+    tables = {"At the same images": rows_of(same_images), "At the same FLOPs": rows_of(same_flops)}
+    text = "\n\n".join(f"{title}:\n\n{markdown_table(HEADS, rows)}" for title, rows in tables.items())
     (args.out / "methods.md").write_text(text + "\n", encoding="utf-8")
-    first = tables["At the same images"]
-    draw(
-        {METHODS[m].name: folders(args, m, given)[0] for m, given in first.items()},
-        args.out / "methods.png",
-        {METHODS[m].name: guidance(given) for m, given in first.items()},
-    )
-    write_page(args.out, {title: rows_of(args, methods) for title, methods in tables.items()})
+    draw({METHODS[m].name: of_seeds[0] for m, of_seeds in same_images.items()}, args.out / "methods.png")
+    write_page(args.out, tables)
     print(f"{text}\n\n{args.out / 'methods.md'}, {args.out / 'methods.png'}, {args.out / 'methods.html'}")
 
 
+def runs_of(args, method, same_flops):
+    """Those of a method, one for each seed; of a peer one. same_flops: of as many images as cost what BASE's cost."""
+    known, given = METHODS[method], arguments(method, args.overrides, same_flops)
+    program = (PEER, known.peer) if known.peer else TRAIN
+    seeds = range(1 if known.peer else args.seeds)
+    return [Run(folder(args.out, given, seed, known.peer), program, given, seed, known.steps) for seed in seeds]
+
+
 def arguments(method, overrides, same_flops):
-    """Of the training command, without folder and seed; same_flops: as many images as cost what BASE's run costs."""
-    given = [config_file(method), *METHODS[method].overrides, *overrides]
+    """Config file and overrides."""
+    given = (config_file(method), *METHODS[method].overrides, *overrides)
     if not same_flops:
         return given
-    base, config = resolved([config_file(BASE), *overrides]), resolved(given)
+    base, config = resolved((config_file(BASE), *overrides)), resolved(given)
     batch, ratio = config.train.batch_size, flops_per_image(base) / flops_per_image(config)
     images = round(base.train.total_images * ratio / batch) * batch
-    return given if images == config.train.total_images else [*given, f"train.total_images={images}"]
+    return given if images == config.train.total_images else (*given, f"train.total_images={images}")
 
 
 def config_file(method):
     return str(ROOT / "configs" / f"{METHODS[method].config}.yaml")
 
 
-def resolved(given):
-    config = load_config(given[0], given[1:])
-    return resolve(config, read_manifest(config.data.path), 1)
-
-
 def flops_per_image(config):
     return forwards_per_image(config) * forward_flops(config.model)
 
 
-def guidance(given):
-    """Scale, start and end of the guidance in samples; None if the network does not take them."""
-    return resolved(given).guidance
-
-
-def program(method):
-    peer = METHODS[method].peer
-    return [*PEER, peer] if peer else TRAIN
-
-
-def folders(args, method, given):
-    """The folder of every seed's run (a peer has one), named by what its config file says, the overrides and the peer,
-    but not by how it is measured."""
-    tree, peer = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8")), METHODS[method].peer
+def folder(out, given, seed, peer):
+    """Of a run: named by what its config file and the overrides say, but for how it is measured, and by the peer."""
+    tree = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))
     del tree["run_dir"], tree["eval"]
-    keys = [[tree, given[1:], seed, peer] for seed in range(1 if peer else args.seeds)]
-    return [args.out / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12] for key in keys]
+    key = [tree, [text for text in given[1:] if not text.startswith("eval.")], seed, peer]
+    return out / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
 RAW_LOSSES = ("raw_loss_r_equals_t", "raw_loss_r_below_t")
@@ -165,23 +140,17 @@ HEADS = ["method", "images", "F", "GFLOP", *(f"{k} step{'s' * (k > 1)}" for k in
 HEADS += ["class", "raw loss r = t", "r < t", "claim: FID at 1, 2 steps"]
 
 
-def table(args, methods):
-    """A line per method; `methods`: name -> arguments of its runs."""
-    return markdown_table(HEADS, rows_of(args, methods))
-
-
-def rows_of(args, methods):
+def rows_of(table):
+    """The cells of a line per method; table: the runs of each."""
     rows = []
-    for method, given in methods.items():
-        config, runs = resolved(given), folders(args, method, given)
+    for method, runs in table.items():
+        config = runs[0].config
         cost = [f"{forwards_per_image(config):.2f}", f"{flops_per_image(config) / 1e9:.3f}"]
         if METHODS[method].peer:  # not what the cost model counts
             cost = ["", ""]
-        measured = [cell(runs, steps, guidance(given)) for steps in (*STEPS, *MANY_STEPS)]
-        agreement = mean_of([agreement_of(run, METHODS[method].steps[0], guidance(given)) for run in runs], "{:.1%}")
-        losses = [
-            mean_of([last_of(run, f"raw_loss_r_{kind}") for run in runs], "{:.0f}") for kind in ("equals_t", "below_t")
-        ]
+        measured = [cell(runs, steps) for steps in (*STEPS, *MANY_STEPS)]
+        agreement = mean_of(map(agreement_of, runs), "{:.1%}")
+        losses = [mean_of([last_of(run, name) for run in runs], "{:.0f}") for name in RAW_LOSSES]
         images = f"{config.train.total_images:,}"
         rows.append([METHODS[method].name, images, *cost, *measured, agreement, *losses, METHODS[method].claim])
     return rows
@@ -194,36 +163,38 @@ def mean_of(values, form):
 
 
 def last_of(run, key):
-    """The last logged value of a run; None if there is none."""
-    path = run / "metrics.jsonl"
+    """The last logged value of a run, up to its last step; None if there is none."""
+    path = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
+    values = [line[key] for line in lines if line.get(key) is not None and line["step"] <= run.last_step]
+    return values[-1] if values else None
 
 
-def agreement_of(run, steps, guided=None):
+def agreement_of(run):
     """Share of a run's samples that the feature network assigns to their class; None if it is not measured. Kept in the
-    run's folder."""
-    at = f"_guidance{'_'.join(map(str, guided))}" if guided else ""
-    kept = run / f"agreement_nfe{steps}{at}.json"
-    if not kept.is_file() and not distances(run, guided):
-        return None
-    if not kept.is_file():
-        write_json(kept, classified(run, steps, guided))
-    return json.loads(kept.read_text(encoding="utf-8"))
+    run's folder, with what it was measured with."""
+    path = run.folder / "agreement.json"
+    made = {**run.measurement, "nfe": run.steps[0], "num_samples": CLASSIFIED}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("made") != made:
+        if not run.is_measured:
+            return None
+        kept = {"made": made, "share": classified(run)}
+        write_json(path, kept)
+    return kept["share"]
 
 
-def classified(run, steps, guided):
+def classified(run):
     import torch
 
     import mf_dist
-    from mf_dist.evaluation.features import open_features
 
-    scale, interval = (guided[0], guided[1:]) if guided else (None, None)
-    model = mf_dist.load(run, device="cpu")
-    network = open_features(model.config.eval.features, None, torch.device("cpu"))
+    scale, *interval = run.config.guidance or (None,)
+    model, network = mf_dist.load(run.checkpoint, device="cpu"), network_of(run.config.eval)
     right = 0
     for number in range(CLASSIFIED // 50):
-        images, labels = model.block(number, range(model.num_classes), steps, guidance=scale, interval=interval)
+        at = {"guidance": scale, "interval": tuple(interval) or None}
+        images, labels = model.block(number, range(model.num_classes), run.steps[0], **at)
         logits = network(images.transpose(0, 3, 1, 2)).logits
         right += (torch.as_tensor(logits).argmax(dim=1) == torch.tensor(labels)).sum().item()
     return right / CLASSIFIED
