@@ -40,6 +40,7 @@ def test_only_the_measurement_of_that_run_counts(run, images):
     assert run.is_measured and cell([run], 2) == "5.00" and cell([run], 4) == ""
 
 
+@pytest.mark.dist
 def test_a_run_is_trained_and_measured_once(run):
     train_and_measure_all([run], "test", 1)
     first = distances(run)
@@ -61,6 +62,7 @@ def test_what_could_not_be_measured_is_not_trained(run):
     assert not run.folder.exists()
 
 
+@pytest.mark.dist
 def test_a_stopped_study_leaves_no_run_behind(run):
     """By SIGTERM, of the study alone: its training ends too, and the run can be continued."""
     given = (*run.given, "train.total_images=9600000")

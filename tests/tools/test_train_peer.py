@@ -66,6 +66,7 @@ def test_a_foreign_loss_gets_the_network_and_draws_that_follow_the_step(tmp_path
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) > 10
 
 
+@pytest.mark.dist
 def test_a_run_with_the_authors_form_ends_with_the_weights_of_ours(tiny_config, tmp_path):
     weights = {}
     for name, program in (("ours", ["-m", "mf_dist.train"]), ("peer", ["tools/study/train_peer.py", "authors"])):
