@@ -178,7 +178,7 @@ def test_reference_statistics_file_equals_the_images(images, runs, evaluated, tm
     assert by_file["reference_made"]["images_sha256"] == by_images["reference_sha256"]
 
 
-def test_repeats_protocol_and_comparison(runs, tmp_path):
+def test_repeats_protocol_and_comparison(images, runs, tmp_path):
     """EDM2's protocol is three seeds with truncated pixels; the same command again measures only what is missing."""
     root, _ = runs
     few = ("--checkpoint", root / "whole", "--nfe", 1, "--metrics", "fid", "--num-samples", 100)
@@ -205,8 +205,15 @@ def test_repeats_protocol_and_comparison(runs, tmp_path):
     _, refusal = run_here("tools/fid_eval.py", *few, *out, tmp_path / "edm2", expect=2)
     assert "another protocol; its protocol is edm2, this one's adm" in refusal.splitlines()[-1]
     assert not (tmp_path / "again/metrics.json").exists()
-    text, _ = run_here("tools/fid_eval.py", *few, "--seed", 5, *out, tmp_path / "adm")
-    assert "at 95 %, no more than noise" in text
+    _, refusal = run_here("tools/fid_eval.py", *few, "--num-samples", 99, *out, tmp_path / "adm", expect=2)
+    assert "--against needs the band of fd_digits_99: fewer than 100 images" in refusal.splitlines()[-1]
+    text, warning = run_here("tools/fid_eval.py", *few, "--seed", 1000, *out, tmp_path / "adm")
+    assert "at 95 %, no more than noise" in text and "seed 1000 is eval.training_seed" in warning
+    files = ("--images", tmp_path / "adm/samples_nfe1.npz", "--features", FEATURES, "--reference", images)
+    files += ("--protocol", "adm", "--out", tmp_path / "files", "--against", tmp_path / "adm")
+    text, _ = run_here("tools/fid_eval.py", *files)
+    assert "protocol adm: 50,000 images, random labels, rounded pixels" in text and "(nfe 1, step " in text
+    assert "+- 0 at" not in text and "how images from files were made is not known" in text
 
 
 def test_measuring_a_folder(images, tmp_path):

@@ -289,6 +289,7 @@ def measure_seeds(args, trained, times, entry, network, reference, settings, ran
 def find_other(args, samples, made, network, reference, settings, ranks):
     """The entry that --against names, on rank 0, before anything is measured; None without --against."""
     from mf_dist.evaluation.comparison import entry_against
+    from mf_dist.evaluation.confidence import MIN_COUNT, allows_band
     from mf_dist.evaluation.measure import protocol_of
     from mf_dist.evaluation.metrics import metric_name
     from mf_dist.runtime.distributed import raise_on_all_ranks
@@ -298,6 +299,9 @@ def find_other(args, samples, made, network, reference, settings, ranks):
             return None
         wanted = protocol_of(samples, made, network, reference, settings)
         metric = metric_name("fid", network, samples.count)
+        if not allows_band(samples.count, samples.cycle):
+            few = f"fewer than {MIN_COUNT} images, or fewer than the classes of balanced ones, have none"
+            raise UserError(f"--against needs the band of {metric}: {few}")
         return entry_against(args.against, wanted, metric), metric
 
 
@@ -416,6 +420,10 @@ def load(args, ranks):
     for name in defaults:
         if getattr(args, name) is None:
             setattr(args, name, getattr(trained.config.eval, name))
+    chosen = trained.config.eval.training_seed
+    if ranks.is_rank_zero and not args.sweep and args.seed <= chosen < args.seed + args.repeats:
+        text = "checkpoints or guidance may have been chosen by its noise; take others by --seed"
+        print(f"warning: seed {chosen} is eval.training_seed: {text}", file=sys.stderr, flush=True)
     if args.reference is None:
         raise UserError("the run's config has no eval.reference; give --reference")
     return trained, open_features(args.features, args.inception_weights, ranks.device)

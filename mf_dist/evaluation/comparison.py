@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mf_dist.evaluation.confidence import MIN_COUNT
 from mf_dist.evaluation.protocols import ADM, PROTOCOLS
 from mf_dist.evaluation.report import MACHINE, METRIC_SETTINGS, OF_METRICS, read_entries
 from mf_dist.runtime.errors import UserError
@@ -16,8 +15,8 @@ SAME = (
     *("reference_sha256", "reference_images"),
 )
 """What two results must share to be compared; labels only if both know them, unlike those of images from files."""
-SAID = ("images", "nfe", "step", "ema", "guidance", "interval", "seed", "seeds")
-"""What is said of the result that another is compared with."""
+MADE = ("sampler", "times", "ema", "guidance", "interval")
+"""What two results need not share."""
 Entry = dict[str, Any]
 
 
@@ -47,10 +46,8 @@ def summary(entries: Sequence[Entry]) -> Entry:
 
 def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
     """The entry of a run's folder or a metrics.json that is compared with a result of the protocol `wanted`: of those
-    that can be, of its last step, with the fewest network calls (which only images from files leave open), of the most
-    seeds, the newest. Raises UserError if it has none, or only of other protocols."""
-    if wanted["num_samples"] < MIN_COUNT:
-        raise UserError(f"--against needs the band of {metric}, and fewer than {MIN_COUNT} images have none")
+    that can be, of its last step, with the fewest network calls (which only images from files leave open), made most
+    like them, of the most seeds, the newest. Raises UserError if it has none, or only of other protocols."""
     file = path / "eval/metrics.json" if (path / "eval").is_dir() else path / "metrics.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--against {str(path)!r}: no results in {str(file)!r}")
@@ -68,7 +65,12 @@ def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
     if all(differences):
         raise UserError(f"--against {str(file)!r}: another protocol; {differences[-1]}")
     comparable = [entry for entry, difference in zip(named, differences, strict=True) if not difference]
-    entry = sorted(comparable, key=lambda e: (e.get("step", 0), -e.get("nfe", 0), len(e.get("seeds", "1"))))[-1]
+
+    def rank(entry: Entry) -> tuple[int, ...]:
+        alike = sum(entry.get(key) == wanted.get(key) for key in MADE)
+        return entry.get("step", 0), -entry.get("nfe", 0), alike, len(entry.get("seeds", "1"))
+
+    entry = sorted(comparable, key=rank)[-1]
     if metric not in entry.get("plus_minus_95", {}):
         raise UserError(f"--against {str(file)!r}: its {metric} has no band at 95 %; measure it again")
     return entry
@@ -95,7 +97,8 @@ def verdict(entry: Entry, other: Entry, metric: str) -> str:
     value, theirs = entry["metrics"][metric], other["metrics"][metric]
     width, their_width = entry["plus_minus_95"][metric], other["plus_minus_95"][metric]
     difference, noise = value - theirs, math.hypot(width, their_width)
-    said = ", ".join(f"{key} {other[key]}" for key in SAID if other.get(key) is not None)
+    keys = ("images", "nfe", "step", *MADE, "seed", "seeds")
+    said = ", ".join(f"{key} {other[key]}" for key in keys if other.get(key) is not None)
     text = f"{metric} {value:.6g} +- {width:.2g} against {theirs:.6g} +- {their_width:.2g} ({said})"
     change = f"a difference of {difference:+.3g} +- {noise:.2g} at 95 %"
     if abs(difference) <= noise:

@@ -24,7 +24,7 @@ from mf_dist.evaluation.statistics import Array, FeatureSums, Gaussian, Rows, ex
 
 GROUPS = 20
 MIN_COUNT = 5 * GROUPS
-"""Fewer samples have no band."""
+"""Fewer samples have no band; nor have those of classes that take turns, if they leave a group without any."""
 ACCURACY = 1e-6
 """Of the distances D_(j): far below their differences, which are about w / GROUPS."""
 Groups = npt.NDArray[np.int64]
@@ -42,6 +42,11 @@ def groups_of(count: int, cycle: int) -> Groups:
     return np.random.Generator(np.random.Philox(0)).permutation(count) % GROUPS
 
 
+def allows_band(count: int, cycle: int) -> bool:
+    """Whether samples have a band: enough of them, and every group has some."""
+    return count >= MIN_COUNT and bool(np.bincount(groups_of(count, cycle), minlength=GROUPS).min())
+
+
 def has_band(sizes: Groups, dimension: int) -> bool:
     """Whether a band is computed from sums, which needs covariances of full rank. sizes: of the groups."""
     return bool(sizes.sum() >= MIN_COUNT and sizes.min() > 0 and sizes.sum() - sizes.max() > dimension)
@@ -56,15 +61,13 @@ def sums_of_groups(rows: Rows, groups: Groups, shift: Array) -> Iterator[Feature
 
 
 def plus_minus(rows: Rows, cycle: int, reference: Gaussian, distance: float) -> float | None:
-    """Half the width of the 95 % band of the expected distance at this count; None for fewer than MIN_COUNT samples.
-    rows: the samples' features (n, D); cycle: see groups_of; distance: D."""
+    """Half the width of the 95 % band of the expected distance at this count; None unless allows_band. rows: the
+    samples' features (n, D); cycle: see groups_of; distance: D."""
     count, dimension = rows.shape
-    if count < MIN_COUNT:
+    if not allows_band(count, cycle):
         return None
     groups = groups_of(count, cycle)
     sizes = np.bincount(groups, minlength=GROUPS)
-    if not sizes.min():
-        return None
     if has_band(sizes, dimension):
         parts = list(sums_of_groups(rows, groups, reference.mean))
         total = sum_of(parts)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mf_dist.evaluation.confidence import GROUPS, groups_of, jackknife, plus_minus, sum_of, sums_of_groups
+from mf_dist.evaluation.confidence import GROUPS, allows_band, groups_of, jackknife, plus_minus, sum_of, sums_of_groups
 from mf_dist.evaluation.during import TrainingEvaluation
 from mf_dist.evaluation.statistics import Gaussian, exact_gaussian, frechet_distance
 
@@ -111,6 +111,12 @@ def test_balanced_classes_do_not_count_as_noise():
     rows = draw()
     turns, random = (plus_minus(rows, cycle, reference, distance(rows)) for cycle in (10, 0))
     assert turns == pytest.approx(2.09 * spread, rel=0.5) and random > 1.5 * turns
+
+
+def test_fewer_images_than_classes_have_no_band():
+    """Where classes take turns, some groups would have none."""
+    assert [allows_band(*case) for case in ((99, 0), (100, 0), (900, 1000), (1000, 1000))] == [False, True, False, True]
+    assert plus_minus(np.zeros((900, 4)), 1000, Gaussian(np.zeros(4), np.eye(4)), 4.0) is None
 
 
 @pytest.mark.parametrize(

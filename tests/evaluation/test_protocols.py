@@ -212,7 +212,6 @@ def test_only_results_of_one_protocol_are_compared(tmp_path):
         ({"features_sha256": "b"}, "its features_sha256 is None, this one's b"),
         ({"labels": "other"}, "its labels is balanced, this one's other"),
         ({"metric": "fid50k"}, "no fid50k in it; it has fd_x_1k"),
-        ({"num_samples": 99}, "fewer than 100 images have none"),
         ({"nfe": 4}, "it has no results of nfe 4"),
         ({"path": tmp_path / "nowhere"}, "no results in"),
     ):
@@ -221,8 +220,10 @@ def test_only_results_of_one_protocol_are_compared(tmp_path):
         assert "\n" not in str(caught.value)
     assert found(labels=None, nfe=None) == 3  # images from files: the newest, with the fewest network calls
     last = [entry(7.0, step=9, seeds=[0, 1]), entry(8.0, step=9), entry(9.0, step=5), entry(10.0, step=9, nfe=2)]
-    (out / "metrics.json").write_text(json.dumps([*entries, *last]))
+    (out / "metrics.json").write_text(json.dumps([*entries, *last, entry(11.0, step=9, sampler="restart")]))
     assert found() == found(nfe=None, statistics="streaming") == 7  # of the last step, of the most seeds
+    other = entry_against(out, entry(0.0, sampler="restart"), "fd_x_1k")  # made alike
+    assert other["metrics"]["fd_x_1k"] == 11 and "sampler restart" in verdict(entry(9.0), other, "fd_x_1k")
     (out / "metrics.json").write_text(json.dumps([{**entry(1.0), "plus_minus_95": {}}]))
     with pytest.raises(UserError, match="has no band at 95 %; measure it again"):
         found()

@@ -53,8 +53,9 @@ def test_the_table_shows_mean_and_deviation_of_the_runs_of_that_config(tmp_path,
     for seed, value in enumerate((2.0, 3.0, 4.0)):
         run = table["boundary"][seed]
         (run.folder / "eval").mkdir(parents=True)
-        entry = {**run.measurement, "nfe": 1, "metrics": {"fd_digits_5k": value}}
+        entry = {**run.measurement, "nfe": 1, "times": [1.0, 0.0], "metrics": {"fd_digits_5k": value}}
         (run.folder / "eval/metrics.json").write_text(json.dumps([entry]))
+        run.checkpoint.mkdir(parents=True)
         made = {**run.measurement, "nfe": 1, "num_samples": 1000}
         (run.folder / "agreement.json").write_text(json.dumps({"made": made, "share": 0.5 + seed / 10}))
         log = [{"raw_loss_r_equals_t": 9, "step": 1}, {"raw_loss_r_equals_t": 7, "step": 1500}, {"step": 1500}]

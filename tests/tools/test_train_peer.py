@@ -4,12 +4,13 @@ as its project calls it."""
 import pytest
 import torch
 import train_peer
-from conftest import run_python
+from conftest import run_here, run_python
 from oracles import random_batch, small_dit
 
 from mf_dist.checkpoint.reader import find_checkpoint
-from mf_dist.config.objectives import MeanFlowConfig
+from mf_dist.config.objectives import ImfConfig, MeanFlowConfig
 from mf_dist.objectives.meanflow import MeanFlowLoss
+from mf_dist.runtime.errors import UserError
 from mf_dist.sampling.generator import load_trained_model
 
 NULL = 3
@@ -31,7 +32,7 @@ class SILoss:
 """
 
 
-def step(forward, net, seed=1):
+def step(loss_class, net, seed=1):
     """Loss and gradients of a batch of 16 with the draws of `seed`."""
     x, e, *_, y = random_batch(NULL, 16, 12, 0, dropped=())
     g = torch.Generator().manual_seed(seed)
@@ -40,17 +41,17 @@ def step(forward, net, seed=1):
         "drop_uniforms": torch.rand(16, generator=g, dtype=x.dtype),
         "e": torch.randn(x.shape, generator=g, dtype=torch.float32),
     }
-    if forward is not MeanFlowLoss.forward and forward is not train_peer.authors_forward:
+    if loss_class not in (MeanFlowLoss, train_peer.AuthorsLoss):
         x, net = x.float(), net.float()
-    loss, sums = forward(MeanFlowLoss(net, MeanFlowConfig(kappa=0.5)), x, y, draws, torch.zeros(()))
+    loss, sums = train_peer.build(loss_class, net, MeanFlowConfig(kappa=0.5))(x, y, draws, torch.zeros(()))
     assert sums["loss"][0] / sums["loss"][1] == pytest.approx(loss.item(), rel=1e-5)
     return loss, torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
 
 
 def test_the_authors_form_has_our_loss_and_gradient_on_the_same_network():
     net = small_dit()
-    loss, gradients = step(train_peer.authors_forward, net)
-    expected_loss, expected = step(MeanFlowLoss.forward, net)
+    loss, gradients = step(train_peer.AuthorsLoss, net)
+    expected_loss, expected = step(MeanFlowLoss, net)
     torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=1e-6)  # the peers' LayerNorm computes in fp32
     for gradient, of_ours in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, of_ours, atol=1e-6, rtol=1e-3)
@@ -58,10 +59,10 @@ def test_the_authors_form_has_our_loss_and_gradient_on_the_same_network():
 
 def test_a_foreign_loss_gets_the_network_and_draws_that_follow_the_step(tmp_path):
     (tmp_path / "loss.py").write_text(LOSS)
-    forward = train_peer.zhuyu_forward(train_peer.module_at(tmp_path / "loss.py").SILoss)
+    loss_class = train_peer.loss_of(str(tmp_path / "loss.py"))
     net = small_dit()
-    loss, gradients = step(forward, net)
-    again, other = step(forward, net)[0], step(forward, net, seed=2)[0]
+    loss, gradients = step(loss_class, net)
+    again, other = step(loss_class, net)[0], step(loss_class, net, seed=2)[0]
     assert loss == again != other
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) > 10
 
@@ -77,6 +78,15 @@ def test_a_run_with_the_authors_form_ends_with_the_weights_of_ours(tiny_config, 
         torch.testing.assert_close(weights["peer"][key], ours, atol=2e-4, rtol=1e-3)
 
 
-def test_a_missing_loss_is_one_line(tiny_config, tmp_path):
-    done = run_python("tools/study/train_peer.py", tmp_path / "loss.py", tiny_config, expect=2)
-    assert done.stderr.count("\n") == 1 and f"{tmp_path / 'loss.py'} is not there" in done.stderr
+def test_what_is_no_peer_is_one_line(tiny_config, tmp_path):
+    (tmp_path / "other.py").touch()
+    for arguments, text in (
+        ((tmp_path / "loss.py", tiny_config), f"no peer {tmp_path / 'loss.py'}: expected `authors` or the path of"),
+        ((tiny_config,), f"no peer {tiny_config}: expected"),
+        ((tmp_path / "other.py", tiny_config), "other.py has no SILoss"),
+    ):
+        _, error = run_here("tools/study/train_peer.py", *arguments, expect=2)
+        assert error.count("\n") == 1 and text in error
+    for objective in (ImfConfig(), MeanFlowConfig(tangent="boundary"), MeanFlowConfig(gap_weight="progress")):
+        with pytest.raises(UserError, match="the peers compute MeanFlow's loss alone"):
+            train_peer.build(train_peer.AuthorsLoss, None, objective)

@@ -3,17 +3,17 @@
     python tools/study/ablation.py                       # configs/fashion_cpu.yaml into runs/fashion, two at a time
     python tools/study/ablation.py --seeds 1 --jobs 1 train.total_images=6400 --out runs/fashion-try
 
-Each run trains and is measured in its own folder, with its output in log.txt there. The same command continues where
-it stopped. Writes OUT/ablation.md (mean and standard deviation over the seeds) and OUT/ablation.png (samples of the
-first seed, the same noise and classes in every row). Further section.key=value arguments override the config of all
-runs.
+Each run trains and is measured in its own folder, named by the configuration, the seed and a hash of what it is trained
+with, with its output in log.txt there. The same command continues where it stopped. Writes OUT/ablation.md (mean and
+standard deviation over the seeds) and OUT/ablation.png (samples of the first seed, the same noise and classes in every
+row). Further section.key=value arguments override the config of all runs.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from study_runs import ROOT, TRAIN, Run, cell, draw, markdown_table, train_and_measure_all
+from study_runs import ROOT, TRAIN, Run, Study, cell, digest, draw, markdown_table
 
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded, expanded_path
@@ -48,7 +48,7 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be at least 1")
     runs = {folder: runs_of(args, folder) for folder in CONFIGURATIONS}
     in_order = sorted((run for of_seeds in runs.values() for run in of_seeds), key=lambda run: run.seed)
-    train_and_measure_all(in_order, "ablation", args.jobs)
+    Study(args.jobs).complete(in_order, "ablation")
     heads = ["configuration", *(f"{k} step{'s' * (k > 1)}" for k in STEPS)]
     names = {folder: name for folder, (name, *_) in CONFIGURATIONS.items()}
     text = markdown_table(heads, [[names[folder], *(cell(runs[folder], k) for k in STEPS)] for folder in runs])
@@ -61,7 +61,8 @@ def runs_of(args, folder):
     """Those of a configuration, one for each seed."""
     _, program, overrides, steps = CONFIGURATIONS[folder]
     given = (args.config, *overrides, *args.overrides)
-    return [Run(args.out / f"{folder}-{seed}", program, given, seed, steps) for seed in range(args.seeds)]
+    folders = [args.out / f"{folder}-{seed}-{digest(given, seed)}" for seed in range(args.seeds)]
+    return [Run(path, program, given, seed, steps) for seed, path in enumerate(folders)]
 
 
 if __name__ == "__main__":

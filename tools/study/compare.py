@@ -18,18 +18,16 @@ https://github.com/zhuyu-cs/MeanFlow.
 
 import argparse
 import base64
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import yaml
-from study_runs import ROOT, TRAIN, Run, cell, draw, markdown_table, network_of, resolved, train_and_measure_all
+from study_runs import ROOT, TRAIN, Run, Study, cell, digest, draw, markdown_table, network_of, resolved
 
 from mf_dist.config.cost import forward_flops, forwards_per_image
-from mf_dist.runtime.atomic_files import write_atomic, write_json
+from mf_dist.runtime.atomic_files import sha256_of, write_atomic, write_json
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded_path
 
@@ -91,7 +89,7 @@ def main() -> None:
     same_images = {method: runs_of(args, method, same_flops=False) for method in args.methods}
     same_flops = {m: runs_of(args, m, same_flops=True) for m in args.methods if not METHODS[m].peer}
     runs = {run.folder: run for table in (same_images, same_flops) for of_seeds in table.values() for run in of_seeds}
-    train_and_measure_all(sorted(runs.values(), key=lambda run: run.seed), "compare", args.jobs)
+    Study(args.jobs).complete(sorted(runs.values(), key=lambda run: run.seed), "compare")
     tables = {"At the same images": rows_of(same_images), "At the same FLOPs": rows_of(same_flops)}
     text = "\n\n".join(f"{title}:\n\n{markdown_table(HEADS, rows)}" for title, rows in tables.items())
     (args.out / "methods.md").write_text(text + "\n", encoding="utf-8")
@@ -104,8 +102,9 @@ def runs_of(args, method, same_flops):
     """Those of a method, one for each seed; of a peer one. same_flops: of as many images as cost what BASE's cost."""
     known, given = METHODS[method], arguments(method, args.overrides, same_flops)
     program = (PEER, known.peer) if known.peer else TRAIN
+    peer = [sha256_of(known.peer) if Path(known.peer).is_file() else known.peer] if known.peer else []
     seeds = range(1 if known.peer else args.seeds)
-    return [Run(folder(args.out, given, seed, known.peer), program, given, seed, known.steps) for seed in seeds]
+    return [Run(args.out / digest(given, seed, *peer), program, given, seed, known.steps) for seed in seeds]
 
 
 def arguments(method, overrides, same_flops):
@@ -125,14 +124,6 @@ def config_file(method):
 
 def flops_per_image(config):
     return forwards_per_image(config) * forward_flops(config.model)
-
-
-def folder(out, given, seed, peer):
-    """Of a run: named by what its config file and the overrides say, but for how it is measured, and by the peer."""
-    tree = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))
-    del tree["run_dir"], tree["eval"]
-    key = [tree, [text for text in given[1:] if not text.startswith("eval.")], seed, peer]
-    return out / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
 RAW_LOSSES = ("raw_loss_r_equals_t", "raw_loss_r_below_t")

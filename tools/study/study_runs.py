@@ -1,5 +1,7 @@
 """What the studies share: runs that train and are measured in their own folders, and the table and picture of them."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +12,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
+import yaml
+
 from mf_dist.config.schema import load_config, resolve
 from mf_dist.data.shards import read_manifest
-from mf_dist.runtime.atomic_files import sha256_of
+from mf_dist.evaluation.protocols import ADM
 from mf_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,31 +51,47 @@ class Run:
 
     @cached_property
     def measurement(self):
-        """What its entries of metrics.json say, as opposed to those of another step, other samples, features or
-        references."""
-        settings, guidance = self.config.eval, self.config.guidance
-        guided = {"guidance": guidance[0], "interval": [*guidance[1:]]} if guidance else {}
-        made = {"step": self.last_step, "seed": self.seed, "labels": settings.labels, **guided}
-        return {**made, **known_by(settings), "num_samples": settings.num_samples}
+        """What its entries of metrics.json say, as opposed to those of another step, sampler or protocol, other
+        samples, features or references. Raises UserError if features or reference are missing or damaged."""
+        config, settings = self.config, self.config.eval
+        guided = {"guidance": config.guidance[0], "interval": [*config.guidance[1:]]} if config.guidance else {}
+        return {
+            "protocol": ADM.name,
+            "step": self.last_step,
+            "seed": self.seed,
+            "labels": settings.labels,
+            "num_samples": settings.num_samples,
+            "sampler": config.sampler,
+            "ema": str(config.optim.ema_decay[0]),
+            "vae": settings.vae or read_manifest(config.data.path)["vae"]["source"],
+            **guided,
+            "features_sha256": network_of(settings).sha256,
+            **known_by(settings),
+        }
 
     @property
     def is_measured(self):
-        return distances(self).keys() >= {*self.steps}
+        return distances(self).keys() >= {*self.steps} and self.checkpoint.is_dir()
 
 
 def resolved(given):
-    """The config of a file and overrides, completed from its dataset."""
+    """The config of a file and overrides, completed from its dataset. Raises UserError without one."""
     config = load_config(given[0], given[1:])
-    return resolve(config, read_manifest(config.data.path), 1)
+    manifest = read_manifest(config.data.path)
+    if manifest is None:
+        raise UserError(
+            f"no finished dataset at {config.data.path!r}; docs/experiments.md has the commands that make it"
+        )
+    return resolve(config, manifest, 1)
 
 
-def known_by(settings):
-    """How entries name the features and the reference of a config's `eval`. Raises UserError if one is missing."""
-    reference = Path(settings.reference or "")
-    if not settings.reference or not reference.exists():
-        raise UserError(f"no reference at eval.reference={settings.reference}; the runs could not be measured")
-    hashed = {"reference_sha256": sha256_of(reference)} if reference.suffix == ".npz" else {}
-    return {"features_sha256": network_of(settings).sha256, "reference": settings.reference, **hashed}
+def digest(given, seed, *more):
+    """Of all that determines a training: what the config file and the overrides say but for how it is measured, the
+    seed, and `more` texts."""
+    tree = yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))
+    del tree["run_dir"], tree["eval"]
+    key = [tree, [text for text in given[1:] if not text.startswith("eval.")], seed, *more]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
 def network_of(settings):
@@ -87,63 +107,105 @@ def opened(features, weights):
     return open_features(features, weights, torch.device("cpu"))
 
 
-def train_and_measure_all(runs, name, jobs):
-    """What is missing, `jobs` runs at a time, each of one thread. Raises UserError, before anything is trained, if the
-    runs could not be measured."""
-    from mf_dist.runtime.progress import progress
+def known_by(settings):
+    """How entries name the reference of a config's `eval`."""
+    from mf_dist.evaluation.measure import has_statistics
+    from mf_dist.evaluation.reference import read_reference
 
-    missing, children = [run for run in runs if not run.is_measured], set()
-    for run in missing:
-        known_by(run.config.eval)
+    reference = settings.reference
+    if not reference or not Path(reference).exists():
+        raise UserError(f"no reference at eval.reference={reference}; the runs could not be measured")
+    if reference.endswith(".npz") and has_statistics(reference):
+        return read_reference(reference, network_of(settings)).provenance
+    return {"reference": reference}
 
-    def stop(*_):
-        for child in [*children]:
+
+class Study:
+    """Trains and measures runs, `jobs` at a time, each of one thread; SIGTERM ends those in progress too."""
+
+    def __init__(self, jobs):
+        self.jobs, self.children, self.stopped = jobs, set(), False
+
+    def _stop(self, *_):
+        self.stopped = True
+        for child in [*self.children]:
             child.terminate()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)  # else the runs in progress would go on, and the same command be refused
-    with progress(len(missing), "run", name) as bar, ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(lambda run: train_and_measure(run, children), missing):
-            bar.update()
+    def complete(self, runs, name):
+        """What is missing of `runs`. Raises UserError, before anything is trained, if one could not be measured."""
+        from mf_dist.runtime.progress import progress
+
+        missing = [run for run in runs if not run.is_measured]
+        before = signal.signal(signal.SIGTERM, self._stop)
+        with progress(len(missing), "run", name) as bar, ThreadPoolExecutor(self.jobs) as pool:
+            for _ in pool.map(self._complete, missing):
+                bar.update()
+        signal.signal(signal.SIGTERM, before)
+
+    def _complete(self, run):
+        """Raises UserError, naming the run's log, if it fails."""
+        later = [path.name for path in run.checkpoint.parent.glob("step-*") if path.name > run.checkpoint.name]
+        if later and not run.checkpoint.is_dir():
+            raise UserError(
+                f"{run.folder} was trained up to {max(later)} and has no {run.checkpoint.name} any more: move it away"
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = run.folder / "log.txt"
+        for call in [measuring(run)] if run.checkpoint.is_dir() else [training(run), measuring(run)]:
+            if self._call(call, log) or not run.checkpoint.is_dir():  # a training that was stopped exits with 0
+                raise UserError(f"{run.folder} failed; see {log}")
+        if not run.is_measured:
+            raise UserError(f"{run.folder} has no measurement of {run.measurement}; see {log}")
+
+    def _call(self, arguments, log):
+        """Exit code of a program whose output is appended to the log."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with (
+            log.open("a", encoding="utf-8") as file,
+            subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=file, env=environment) as child,
+        ):
+            self.children.add(child)
+            if self.stopped:
+                child.terminate()
+        self.children.remove(child)
+        return child.returncode
 
 
-def train_and_measure(run, children):
-    """children: the processes that are running. Raises UserError, naming the run's log, if one fails."""
-    settings = run.config.eval
-    measure = [str(ROOT / "tools/fid_eval.py"), "--checkpoint", str(run.checkpoint), "--metrics", "fid"]
-    measure += ["--nfe", ",".join(map(str, run.steps)), "--seed", str(run.seed), "--labels", settings.labels]
-    measure += ["--num-samples", str(settings.num_samples), "--features", settings.features]
-    measure += ["--reference", settings.reference]
+def training(run):
+    return [*run.program, *run.given, f"run_dir={run.folder}", f"train.seed={run.seed}"]
+
+
+def measuring(run):
+    settings, made = run.config.eval, run.measurement
+    call = [str(ROOT / "tools/fid_eval.py"), "--checkpoint", str(run.checkpoint), "--metrics", "fid"]
+    call += ["--nfe", ",".join(map(str, run.steps)), "--features", settings.features, "--reference", settings.reference]
+    for name in ("seed", "labels", "num_samples", "ema", "vae"):
+        call += [f"--{name.replace('_', '-')}", str(made[name])]
+    if settings.sampler:
+        call += ["--sampler", settings.sampler]
     if settings.inception_weights:
-        measure += ["--inception-weights", settings.inception_weights]
+        call += ["--inception-weights", settings.inception_weights]
     if run.config.guidance:
         scale, start, end = run.config.guidance
-        measure += ["--guidance", str(scale), "--interval", f"{start},{end}"]
-    train = [*run.program, *run.given, f"run_dir={run.folder}", f"train.seed={run.seed}"]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
-        for call in [measure] if run.checkpoint.is_dir() else [train, measure]:
-            with subprocess.Popen(
-                [sys.executable, *call], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            ) as child:
-                children.add(child)
-            children.remove(child)
-            if child.returncode or not run.checkpoint.is_dir():  # a stopped training exits with 0
-                raise UserError(f"{run.folder} failed; see {run.folder / 'log.txt'}")
+        call += ["--guidance", str(scale), "--interval", f"{start},{end}"]
+    return call
 
 
 def distances(run):
     """Frechet distance of a measured run by its number of network calls."""
     from mf_dist.evaluation.metrics import metric_name
     from mf_dist.evaluation.report import read_entries
+    from mf_dist.objectives.sampler import uniform_grid
 
-    name = metric_name("fid", network_of(run.config.eval), run.config.eval.num_samples)
+    made, name = run.measurement, metric_name("fid", network_of(run.config.eval), run.config.eval.num_samples)
     return {
         entry["nfe"]: entry["metrics"][name]
         for entry in read_entries(run.folder / "eval" / "metrics.json")
         if name in entry["metrics"]
         and not (entry.get("sweep") or entry.get("in_training"))
-        and run.measurement.items() <= {key: entry.get(key) for key in run.measurement}.items()
+        and entry.get("times") == uniform_grid(entry["nfe"])
+        and all(entry.get(key) == value for key, value in made.items())
     }
 
 

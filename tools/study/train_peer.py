@@ -12,11 +12,12 @@ are those of any run. tools/study/compare.py runs this script.
 import argparse
 import importlib.util
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+from mf_dist.config.objectives import MeanFlowConfig
 from mf_dist.objectives.base import log_sums
 from mf_dist.objectives.guidance import drop_labels
 from mf_dist.objectives.meanflow import MeanFlowLoss
@@ -24,6 +25,7 @@ from mf_dist.objectives.times import sample_times
 from mf_dist.runtime.errors import UserError, command_line
 from mf_dist.runtime.paths import expanded_path
 from mf_dist.train import main as train
+from mf_dist.training import trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from bench_peers import PlainDiT, authors  # noqa: E402
@@ -47,13 +49,15 @@ def plain(net):
     return same
 
 
-def authors_forward(self, x, y, draws, schedule):
-    """In place of MeanFlowLoss.forward, from the same draws."""
-    recipe, n_eq = self.recipe, self.num_r_equals_t(len(x))
-    r, t = sample_times(draws["time_normals"], n_eq, recipe.time_mean, recipe.time_std)
-    y = drop_labels(y, draws["drop_uniforms"], n_eq, recipe.label_drop, self.null_label)
-    loss = authors(plain(self.net), x, draws["e"], r, t, y, n_eq, self.null_label, recipe)
-    return loss, log_sums(loss=(loss.detach() * len(x), len(x)))
+class AuthorsLoss(MeanFlowLoss):
+    """From the same draws as ours."""
+
+    def forward(self, x, y, draws, schedule):
+        recipe, n_eq = self.recipe, self.num_r_equals_t(len(x))
+        r, t = sample_times(draws["time_normals"], n_eq, recipe.time_mean, recipe.time_std)
+        y = drop_labels(y, draws["drop_uniforms"], n_eq, recipe.label_drop, self.null_label)
+        loss = authors(plain(self.net), x, draws["e"], r, t, y, n_eq, self.null_label, recipe)
+        return loss, log_sums(loss=(loss.detach() * len(x), len(x)))
 
 
 class Wrapped:
@@ -66,13 +70,15 @@ class Wrapped:
         return self.net(z, r, t, y)
 
 
-def zhuyu_forward(loss_class):
-    """In place of MeanFlowLoss.forward: loss_class is the SILoss of their loss.py, with the settings of our recipe. It
-    draws noise, times and dropped labels itself, from torch's own generator: seeded by the step's draws."""
+class ZhuyuLoss(MeanFlowLoss):
+    """Their SILoss with the settings of our recipe. It draws noise, times and dropped labels itself, from torch's own
+    generator: seeded by the step's draws."""
+
+    loss_class: type
 
     def forward(self, x, y, draws, schedule):
         recipe = self.recipe
-        their_loss = loss_class(
+        their_loss = self.loss_class(
             weighting="adaptive",
             time_mu=recipe.time_mean,
             time_sigma=recipe.time_std,
@@ -91,16 +97,27 @@ def zhuyu_forward(loss_class):
         loss = rows.mean()
         return loss, log_sums(loss=(loss.detach() * len(x), len(x)))
 
-    return forward
 
-
-def module_at(path):
-    if not path.is_file():
-        raise UserError(f"{path} is not there: expected `authors` or the path of zhuyu-cs/MeanFlow's loss.py")
+def loss_of(peer):
+    """The subclass for a first argument. Raises UserError if it is no such file."""
+    if peer == "authors":
+        return AuthorsLoss
+    path = Path(expanded_path(peer))
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"no peer {peer}: expected `authors` or the path of zhuyu-cs/MeanFlow's loss.py")
     spec = importlib.util.spec_from_file_location("zhuyu_loss", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    if not hasattr(module, "SILoss"):
+        raise UserError(f"{peer} has no SILoss: expected the path of zhuyu-cs/MeanFlow's loss.py")
+    return type("ZhuyuLoss", (ZhuyuLoss,), {"loss_class": module.SILoss})
+
+
+def build(loss, net, objective):
+    """In place of objectives.build.build_loss. Raises UserError for what the peers do not compute."""
+    if not isinstance(objective, MeanFlowConfig) or (objective.tangent, objective.gap_weight) != ("guided", "uniform"):
+        raise UserError("the peers compute MeanFlow's loss alone: give a config of it, without tangent or gap_weight")
+    return loss(net, objective)
 
 
 @command_line
@@ -111,10 +128,7 @@ def main() -> int:
     parser.add_argument("peer", help="authors, or the path of zhuyu-cs/MeanFlow's loss.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of python -m mf_dist.train")
     args = parser.parse_args()
-    if args.peer == "authors":
-        MeanFlowLoss.forward = authors_forward
-    else:
-        MeanFlowLoss.forward = zhuyu_forward(module_at(expanded_path(args.peer)).SILoss)
+    trainer.build_loss = partial(build, loss_of(args.peer))
     sys.argv[1:] = args.arguments
     return train()
 
