@@ -66,7 +66,7 @@ class Run:
             "vae": settings.vae or read_manifest(config.data.path)["vae"]["source"],
             **guided,
             "features_sha256": network_of(settings).sha256,
-            **known_by(settings),
+            **known_by(settings.reference, settings.features, settings.inception_weights),
         }
 
     @property
@@ -107,16 +107,16 @@ def opened(features, weights):
     return open_features(features, weights, torch.device("cpu"))
 
 
-def known_by(settings):
-    """How entries name the reference of a config's `eval`."""
+@cache
+def known_by(reference, features, weights):
+    """How entries name a reference of these features."""
     from mf_dist.evaluation.measure import has_statistics
     from mf_dist.evaluation.reference import read_reference
 
-    reference = settings.reference
     if not reference or not Path(reference).exists():
         raise UserError(f"no reference at eval.reference={reference}; the runs could not be measured")
     if reference.endswith(".npz") and has_statistics(reference):
-        return read_reference(reference, network_of(settings)).provenance
+        return read_reference(reference, opened(features, weights)).provenance
     return {"reference": reference}
 
 
