@@ -85,7 +85,7 @@ def test_the_scale_and_the_interval_change_samples_and_are_part_of_the_protocol(
 def test_the_measurement_in_training_has_the_guidance_of_the_config(run, measure):
     (inside,) = [entry for entry in entries(run / "eval") if entry.get("in_training")]
     assert (inside["guidance"], inside["interval"]) == (3, [0.2, 0.8])
-    options = ("--num-samples", 80, "--seed", 1, "--nfe", 1, "--metrics", "fid", "--statistics", "streaming")
+    options = ("--num-samples", 80, "--seed", 1000, "--nfe", 1, "--metrics", "fid", "--statistics", "streaming")
     default, other = measure(*options)[0], measure(*options, "--guidance", 1)[1]
     assert default["metrics"] == pytest.approx(inside["metrics"], rel=1e-9)
     assert other["metrics"] != pytest.approx(inside["metrics"], rel=1e-9)
@@ -141,9 +141,9 @@ def test_a_sweep_measures_each_point_as_a_measurement_of_its_own_would(run, meas
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "metrics.lock"}  # no blocks, no pictures
     places = list(product([[0.2, 0.8], [0.4, 0.65]], [2, 4, 6]))
     assert [(entry["interval"], entry["guidance"]) for entry in swept] == places
-    assert all(entry["sweep"] is True and entry["seed"] == 1 for entry in swept)
+    assert all(entry["sweep"] is True and entry["seed"] == 1000 for entry in swept)
     assert all(entry["metrics"].keys() == {"fd_digits_20"} and entry["num_samples"] == 20 for entry in swept)
-    alone = measure(*FEW, "--seed", 1, "--guidance", 4, "--interval", "0.4,0.65")
+    alone = measure(*FEW, "--seed", 1000, "--guidance", 4, "--interval", "0.4,0.65")
     assert len(alone) == 7 and "sweep" not in alone[6]  # it does not replace the point of the sweep
     assert (alone[6]["metrics"], alone[6]["pixels_sha256"]) == (swept[4]["metrics"], swept[4]["pixels_sha256"])
     values = [entry["metrics"]["fd_digits_20"] for entry in swept]
@@ -161,7 +161,8 @@ def test_a_sweep_measures_only_the_points_that_are_missing(run, measure, calls, 
     sweep = (*SWEEP, "--sweep", "guidance=2,3,4")
     whole = measure(*sweep)
     assert [scale for scale, *_ in calls] == [2, 2, 3, 3, 4, 4]  # blocks of 10
-    kept = [{**entry, "versions": {}, "warnings": []} for entry in (whole[0], whole[2])]  # no part of the protocol
+    elsewhere = {"versions": {**whole[0]["versions"], "code": "another", "ranks": "8"}, "warnings": []}
+    kept = [{**entry, **elsewhere} for entry in (whole[0], whole[2])]  # no part of the protocol
     (tmp_path / "metrics.json").write_text(json.dumps(kept))
     calls.clear()
     again = measure(*sweep, "--interval", "0.2,0.8")
