@@ -43,9 +43,10 @@ def reference(request, one_step, tmp_path_factory, latents, images):  # noqa: F8
     ids=["accumulation2", "ranks2", "zero2-recompute", "zero3"],
 )
 def test_gradients_are_those_of_one_process(one_step, reference, ranks, overrides):  # noqa: F811
+    """To fp32's rounding: 1.1e-6 of SoFlow's gradient where MKL multiplies with AVX-512, 1.8e-7 with AVX2."""
     exact, config = reference
     other, *_ = one_step(config, ranks, *overrides)
-    assert np.linalg.norm(exact) > 0.01 and np.linalg.norm(other - exact) <= 1e-6 * np.linalg.norm(exact)
+    assert np.linalg.norm(exact) > 0.01 and np.linalg.norm(other - exact) <= 2e-6 * np.linalg.norm(exact)
 
 
 def test_two_heads_are_reduced_beside_compute(one_step, tmp_path, latents, images):  # noqa: F811
