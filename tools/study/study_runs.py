@@ -138,7 +138,7 @@ class Study:
 
         missing = [run for run in runs if not run.is_measured]
         before = signal.signal(signal.SIGTERM, self._stop)
-        with progress(len(missing), "run", name) as bar, ThreadPoolExecutor(self.jobs) as pool:
+        with progress(len(missing), "run", name, bool(missing)) as bar, ThreadPoolExecutor(self.jobs) as pool:
             for _ in pool.map(self._complete, missing):
                 bar.update()
         signal.signal(signal.SIGTERM, before)
