@@ -68,7 +68,7 @@ def entry_against(path: Path, wanted: Entry, metric: str) -> Entry:
 
     def rank(entry: Entry) -> tuple[int, ...]:
         alike = sum(entry.get(key) == wanted.get(key) for key in MADE)
-        return entry.get("step", 0), -entry.get("nfe", 0), alike, len(entry.get("seeds", "1"))
+        return entry.get("step", 0), -entry.get("nfe", 0), alike, len(entry.get("seeds", [0]))
 
     entry = sorted(comparable, key=rank)[-1]
     if metric not in entry.get("plus_minus_95", {}):

@@ -62,6 +62,21 @@ class PlainDiT(DiT):
         return self._unpatchify(self.patch_out(h)[0]).to(z.dtype)
 
 
+def plain_like(net):
+    """A PlainDiT of the sizes of a DiT, which torch.func.jvp can pass; with weights of its own."""
+    return PlainDiT(
+        plain_attention=True,
+        latent_size=net.tokens_per_side * net.patch,
+        latent_channels=net.channels,
+        num_classes=net.null_label,
+        patch_size=net.patch,
+        hidden_size=net.patch_in.out_features,
+        depth=len(net.blocks),
+        num_heads=net.blocks[0].attention.num_heads,
+        generator=torch.Generator(),
+    )
+
+
 class DiffusersBlock(nn.Module):
     """The same block with attention and MLP from diffusers."""
 

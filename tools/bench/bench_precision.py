@@ -73,7 +73,7 @@ def main() -> None:
 def build_nets(weights, config, device):
     """One network per kind of computation, all with the same bf16 weights."""
     import torch
-    from bench_peers import PlainDiT
+    from bench_peers import plain_like
 
     from mf_dist.sampling.generator import build_network
 
@@ -85,18 +85,7 @@ def build_nets(weights, config, device):
         net.tangent_dtype = tangent_dtype
         return net.to(device, dtype)
 
-    m = config.model
-    plain = PlainDiT(
-        plain_attention=True,
-        latent_size=m.latent_size,
-        latent_channels=m.latent_channels,
-        num_classes=m.num_classes,
-        patch_size=m.patch_size,
-        hidden_size=m.hidden_size,
-        depth=m.depth,
-        num_heads=m.num_heads,
-        generator=torch.Generator(),
-    )
+    plain = plain_like(ours(torch.float32))
     plain.load_state_dict(rounded)
     return {
         "float64": ours(torch.float64),

@@ -28,23 +28,13 @@ from mf_dist.train import main as train
 from mf_dist.training import trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from bench_peers import PlainDiT, authors  # noqa: E402
+from bench_peers import authors, plain_like  # noqa: E402
 
 
 @cache
 def plain(net):
     """The same network of torch's own layers; its parameters are those of `net`, not copies."""
-    same = PlainDiT(
-        plain_attention=True,
-        latent_size=net.tokens_per_side * net.patch,
-        latent_channels=net.channels,
-        num_classes=net.null_label,
-        patch_size=net.patch,
-        hidden_size=net.patch_in.out_features,
-        depth=len(net.blocks),
-        num_heads=net.blocks[0].attention.num_heads,
-        generator=torch.Generator(),
-    )
+    same = plain_like(net)
     same.load_state_dict(net.state_dict(keep_vars=True), assign=True)
     return same
 
