@@ -113,6 +113,21 @@ def test_balanced_classes_do_not_count_as_noise():
     assert turns == pytest.approx(2.09 * spread, rel=0.5) and random > 1.5 * turns
 
 
+@pytest.mark.parametrize(("per_class", "low", "high"), [(1, 1.25, 1.8), (5, 1.05, 1.4), (20, 0.8, 1.2)])
+def test_too_wide_for_few_images_per_class(per_class, low, high):
+    """What the band implies over the real spread, of 200 classes as different as the images of one: balanced labels
+    leave the classes out of the noise, but groups have all classes from 20 images each on. docs/evaluation.md says
+    so."""
+    g, reference = np.random.default_rng(0), Gaussian(np.zeros(8), 2 * np.eye(8))
+    centres = g.standard_normal((200, 8))
+    distances, widths = [], []
+    for _ in range(200):
+        rows = np.tile(centres, (per_class, 1)) + g.standard_normal((200 * per_class, 8))
+        distances.append(frechet_distance(exact_gaussian([rows], 8), reference))
+        widths.append(plus_minus(rows, 200, reference, distances[-1]))
+    assert low < np.mean(widths) / 2.093 / np.std(distances, ddof=1) < high
+
+
 def test_fewer_images_than_classes_have_no_band():
     """Where classes take turns, some groups would have none."""
     assert [allows_band(*case) for case in ((99, 0), (100, 0), (900, 1000), (1000, 1000))] == [False, True, False, True]
